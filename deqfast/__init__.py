@@ -1,0 +1,39 @@
+"""deqfast: fast, trustworthy fixed-point solvers for PyTorch.
+
+>>> import deqfast as dq
+>>> sol = dq.fixed_point(f, z0, args=(x,))
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .anderson import Anderson
+from .broyden import Broyden
+from .implicit import Implicit, OneStep, Phantom, Unroll
+from .picard import Picard
+from .solution import ConvergenceError, Solution
+from .solve import fixed_point, root
+from .state import SolverState
+from .status import Status
+
+try:
+    __version__ = version("deqfast")
+except PackageNotFoundError:  # used from a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "Anderson",
+    "Broyden",
+    "ConvergenceError",
+    "Implicit",
+    "OneStep",
+    "Phantom",
+    "Picard",
+    "Solution",
+    "SolverState",
+    "Status",
+    "Unroll",
+    "fixed_point",
+    "root",
+]

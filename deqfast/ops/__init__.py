@@ -1,0 +1,59 @@
+"""The ops: one complete solver update each, on a workspace, by whichever backend serves the device.
+
+A backend is a module with ``why_not(device) -> str | None`` and a ``bind_*`` for each op. Solvers call ``bind`` once a
+solve and never ask which backend answered.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import native, reference
+from .workspace import AndersonWorkspace, BroydenWorkspace, Workspace
+
+__all__ = ["BACKENDS", "Step", "bind", "choose", "why_not"]
+
+BACKENDS = ("native", "triton", "reference")
+Step = Callable[[list[Tensor], "list[Tensor] | None", "Tensor | None", "Tensor | None"], int]
+
+
+def why_not(backend: str, device: torch.device) -> str | None:
+    """Why ``backend`` cannot serve ``device`` here, or None when it can."""
+    if backend == "reference":
+        return None
+    if backend == "native":
+        return native.why_not(device)
+    return "no Triton kernels in this version"
+
+
+def choose(backend: str, device: torch.device) -> str:
+    """The backend that serves: ``DEQFAST_BACKEND`` or the first available one for "auto", else the one asked for.
+
+    Raises:
+        ValueError: unknown backend, or one that cannot serve this device, with the reason.
+    """
+    asked, source = backend, "backend"
+    if backend == "auto" and os.environ.get("DEQFAST_BACKEND"):
+        asked, source = os.environ["DEQFAST_BACKEND"], "DEQFAST_BACKEND"
+    if asked == "auto":
+        return next(b for b in BACKENDS if why_not(b, device) is None)
+    if asked not in BACKENDS:
+        raise ValueError(f"{source} must be one of 'auto', {', '.join(map(repr, BACKENDS))}, got {asked!r}")
+    reason = why_not(asked, device)
+    if reason is not None:
+        raise ValueError(f"{source}={asked!r} cannot serve device {device}: {reason}")
+    return asked
+
+
+def bind(ws: Workspace, backend: str) -> Step:
+    """The update of this workspace's solver on the backend that ``choose`` gave."""
+    if backend == "native":
+        return native.bind(ws)
+    if isinstance(ws, AndersonWorkspace):
+        return lambda f, f_prev, f_rows, f_prev_rows: reference.anderson_step(ws, f, f_prev, f_rows, f_prev_rows)
+    assert isinstance(ws, BroydenWorkspace)
+    return lambda f, _f_prev, f_rows, _f_prev_rows: reference.broyden_step(ws, f, f_rows)

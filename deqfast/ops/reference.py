@@ -1,0 +1,352 @@
+"""The ops in plain torch: the oracle of every test and the baseline of every benchmark.
+
+One call is one complete solver update after f has been evaluated. Rows that are not running are left as they are, and
+every row is computed from itself alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..status import Status
+from .workspace import (
+    BLOCK,
+    SCALED_DTYPES,
+    AndersonWorkspace,
+    At,
+    BroydenWorkspace,
+    Int,
+    Real,
+    Workspace,
+    tile,
+    untile,
+)
+
+UNIT_RANGE = 2.0**40  # a sample whose magnitude leaves [1/UNIT_RANGE, UNIT_RANGE] in its unit gets a new unit
+GROWTH_LIMIT = 1.5
+MIN_DENOMINATOR = 1e-4
+
+
+class _Rows:
+    """x, f, the residual and their differences as (B, N) in the accumulation dtype, and what the norms decided."""
+
+    def __init__(self, ws: Workspace, f: list[Tensor], f_rows: Tensor | None) -> None:
+        self.ws = ws
+        self.acc = ws.layout.acc
+        self.x = self.gather(ws.x[ws.cur])
+        self.f = self.gather(f, f_rows)
+        self.g = self.f - self.x
+
+    def gather(self, leaves: list[Tensor], rows: Tensor | None = None) -> Tensor:
+        joined = torch.cat([r.to(self.acc) for r in self.ws.layout.rows(leaves)], dim=1)
+        return joined if rows is None else joined[rows.clamp(min=0).long()]
+
+
+def _scatter(ws: Workspace, leaves: list[Tensor], rows: Tensor, where: Tensor) -> Tensor:
+    """Write (B, N) ``rows`` into ``leaves`` where the mask says; returns which rows stayed finite after rounding."""
+    finite = torch.ones(ws.layout.B, dtype=torch.bool, device=rows.device)
+    start = 0
+    for leaf, t in zip(ws.layout.leaves, leaves, strict=True):
+        target = leaf.rows(t)
+        rounded = rows[:, start : start + leaf.n].to(target.dtype)
+        start += leaf.n
+        finite &= torch.isfinite(rounded).all(dim=1)
+        target.copy_(torch.where(where[:, None], rounded, target))
+    return finite
+
+
+def _row_norm(t: Tensor) -> Tensor:
+    """Euclidean norm of each row in float64: no square of a finite float32 overflows or vanishes there."""
+    return torch.linalg.vector_norm(t.double(), dim=1)
+
+
+def _measure(ws: Workspace, r: _Rows) -> tuple[Tensor, Tensor]:
+    """Norms, best iterate, status: what both solvers do with a new evaluation before they use it.
+
+    Returns the mask of the samples that go on and the mask of those whose unit was (re)set.
+    """
+    ints, reals = ws.int_row, ws.real_row
+    run = ints(Int.STATUS) == Status.RUNNING
+    steps = ints(Int.STEPS)
+    steps += run.int()
+    g_norm, f_norm = _row_norm(r.g), _row_norm(r.f)
+    finite = torch.isfinite(g_norm) & torch.isfinite(f_norm)
+    relative = torch.where(f_norm > 0, g_norm / f_norm, torch.where(g_norm > 0, math.inf, 0.0))
+    relative = torch.where(finite, relative, math.inf).to(r.acc)
+    reals(Real.RESIDUAL).copy_(torch.where(run, relative, reals(Real.RESIDUAL)))
+    first = run & (steps == 1)
+    reals(Real.FIRST).copy_(torch.where(first, relative, reals(Real.FIRST)))
+
+    best_at = ints(Int.BEST_AT)
+    better = run & finite & ((relative < reals(Real.BEST)) | (best_at == At.NOWHERE))
+    converged = run & finite & (g_norm <= ws.atol + ws.rtol * f_norm)
+    better |= converged
+    spill = run & ~better & (best_at == At.PREVIOUS)
+    _scatter(ws, ws.saved, r.gather(ws.x[1 - ws.cur]), spill)
+    best_at.copy_(torch.where(better, At.CURRENT, torch.where(spill, At.SAVED, best_at)))
+    ints(Int.BEST_STEP).copy_(torch.where(better, steps, ints(Int.BEST_STEP)))
+    reals(Real.BEST).copy_(torch.where(better, relative, reals(Real.BEST)))
+
+    last = run & (steps == ws.max_iter) if ws.max_iter else torch.zeros_like(run)
+    status = torch.where(run & ~finite, Status.NON_FINITE, ints(Int.STATUS))
+    status = torch.where(converged, Status.CONVERGED, status)
+    status = torch.where(last & finite & ~converged, Status.MAX_ITER, status)
+    ints(Int.STATUS).copy_(status)
+
+    going = run & (status == Status.RUNNING)
+    stopped = run & ~going
+    current, saved = r.x, r.gather(ws.saved)
+    use_saved = (best_at == At.SAVED) & (ws.keep_best | ~finite)
+    answer = torch.where(use_saved[:, None], saved, current)
+    for buffer in ws.x:
+        _scatter(ws, buffer, answer, stopped)
+
+    unit = reals(Real.UNIT)
+    rms = torch.maximum(g_norm, f_norm) / math.sqrt(ws.layout.N)
+    scaled = rms * unit.double()
+    reset = going & (rms > 0) & ~((scaled >= 1 / UNIT_RANGE) & (scaled <= UNIT_RANGE))
+    new_unit = torch.exp2(1.0 - torch.frexp(rms).exponent.double()).to(r.acc)
+    ints(Int.RESCALES).add_((reset & (unit > 0)).int())
+    unit.copy_(torch.where(reset, new_unit, torch.where(going & (unit == 0), 1.0, unit)))
+    reals(Real.NORM).copy_(torch.where(run, g_norm.to(r.acc), reals(Real.NORM)))
+    return going, reset
+
+
+def _finish(ws: Workspace, x_new: Tensor, picard: Tensor, going: Tensor) -> Tensor:
+    """Write the next iterate; a row that is not finite takes the Picard step. Returns the rows that did."""
+    finite = _scatter(ws, ws.x[1 - ws.cur], x_new, going)
+    failed = going & ~finite
+    _scatter(ws, ws.x[1 - ws.cur], picard, failed)
+    best_at = ws.int_row(Int.BEST_AT)
+    best_at.copy_(torch.where(going & (best_at == At.CURRENT), At.PREVIOUS, best_at))
+    return failed
+
+
+def _block_bounds(ws: Workspace) -> list[tuple[int, int]]:
+    bounds, start = [], 0
+    for leaf in ws.layout.leaves:
+        bounds += [(start + i, min(start + i + BLOCK, start + leaf.n)) for i in range(0, leaf.n, BLOCK)]
+        start += leaf.n
+    return bounds
+
+
+def encode(ws: AndersonWorkspace, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Round (B, N) to the history dtype; returns the codes and the (B, blocks) power-of-two scales."""
+    dtype = ws.history.dtype
+    if dtype not in SCALED_DTYPES:
+        return column.to(dtype), ws.scales.new_empty(column.shape[0], 0)
+    codes = torch.empty(column.shape, dtype=dtype, device=column.device)
+    scales = []
+    for a, b in _block_bounds(ws):
+        part = column[:, a:b].double()
+        exponent = torch.frexp(part.abs().amax(dim=1)).exponent.double()
+        scale = torch.exp2(exponent - 7 if dtype == torch.int8 else exponent)
+        part = part / scale[:, None]
+        codes[:, a:b] = (part.round().clamp(-127, 127) if dtype == torch.int8 else part).to(dtype)
+        scales.append(scale.float())
+    return codes, torch.stack(scales, dim=1)
+
+
+def decode(ws: AndersonWorkspace, which: int) -> Tensor:
+    """(B, m, N) columns in the accumulation dtype, as stored (rounded)."""
+    columns = ws.history[which].to(ws.layout.acc)
+    if ws.history.dtype in SCALED_DTYPES:
+        for i, (a, b) in enumerate(_block_bounds(ws)):
+            columns[..., a:b] *= ws.scales[which][..., i, None].to(columns.dtype)
+    return columns
+
+
+def anderson_step(
+    ws: AndersonWorkspace,
+    f: list[Tensor],
+    f_prev: list[Tensor] | None,
+    f_rows: Tensor | None = None,
+    f_prev_rows: Tensor | None = None,
+) -> int:
+    """One Anderson update; returns how many samples are still running.
+
+    ``f_prev`` is f at the previous iterate, None when there is none. ``f_rows`` maps samples to rows of ``f`` when
+    converged samples have been dropped from it (-1: dropped).
+    """
+    r = _Rows(ws, f, f_rows)
+    B, m = ws.layout.B, ws.m
+    ints, reals = ws.int_row, ws.real_row
+    last_norm = reals(Real.NORM).clone()
+    going, reset = _measure(ws, r)
+    if m == 0:
+        _finish(ws, r.x + ws.mixing * r.g if ws.mixing != 1 else r.f, r.f, going)
+        return int((ints(Int.STATUS) == Status.RUNNING).sum())
+
+    unit = reals(Real.UNIT)[:, None]
+    q, w = untile(ws.norms, B).unbind(1)
+    ages = untile(ws.ages, B)
+    steps, slot = ints(Int.STEPS), ints(Int.SLOT).long()
+    q = torch.where(reset[:, None], 0, q)
+    index = torch.arange(B, device=q.device)
+    is_new = torch.zeros(B, m, dtype=torch.bool, device=q.device)
+    g = r.g * unit
+    if f_prev is not None:
+        x_prev = r.gather(ws.x[1 - ws.cur])
+        d_f = (r.f - r.gather(f_prev, f_prev_rows)) * unit
+        d_g = d_f - (r.x - x_prev) * unit
+        adding = going & ~reset
+        where = index[adding]
+        for which, column in enumerate((d_f, d_g)):
+            codes, scales = encode(ws, column)
+            ws.history[which, where, slot[where]] = codes[adding]
+            ws.scales[which, where, slot[where]] = scales[adding]
+        is_new[where, slot[where]] = True
+    columns_f, columns_g = decode(ws, 0), decode(ws, 1)
+    valid = (q > 0) | is_new
+    columns_f = torch.where(valid[..., None], columns_f, 0)
+    columns_g = torch.where(valid[..., None], columns_g, 0)
+    if ws.test_space == 0:
+        test = -columns_g
+        grew = going & (steps > 1) & ~reset & (reals(Real.NORM) > GROWTH_LIMIT * last_norm)
+        ints(Int.GROWTH_RESTARTS).add_(grew.int())
+        valid &= ~grew[:, None] | is_new
+    else:
+        test = columns_f - ws.test_space * columns_g
+
+    old_gram, old_matrix = untile(ws.gram, B), untile(ws.matrix, B)
+    old_gram = old_gram.tril() + old_gram.tril(-1).mT
+    new_g = (columns_g * is_new[..., None]).sum(1)
+    new_w = (test * is_new[..., None]).sum(1)
+    new_q_norm = new_g.norm(dim=1)
+    new_w_norm = new_w.norm(dim=1)
+    q = torch.where(is_new, new_q_norm[:, None], q)
+    w = torch.where(is_new, new_w_norm[:, None], w)
+    usable = (q > 0) & (w > 0) & torch.isfinite(q) & torch.isfinite(w)
+    q = torch.where(valid & usable, q, 0)
+    valid = q > 0
+    safe_q, safe_w = torch.where(valid, q, 1), torch.where(valid, w, 1)
+    gram_row = torch.einsum("bn,bmn->bm", new_g, columns_g) / (new_q_norm[:, None] * safe_q)
+    row = torch.einsum("bn,bmn->bm", new_w, columns_g) / (new_w_norm[:, None] * safe_q)
+    col = torch.einsum("bn,bmn->bm", new_g, test) / (new_q_norm[:, None] * safe_w)
+    new_row, new_col = is_new[:, :, None], is_new[:, None, :]
+    gram = torch.where(new_row, gram_row[:, None, :], torch.where(new_col, gram_row[:, :, None], old_gram))
+    matrix = torch.where(new_row, row[:, None, :], torch.where(new_col, col[:, :, None], old_matrix))
+    both = valid[:, :, None] & valid[:, None, :]
+    eye = torch.eye(m, dtype=r.acc, device=q.device)
+    gram = torch.where(both, gram, eye)
+    rhs = torch.where(valid, -torch.einsum("bmn,bn->bm", test, g) / safe_w, 0)
+    ages = torch.where(is_new, steps[:, None], ages)
+
+    if ws.test_space == 0:
+        factor, info = torch.linalg.cholesky_ex(gram + ws.ridge * eye)
+        y = torch.cholesky_solve(rhs[..., None], factor)[..., 0]
+        solved = (info == 0) & torch.isfinite(y).all(1)
+    else:
+        matrix = torch.where(both, -matrix, eye)
+        y, info = torch.linalg.solve_ex(torch.where(both, matrix + ws.ridge * eye, eye), rhs)
+        matrix = -matrix
+        solved = (info == 0) & torch.isfinite(y).all(1)
+    failed = going & ~solved
+    ints(Int.SOLVE_FALLBACKS).add_(failed.int())
+    y = torch.where(failed[:, None], 0, y)
+    gamma = torch.where(valid, y / safe_q, 0)
+
+    weighted = columns_f if ws.mixing == 1 else columns_f - (1 - ws.mixing) * columns_g
+    base = r.f if ws.mixing == 1 else r.x + ws.mixing * r.g
+    x_new = base - torch.einsum("bm,bmn->bn", gamma, weighted) / torch.where(unit > 0, unit, 1)
+    overflowed = _finish(ws, x_new, r.f, going)
+    ints(Int.STEP_FALLBACKS).add_(overflowed.int())
+    q = torch.where((failed | overflowed)[:, None], 0, q)
+
+    _write(ws.norms, torch.stack([q, w], dim=1), going, ws.tiles)
+    _write(ws.weights, y, going, ws.tiles)
+    _write(ws.ages, ages, going, ws.tiles)
+    _write(ws.gram, gram, going, ws.tiles)
+    _write(ws.matrix, matrix, going, ws.tiles)
+    _choose_slot(ws, q > 0, gram, y, ages, going)
+    return int((ints(Int.STATUS) == Status.RUNNING).sum())
+
+
+def _write(target: Tensor, value: Tensor, where: Tensor, tiles: int) -> None:
+    B = where.shape[0]
+    mask = where.view(B, *([1] * (value.dim() - 1)))
+    target.copy_(tile(torch.where(mask, value, untile(target, B)), tiles))
+
+
+def _choose_slot(
+    ws: AndersonWorkspace, used: Tensor, gram: Tensor, y: Tensor, ages: Tensor, going: Tensor
+) -> None:
+    """The slot of the next column: an empty one, else the least useful or the oldest."""
+    m = ws.m
+    full = used.all(1)
+    if ws.evict_least_useful and m > 3:
+        eye = torch.eye(m, dtype=gram.dtype, device=gram.device)
+        inverse = torch.linalg.inv_ex(gram + ws.ridge * eye).inverse
+        loss = y.square() / inverse.diagonal(dim1=1, dim2=2)
+        newest = ages.argsort(dim=1, descending=True)[:, : max(2, m // 3)]
+        victim = loss.scatter(1, newest, math.inf).argmin(dim=1)
+    else:
+        victim = ages.argmin(dim=1)
+    slot = torch.where(full, victim, (~used).int().argmax(dim=1))
+    row = ws.int_row
+    row(Int.EVICTIONS).add_((going & full).int())
+    row(Int.COUNT).copy_(torch.where(going, used.sum(1), row(Int.COUNT)))
+    row(Int.SLOT).copy_(torch.where(going, slot, row(Int.SLOT)))
+
+
+def broyden_step(
+    ws: BroydenWorkspace, f: list[Tensor], f_rows: Tensor | None = None
+) -> int:
+    """One "good" Broyden update with one history vector a step; returns how many samples are still running."""
+    r = _Rows(ws, f, f_rows)
+    B = ws.layout.B
+    ints, reals = ws.int_row, ws.real_row
+    going, reset = _measure(ws, r)
+    unit = reals(Real.UNIT)[:, None]
+    g = r.g * unit
+    scale = reals(Real.SCALE)
+    count = torch.where(reset, 0, ints(Int.COUNT)).long()
+    scale_now = torch.where(scale > 0, scale, 1)
+    if ws.scale_first:
+        first = going & (count == 1) & (scale == 0)
+        s = torch.where(first[:, None], ws.history[:, 0], 0)
+        s_norm = torch.where(first, ws.norms[:, 0], 1)
+        s_dot_g = (s * g).sum(1)
+        y_norm = s_norm - 2 * s_dot_g + g.square().sum(1)
+        measured = ((s_norm - s_dot_g) / y_norm).clamp(0.2, 5.0)
+        measured = torch.where(torch.isfinite(measured), measured, 1)
+        scale.copy_(torch.where(first, measured, scale))
+        scale_now = torch.where(first, measured, scale_now)
+        count = torch.where(first, 0, count)
+    full = going & (count == ws.memory)
+    ints(Int.FULL_RESTARTS).add_(full.int())
+    count = torch.where(full, 0, count)
+
+    plain = scale_now[:, None] * g
+    z = plain.clone()
+    denominator = torch.ones_like(scale)
+    for j in range(int(count.max()) if B else 0):
+        s_j = torch.where((j < count)[:, None], ws.history[:, j], 0)
+        ratio = (s_j * z).sum(1) / torch.where(j < count, ws.norms[:, j], 1)
+        last = j + 1 == count
+        denominator = torch.where(last, 1 - ratio, denominator)
+        if j + 1 < ws.memory:
+            s_next = torch.where((j + 1 < count)[:, None], ws.history[:, j + 1], 0)
+            z = z + ratio[:, None] * s_next
+    step = z / denominator[:, None]
+    bad = going & ~((denominator.abs() >= MIN_DENOMINATOR) & torch.isfinite(step).all(1))
+    ints(Int.DENOMINATOR_RESTARTS).add_(bad.int())
+    count = torch.where(bad, 0, count)
+    step = torch.where(bad[:, None], plain, step)
+
+    overflowed = _finish(ws, r.x + step / torch.where(unit > 0, unit, 1), r.f, going)
+    ints(Int.STEP_FALLBACKS).add_(overflowed.int())
+    keep = going & ~overflowed
+    where = torch.arange(B, device=g.device)[keep]
+    ws.history[where, count[keep]] = step[keep]
+    norms = step.square().sum(1)
+    ws.norms[where, count[keep]] = norms[keep]
+    if ws.gram.shape[1]:
+        products = torch.einsum("bmn,bn->bm", torch.where(torch.isfinite(ws.history), ws.history, 0), step)
+        ws.gram[where, count[keep]] = products[keep]
+    new_count = torch.where(overflowed, 0, count + 1).int()
+    ints(Int.COUNT).copy_(torch.where(going, new_count, ints(Int.COUNT)))
+    return int((ints(Int.STATUS) == Status.RUNNING).sum())

@@ -1,0 +1,111 @@
+"""What a solve returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .status import Status
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+GROWTH_IS_DIVERGENCE = 10.0
+STALL_FRACTION = 3  # the best residual has not improved during the last third of the evaluations ...
+STALL_MIN_STEPS = 10  # ... and those are at least this many
+
+
+@dataclass
+class Solution:
+    """Outcome of ``fixed_point`` or ``root`` for a batch of B samples.
+
+    Attributes:
+        z: the answer, structured like z0; with gradients on, attached to the graph.
+        converged: (B,) bool.
+        steps: (B,) int32, evaluations of f a sample used, the converging one included.
+        residual: (B,) relative residual ||f(z) - z|| / ||f(z)|| of exactly this z (of the equilibrium the phantom
+            steps start from, where the gradient is ``Phantom`` or ``OneStep``).
+        nfe: evaluations of f by the solver.
+        status: (B,) int32 of ``dq.Status``.
+        trace: (nfe, B) relative residuals if asked for, NaN once a sample has stopped; else None.
+        events: fallbacks and restarts by cause, (B,) int32 each.
+        backend: the backend that ran the updates.
+    """
+
+    z: Any
+    converged: Tensor
+    steps: Tensor
+    residual: Tensor
+    nfe: int
+    status: Tensor
+    trace: Tensor | None
+    events: dict[str, Tensor]
+    backend: str
+
+    def summary(self) -> str:
+        """One line: how many samples ended how, and the evaluations they took."""
+        counts = torch.bincount(self.status.long().cpu(), minlength=len(Status)).tolist()
+        parts = [f"{n} {Status(i).name.lower()}" for i, n in enumerate(counts) if n]
+        worst = float(self.residual.max()) if self.residual.numel() else 0.0
+        return f"{', '.join(parts) or 'no samples'}; {self.nfe} evaluations, largest residual {worst:.2e}"
+
+    def plot(self, ax: Axes | None = None, label: str = "median") -> Axes:
+        """Residual against evaluations: the median over samples, and the band from the 10th to the 90th percentile.
+
+        Args:
+            ax: matplotlib axes to draw on; a new figure when None.
+            label: name of the median line in the legend.
+
+        Raises:
+            ValueError: the solve did not record a trace.
+            ImportError: matplotlib is not installed.
+        """
+        if self.trace is None:
+            raise ValueError("there is no trace to plot: solve with trace=True")
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError as error:
+            raise ImportError("Solution.plot needs matplotlib: pip install 'deqfast[plot]'") from error
+        if ax is None:
+            _, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+        # A stopped sample keeps its last residual, so that late quantiles do not describe the slow samples alone.
+        filled = _forward_fill(self.trace.detach().cpu().double())
+        low, middle, high = torch.quantile(filled, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), dim=1).numpy()
+        evaluations = range(1, self.nfe + 1)
+        (line,) = ax.semilogy(evaluations, middle, label=label)
+        ax.fill_between(evaluations, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+        ax.set_xlabel("evaluations of f")
+        ax.set_ylabel("relative residual")
+        ax.legend(frameon=False)
+        return ax
+
+
+class ConvergenceError(RuntimeError):
+    """Some samples did not converge and ``throw=True`` was asked for; ``solution`` holds the whole result."""
+
+    def __init__(self, solution: Solution) -> None:
+        super().__init__(f"the solve did not converge: {solution.summary()}")
+        self.solution = solution
+
+    def __reduce__(self) -> Any:
+        return ConvergenceError, (self.solution,)
+
+
+def label(status: Tensor, residual: Tensor, first: Tensor, best_step: Tensor, steps: Tensor) -> Tensor:
+    """MAX_ITER refined: DIVERGED where the newest residual is far above the first, STALLED where nothing improves."""
+    out = status == Status.MAX_ITER
+    diverged = out & (residual > GROWTH_IS_DIVERGENCE * first)
+    idle = steps - best_step
+    stalled = out & ~diverged & (idle >= STALL_MIN_STEPS) & (idle * STALL_FRACTION >= steps)
+    status = torch.where(diverged, Status.DIVERGED, status)
+    return torch.where(stalled, Status.STALLED, status).to(torch.int32)
+
+
+def _forward_fill(trace: Tensor) -> Tensor:
+    rows = [trace[0]]
+    for row in trace[1:]:
+        rows.append(torch.where(torch.isnan(row), rows[-1], row))
+    return torch.stack(rows)

@@ -1,0 +1,214 @@
+"""``fixed_point`` and ``root``: the loop, written once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .anderson import Anderson
+from .broyden import Broyden
+from .compaction import Compactor
+from .implicit import Gradient, Problem, choose_gradient
+from .ops.layout import Layout
+from .ops.workspace import Int, Real
+from .picard import Picard
+from .solution import ConvergenceError, Solution, label
+from .state import Solver, SolverState, check_stopping
+from .status import Status
+
+SOLVERS: dict[str, Callable[[], Solver]] = {"anderson": Anderson, "broyden": Broyden, "picard": Picard}
+EVENTS = {
+    "solve_fallbacks": Int.SOLVE_FALLBACKS,
+    "step_fallbacks": Int.STEP_FALLBACKS,
+    "growth_restarts": Int.GROWTH_RESTARTS,
+    "rescales": Int.RESCALES,
+    "evictions": Int.EVICTIONS,
+    "full_restarts": Int.FULL_RESTARTS,
+    "denominator_restarts": Int.DENOMINATOR_RESTARTS,
+}
+
+
+def fixed_point(
+    f: Callable[..., Any],
+    z0: Any,
+    args: tuple[Any, ...] = (),
+    *,
+    solver: str | Solver = "anderson",
+    rtol: float | None = None,
+    atol: float = 0.0,
+    max_iter: int = 100,
+    backward: Gradient | str | None = None,
+    returns: str = "best",
+    compact: Any = False,
+    trace: bool = False,
+    callback: Callable[[int, SolverState], bool | None] | None = None,
+    throw: bool = False,
+    backend: str = "auto",
+    progress: bool = False,
+) -> Solution:
+    """Solve z = f(z, *args) for every sample of a batch.
+
+    Args:
+        f: callable (z, *args) -> same structure, shapes and dtypes as z. The z it receives is valid during the call.
+        z0: start: tensor (B, ...) or a tuple, list or dict of tensors that share dim 0. float64, float32, bfloat16,
+            float16 or complex.
+        args: tensors or pytrees handed to f after z. Gradients reach them, and whatever f closes over.
+        solver: "anderson" (default), "broyden", "picard", or an ``Anderson``, ``Broyden`` or ``Picard`` with options.
+        rtol: a sample stops when ||f(z) - z|| <= atol + rtol ||f(z)||. Default by dtype: 1e-8 float64, 1e-4 float32,
+            4e-3 float16, 2e-2 bfloat16.
+        atol: absolute part of the same, default 0. With rtol = atol = 0 exactly max_iter evaluations are made, unless
+            f(z) == z.
+        max_iter: evaluations of f at most, default 100.
+        backward: how gradients are made: ``Implicit()`` (None), ``Phantom``, ``OneStep``, ``Unroll``, or "none".
+        returns: "best" (default), the iterate with the least residual of each sample, or "last".
+        compact: True when f treats samples independently: converged ones are dropped from what f sees, with every
+            tensor in args whose dim 0 is B; or a pytree of bools shaped like args that says which tensors follow.
+        trace: record the (nfe, B) residuals.
+        callback: called after every evaluation as callback(k, state) with a ``SolverState`` to look at; True stops.
+        throw: raise ``ConvergenceError`` unless every sample converged.
+        backend: "auto" (default), "native" or "reference"; ``python -m deqfast.info`` says what is available.
+        progress: show a tqdm bar of evaluations.
+
+    Returns:
+        A ``Solution``. A sample that does not converge is a status, not an error, and never disturbs the others.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came, before any work.
+        ConvergenceError: with ``throw=True``.
+    """
+    chosen = choose_solver(solver)
+    gradient = choose_gradient(backward)
+    _check_options(f, args, max_iter, returns, callback)
+    layout = Layout(z0)
+    rtol, atol, max_iter = check_stopping(rtol, atol, max_iter, layout.dtype)
+    problem = Problem(f, args, layout, chosen, rtol, max_iter, backend)
+    if gradient is not None and torch.is_grad_enabled() and gradient.solves:
+        return gradient.solve(problem, z0, atol=atol)
+    state = SolverState(
+        chosen, z0, rtol=rtol, atol=atol, max_iter=max_iter, keep_best=returns == "best", backend=backend
+    )
+    rows = _iterate(problem, state, compact, trace, callback, progress)
+    solution = conclude(state, returns, rows)
+    if gradient is not None and torch.is_grad_enabled():
+        solution.z = gradient.attach(problem, solution.z)
+    if throw and not bool(solution.converged.all()):
+        raise ConvergenceError(solution)
+    return solution
+
+
+def root(g: Callable[..., Any], z0: Any, args: tuple[Any, ...] = (), **options: Any) -> Solution:
+    """Solve g(z, *args) = 0 as the fixed point of z + g(z, *args).
+
+    Takes every option of ``fixed_point``; stops a sample on ||g(z)|| <= atol + rtol ||z + g(z)||.
+    """
+    if not callable(g):
+        raise TypeError(f"g must be callable, got {type(g).__name__}")
+    return fixed_point(functools.partial(_shifted, g), z0, args, **options)
+
+
+def _shifted(g: Callable[..., Any], z: Any, *args: Any) -> Any:
+    value = g(z, *args)
+    expected, got = pytree.tree_structure(z), pytree.tree_structure(value)
+    if expected != got:
+        raise TypeError(f"g(z) must have the structure of z0, expected {expected}, got {got}")
+    return pytree.tree_map(torch.add, z, value)
+
+
+def choose_solver(solver: str | Solver) -> Solver:
+    """The solver named or given.
+
+    Raises:
+        ValueError, TypeError: neither a known name nor solver options.
+    """
+    if isinstance(solver, str):
+        if solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(map(repr, SOLVERS))}, got {solver!r}")
+        return SOLVERS[solver]()
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver must be a name or an Anderson, Broyden or Picard, got {type(solver).__name__}")
+    return solver
+
+
+def _check_options(f: Any, args: Any, max_iter: Any, returns: str, callback: Any) -> None:
+    if not callable(f):
+        raise TypeError(f"f must be callable, got {type(f).__name__}")
+    if not isinstance(args, tuple):
+        raise TypeError(f"args must be a tuple, got {type(args).__name__}; write args=(x,) for one argument")
+    if max_iter is None:
+        raise TypeError("max_iter must be an int, got None")
+    if returns not in ("best", "last"):
+        raise ValueError(f"returns must be 'best' or 'last', got {returns!r}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable, got {type(callback).__name__}")
+
+
+def _iterate(
+    problem: Problem,
+    state: SolverState,
+    compact: Any,
+    trace: bool,
+    callback: Callable[[int, SolverState], bool | None] | None,
+    progress: bool,
+) -> list[Tensor] | None:
+    """Evaluate and step until every sample has stopped; returns the recorded residuals."""
+    f, args = problem.f, problem.args
+    compactor = Compactor(state, args, compact) if compact is not False else None
+    rows: list[Tensor] | None = [] if trace else None
+    bar = _bar(problem.max_iter) if progress else None
+    try:
+        with problem.solving():
+            while not state.done:
+                if compactor is None:
+                    state.step(f(state.z, *args))
+                else:
+                    z, some = compactor.inputs()
+                    compactor.step(f(z, *some))
+                if rows is not None:
+                    rows.append(torch.where(state.steps == state.nfe, state.residual, float("nan")))
+                if bar is not None:
+                    bar.update()
+                    bar.set_postfix_str(f"{int(state.running.sum())} running", refresh=False)
+                if callback is not None and callback(state.nfe, state):
+                    break
+    finally:
+        if bar is not None:
+            bar.close()
+    return rows
+
+
+def _bar(total: int) -> Any:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm: pip install 'deqfast[progress]'") from error
+    return tqdm(total=total, unit="evaluation", leave=False)
+
+
+def conclude(state: SolverState, returns: str, rows: list[Tensor] | None) -> Solution:
+    """The solution a state has reached."""
+    leaves, residual = state.answer(returns)
+    ws, B = state.ws, state.layout.B
+    steps = state.steps
+    if state.layout.N == 0:
+        status = torch.full((B,), Status.CONVERGED, dtype=torch.int32, device=state.layout.device)
+        residual = torch.zeros_like(residual)
+    else:
+        status = label(state.status, state.residual, ws.real_row(Real.FIRST), ws.int_row(Int.BEST_STEP), steps)
+        status = torch.where(status == Status.RUNNING, Status.STOPPED, status).to(torch.int32)
+    trace = None if rows is None else torch.stack(rows) if rows else residual.new_empty(0, B)
+    return Solution(
+        z=state.layout.unflatten(leaves),
+        converged=status == Status.CONVERGED,
+        steps=steps,
+        residual=residual,
+        nfe=state.nfe,
+        status=status,
+        trace=trace,
+        events={name: ws.int_row(row) for name, row in EVENTS.items()},
+        backend=state.backend,
+    )

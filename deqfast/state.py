@@ -1,0 +1,319 @@
+"""The state of a solve between two evaluations of f, and the checks around one step.
+
+f's output is read where it lies and kept, uncopied, until the next step needs it as the previous value. That is safe
+only while nobody writes to it, so every step looks at storage and version: an output buffer that f uses again, an
+iterate returned as is, or one changed in place is copied from then on.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .ops.layout import Layout
+from .ops.workspace import Int, Real, Workspace
+from .status import Status
+
+DEFAULT_RTOL = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+
+def check_stopping(rtol: float | None, atol: float, max_iter: int | None, dtype: torch.dtype) -> tuple[float, float, int]:
+    """Validated (rtol, atol, max_iter); rtol None becomes the default of the dtype, max_iter None becomes 0."""
+    rtol = DEFAULT_RTOL[dtype] if rtol is None else rtol
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {value}")
+    if max_iter is None:
+        return float(rtol), float(atol), 0
+    if isinstance(max_iter, bool) or not isinstance(max_iter, int):
+        raise TypeError(f"max_iter must be an int, got {type(max_iter).__name__}")
+    if max_iter < 1:
+        raise ValueError(f"max_iter must be at least 1, got {max_iter}")
+    return float(rtol), float(atol), max_iter
+
+
+def _version(t: Tensor) -> int:
+    return -1 if t.is_inference() else t._version
+
+
+def _storages(leaves: list[Tensor]) -> list[int]:
+    return [t.untyped_storage().data_ptr() for t in leaves]
+
+
+class Solver:
+    """Options of a solver: an immutable value, shared freely between solves and threads."""
+
+    @property
+    def uses_previous(self) -> bool:
+        """Whether a step reads f at the previous iterate."""
+        return False
+
+    def workspace(self, layout: Layout, *, rtol: float, atol: float, max_iter: int, keep_best: bool) -> Workspace:
+        """The memory this solver needs for states of ``layout``."""
+        raise NotImplementedError
+
+    def init(
+        self,
+        z0: Any,
+        *,
+        rtol: float | None = None,
+        atol: float = 0.0,
+        max_iter: int | None = None,
+        backend: str = "auto",
+    ) -> SolverState:
+        """A state for a loop of your own, starting at a copy of ``z0``; see ``SolverState``.
+
+        Args:
+            z0: tensor (B, ...) or a tree of tensors that share dim 0.
+            rtol: a sample stops at ||f(z) - z|| <= atol + rtol ||f(z)||. Default by dtype: 1e-8 float64, 1e-4 float32,
+                4e-3 float16, 2e-2 bfloat16.
+            atol: absolute part of the same, default 0.
+            max_iter: evaluations at most; None: no limit.
+            backend: "auto", "native" or "reference".
+        """
+        return SolverState(self, z0, rtol=rtol, atol=atol, max_iter=max_iter, backend=backend)
+
+
+class SolverState:
+    """One solve in progress, for a loop of your own.
+
+    ::
+
+        state = dq.Anderson(m=6).init(z0, rtol=1e-4)
+        while not state.done:
+            state.step(f(state.z))
+
+    Attributes:
+        nfe: evaluations of f that have been fed to ``step``.
+        backend: the backend that runs the updates.
+        layout: structure and sizes of the state.
+    """
+
+    def __init__(
+        self,
+        options: Solver,
+        z0: Any,
+        *,
+        rtol: float | None = None,
+        atol: float = 0.0,
+        max_iter: int | None = None,
+        keep_best: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        self.options = options
+        self.layout = Layout(z0)
+        rtol, atol, limit = check_stopping(rtol, atol, max_iter, self.layout.dtype)
+        self.backend = ops.choose(backend, self.layout.device)
+        self.ws: Workspace = options.workspace(self.layout, rtol=rtol, atol=atol, max_iter=limit, keep_best=keep_best)
+        self.nfe = 0
+        self._uses_previous = options.uses_previous
+        self._running = self.layout.B if self.layout.N else 0
+        self._z0 = [t.detach() for t in torch.utils._pytree.tree_leaves(z0)]
+        for x, t in zip(self.ws.x[0], self._z0, strict=True):
+            x.copy_(t)
+        self._previous: list[Tensor] | None = None  # f at the previous iterate, as the next step will read it
+        self._previous_rows: Tensor | None = None
+        self._origin: list[Tensor] = []  # what f returned last, kept alive so that its address is not reused
+        self._origin_versions: list[int] = []
+        self._copies: tuple[list[Tensor], list[Tensor]] | None = None
+        inference = any(x.is_inference() for x in self.ws.x[0])
+        self._copy_f = inference
+        self._copy_z = inference
+        self._bind()
+
+    def _bind(self) -> None:
+        self._update = ops.bind(self.ws, self.backend)
+        self._x_storages = _storages([*self.ws.x[0], *self.ws.x[1]])
+        self._x_versions = [[_version(t) for t in buffer] for buffer in self.ws.x]
+
+    @property
+    def z(self) -> Any:
+        """The iterate to evaluate f at, structured like z0; valid until the next step."""
+        x = self.ws.x[self.ws.cur]
+        return self.layout.unflatten([t.clone() for t in x] if self._copy_z else x)
+
+    @property
+    def done(self) -> bool:
+        """True when no sample is running any more."""
+        return self._running == 0
+
+    @property
+    def running(self) -> Tensor:
+        """(B,) bool: samples that have not stopped."""
+        return self.ws.int_row(Int.STATUS) == Status.RUNNING
+
+    @property
+    def status(self) -> Tensor:
+        """(B,) int32 of ``Status``."""
+        return self.ws.int_row(Int.STATUS)
+
+    @property
+    def steps(self) -> Tensor:
+        """(B,) int32: evaluations each sample has used."""
+        return self.ws.int_row(Int.STEPS)
+
+    @property
+    def residual(self) -> Tensor:
+        """(B,) relative residual ||f(z) - z|| / ||f(z)|| at each sample's newest evaluation."""
+        return self.ws.real_row(Real.RESIDUAL)
+
+    def step(self, fz: Any, residual: Any = None) -> bool:
+        """Take f at ``z``, move to the next iterate; returns ``done``.
+
+        Args:
+            fz: f(state.z), structured like z0. It is read in place and kept until the next step.
+            residual: a residual of your own, (B, ...), possibly in another space than z. Type II Anderson only.
+
+        Raises:
+            TypeError, ValueError: ``fz`` has another structure, shape, dtype or device; the state is as before.
+        """
+        if residual is not None:
+            raise ValueError("residual: not supported yet")
+        return self.advance(self.layout.flatten(fz, "f(z)"), None)
+
+    def advance(self, leaves: list[Tensor], rows: Tensor | None) -> bool:
+        """``step`` for checked leaves; ``rows`` maps samples to rows of the leaves, -1 for dropped samples."""
+        if self._running == 0:
+            return True
+        ws = self.ws
+        for x, version in zip(ws.x[ws.cur], self._x_versions[ws.cur], strict=True):
+            if _version(x) != version:
+                leaves = self._undo_change_of_z(leaves)
+                break
+        previous = self._previous
+        if self._uses_previous:
+            leaves, previous = self._settle(leaves, previous)
+        self._running = self._update(leaves, previous, rows, self._previous_rows)
+        if self._uses_previous:
+            self._previous, self._previous_rows = leaves, rows
+        ws.cur ^= 1
+        if self.backend != "native":  # torch's own writes count as versions
+            self._x_versions = [[_version(t) for t in buffer] for buffer in ws.x]
+        self.nfe += 1
+        self._z0 = []
+        return self._running == 0
+
+    def _settle(self, leaves: list[Tensor], previous: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor] | None]:
+        """f's output in memory that will still hold it at the next step, and the previous one if it still does."""
+        storages = _storages(leaves)
+        origin, versions = self._origin, self._origin_versions
+        reused = any(s in self._x_storages for s in storages) or any(t.is_inference() for t in leaves)
+        if origin:
+            changed = any(_version(t) != v for t, v in zip(origin, versions, strict=True))
+            seen = not set(storages).isdisjoint(_storages(origin))
+            if (changed or seen) and previous is origin:
+                previous = None  # overwritten while it was held: one column is lost, none is wrong
+            reused = reused or changed or seen
+        self._copy_f = self._copy_f or reused
+        self._origin = leaves
+        self._origin_versions = [_version(t) for t in leaves]
+        if self._copy_f or not origin:
+            if self._copies is None:
+                self._copies = (self.layout.empty(), self.layout.empty())
+            leaves = self._copy_into(self._copies[self.nfe & 1], leaves)
+        return leaves, previous
+
+    def _copy_into(self, buffers: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
+        return [b[: t.shape[0]].copy_(t) for b, t in zip(buffers, leaves, strict=True)]
+
+    def _undo_change_of_z(self, leaves: list[Tensor]) -> list[Tensor]:
+        """f wrote into the iterate it was given: keep its output, restore the iterate, hand out copies from now on."""
+        if not self._z0:
+            raise RuntimeError(
+                f"f changed its input z in place at evaluation {self.nfe + 1}, after it had left it alone before; "
+                "return a new tensor from f, or clone z inside it"
+            )
+        leaves = [t.clone() for t in leaves]
+        for x, t in zip(self.ws.x[self.ws.cur], self._z0, strict=True):
+            x.copy_(t)
+        self._x_versions = [[_version(t) for t in buffer] for buffer in self.ws.x]
+        self._copy_z = True
+        return leaves
+
+    def answer(self, returns: str = "best") -> tuple[list[Tensor], Tensor]:
+        """Leaves of the returned iterate and its (B,) relative residual; samples still running are read, not moved."""
+        ws = self.ws
+        best = self.ws.real_row(Real.BEST)
+        residual = best if returns == "best" else torch.where(
+            self.status == Status.NON_FINITE, best, self.ws.real_row(Real.RESIDUAL)
+        )
+        leaves = ws.x[ws.cur]
+        if self._running and self.nfe:
+            running = self.running
+            from_saved = running & (ws.int_row(Int.BEST_AT) == 3) & (returns == "best")
+            leaves = [
+                _where(from_saved, saved, _where(running, previous, current))
+                for current, previous, saved in zip(leaves, ws.x[1 - ws.cur], ws.saved, strict=True)
+            ]
+        return leaves, residual.clone()
+
+    def evaluated(self) -> Any:
+        """A copy of the iterate at which f was last evaluated, structured like z0."""
+        ws = self.ws
+        return self.layout.unflatten([t.clone() for t in ws.x[1 - ws.cur if self.nfe else ws.cur]])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of everything a later step reads; ``load_state_dict`` of a state of the same shape takes it up."""
+        tensors = {name: t.clone() for name, t in self.ws.tensors().items()}
+        for i, t in enumerate(self._previous or []):
+            tensors[f"previous.{i}"] = t.clone()
+        if self._previous_rows is not None:
+            tensors["previous_rows"] = self._previous_rows.clone()
+        return {"options": self.options, "nfe": self.nfe, "running": self._running, "tensors": tensors}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continue where ``saved`` stopped.
+
+        Raises:
+            ValueError: it was saved by a solver with other options or a state of another shape or dtype.
+        """
+        if saved["options"] != self.options:
+            raise ValueError(f"state_dict was saved by {saved['options']}, this state belongs to {self.options}")
+        tensors, own = saved["tensors"], self.ws.tensors()
+        for name, t in own.items():
+            got = tensors.get(name)
+            if got is None or got.shape != t.shape or got.dtype != t.dtype:
+                what = "nothing" if got is None else f"{tuple(got.shape)} {got.dtype}"
+                raise ValueError(f"state_dict entry {name!r}: expected {tuple(t.shape)} {t.dtype}, got {what}")
+        for name, t in own.items():
+            t.copy_(tensors[name])
+        previous = [tensors[f"previous.{i}"].clone() for i in range(len(self.layout.leaves)) if f"previous.{i}" in tensors]
+        self._previous = previous or None
+        rows = tensors.get("previous_rows")
+        self._previous_rows = None if rows is None else rows.clone()
+        self._origin, self._origin_versions = [], []
+        self._z0 = []
+        self.nfe = saved["nfe"]
+        self._running = saved["running"]
+        self._bind()
+
+    def __reduce__(self) -> Any:
+        settings = {
+            "rtol": self.ws.rtol,
+            "atol": self.ws.atol,
+            "max_iter": self.ws.max_iter or None,
+            "keep_best": self.ws.keep_best,
+            "backend": self.backend,
+        }
+        return _rebuild, (type(self), self.options, self.evaluated(), settings, self.state_dict())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SolverState:
+        function, args = self.__reduce__()
+        return function(*args[:1], copy.deepcopy(args[1], memo), *args[2:])
+
+
+def _rebuild(cls: type[SolverState], options: Any, z: Any, settings: dict[str, Any], saved: dict[str, Any]) -> SolverState:
+    state = cls(options, z, **settings)
+    state.load_state_dict(saved)
+    return state
+
+
+def _where(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(mask.view(-1, *([1] * (a.dim() - 1))), a, b)
