@@ -1,28 +1,166 @@
-"""C++ kernels: CPU tensors here, CUDA tensors once those kernels are built."""
+"""C++ kernels on CPU tensors, called through the extension module ``deqfast._C``.
+
+A plan holds the workspace's addresses for one solve; a step passes only where f's output lies. The module never sees a
+tensor, so one wheel serves every torch version; this file is the only one that calls ``data_ptr``, and always on tensors
+that somebody keeps alive.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
-from .workspace import Workspace
+from .layout import Layout, Leaf
+from .workspace import AndersonWorkspace, BroydenWorkspace, Workspace
 
+_C: Any
+_IMPORT_ERROR = ""
 try:
     from deqfast import _C
-except ImportError as error:  # a pure-Python install, or a build for another Python
+except ImportError as error:  # a pure-Python install, or a module built for another Python
     _C = None
     _IMPORT_ERROR = str(error)
 
+HUGE_PAGE_MIN_BYTES = 8 << 20
+
 
 def why_not(device: torch.device) -> str | None:
-    """Why the native kernels cannot serve ``device``, or None."""
+    """Why the native kernels cannot serve ``device``, or None when they can."""
     if _C is None:
-        return f"deqfast._C is not built ({_IMPORT_ERROR})"
-    if not hasattr(_C, "AndersonPlan"):
-        return "no kernels yet"
+        return f"the extension module deqfast._C is not built ({_IMPORT_ERROR})"
     if device.type != "cpu":
-        return f"no native kernels for device type {device.type!r}"
+        return f"deqfast._C has no kernels for device type {device.type!r}"
     return None
 
 
-def bind(ws: Workspace):
-    raise NotImplementedError
+def bind(ws: Workspace) -> Callable[[list[Tensor], list[Tensor] | None, Tensor | None, Tensor | None], int]:
+    """The update of this workspace's solver; the closure keeps the workspace alive for the plan."""
+    plan = _plan(ws)
+    layout = ws.layout
+    leaf = layout.leaves[0]
+    simple = len(layout.leaves) == 1 and not leaf.complex and leaf.order == tuple(range(len(leaf.shape)))
+    dtype, step_dense = leaf.dtype, plan.step_dense
+
+    def update(
+        f: list[Tensor], f_prev: list[Tensor] | None, f_rows: Tensor | None, f_prev_rows: Tensor | None
+    ) -> int:
+        if simple and f_rows is None and f_prev_rows is None:
+            t = f[0]
+            previous = None if f_prev is None else f_prev[0]
+            if t.dtype is dtype and t.is_contiguous():
+                if previous is None:
+                    return step_dense(ws.cur, t.data_ptr(), 0)
+                if previous.dtype is dtype and previous.is_contiguous():
+                    return step_dense(ws.cur, t.data_ptr(), previous.data_ptr())
+        return _general_step(plan, ws, f, f_prev, f_rows, f_prev_rows)
+
+    return update
+
+
+def _general_step(
+    plan: Any,
+    ws: Workspace,
+    f: list[Tensor],
+    f_prev: list[Tensor] | None,
+    f_rows: Tensor | None,
+    f_prev_rows: Tensor | None,
+) -> int:
+    alive = []
+    for which, leaves in enumerate((f, f_prev or [])):
+        for i, t in enumerate(leaves):
+            view = _real_view(t, ws.layout.leaves[i])
+            alive.append(view)
+            sizes, strides = _coalesce(view.shape[1:], view.stride()[1:])
+            dense = len(sizes) == 0 or (len(sizes) == 1 and strides[0] == 1)
+            plan.source(i, which, view.data_ptr(), _code(view.dtype), view.stride(0), dense, sizes, strides)
+    rows = 0 if f_rows is None else f_rows.data_ptr()
+    previous_rows = 0 if f_prev_rows is None else f_prev_rows.data_ptr()
+    return plan.step(ws.cur, f_prev is not None, rows, previous_rows, _C.STEP)
+
+
+def _real_view(t: Tensor, leaf: Leaf) -> Tensor:
+    """``t`` with its inner dimensions in the leaf's memory order, complex numbers as pairs."""
+    t = t.permute(leaf.order)
+    return torch.view_as_real(t.resolve_conj()) if leaf.complex else t.resolve_neg()
+
+
+def _coalesce(shape: Any, stride: Any) -> tuple[list[int], list[int]]:
+    """Merge neighbouring dimensions that one stride walks through."""
+    sizes: list[int] = []
+    strides: list[int] = []
+    for n, step in zip(shape, stride, strict=True):
+        if n == 1:
+            continue
+        if sizes and strides[-1] == n * step:
+            sizes[-1] *= n
+            strides[-1] = step
+        else:
+            sizes.append(n)
+            strides.append(step)
+    return sizes, strides
+
+
+def _code(dtype: torch.dtype) -> Any:
+    return {
+        torch.float64: _C.DType.f64,
+        torch.float32: _C.DType.f32,
+        torch.bfloat16: _C.DType.bf16,
+        torch.float16: _C.DType.f16,
+        torch.int8: _C.DType.i8,
+    }[dtype]
+
+
+def _plan(ws: Workspace) -> Any:
+    layout = ws.layout
+    plan = _C.AndersonPlan() if isinstance(ws, AndersonWorkspace) else _C.BroydenPlan()
+    plan.bind(
+        B=layout.B,
+        dtype=_code(layout.dtype),
+        leaves=_leaves(ws, layout),
+        ints=ws.ints.data_ptr(),
+        reals=ws.reals.data_ptr(),
+        padded=ws.ints.shape[1],
+        rtol=ws.rtol,
+        atol=ws.atol,
+        max_iter=ws.max_iter,
+        keep_best=ws.keep_best,
+        threads=torch.get_num_threads(),
+    )
+    if isinstance(ws, AndersonWorkspace):
+        _advise(ws.history)
+        plan.method(
+            ws.m,
+            ws.test_space,
+            ws.mixing,
+            ws.ridge,
+            ws.evict_least_useful,
+            _code(ws.history.dtype),
+            ws.history.data_ptr(),
+            ws.scales.data_ptr(),
+            ws.matrix.data_ptr(),
+            ws.gram.data_ptr(),
+            ws.norms.data_ptr(),
+            ws.weights.data_ptr(),
+            ws.ages.data_ptr(),
+        )
+    else:
+        assert isinstance(ws, BroydenWorkspace)
+        _advise(ws.history)
+        plan.method(ws.memory, ws.scale_first, ws.history.data_ptr(), ws.norms.data_ptr(), ws.gram.data_ptr())
+    return plan
+
+
+def _leaves(ws: Workspace, layout: Layout) -> list[tuple[int, int, int, int]]:
+    return [
+        (leaf.n, x.data_ptr(), y.data_ptr(), saved.data_ptr())
+        for leaf, x, y, saved in zip(layout.leaves, ws.x[0], ws.x[1], ws.saved, strict=True)
+    ]
+
+
+def _advise(t: Tensor) -> None:
+    size = t.numel() * t.element_size()
+    if size >= HUGE_PAGE_MIN_BYTES:
+        _C.advise_huge_pages(t.data_ptr(), size)

@@ -108,7 +108,8 @@ def _measure(ws: Workspace, r: _Rows) -> tuple[Tensor, Tensor]:
     rms = torch.maximum(g_norm, f_norm) / math.sqrt(ws.layout.N)
     scaled = rms * unit.double()
     reset = going & (rms > 0) & ~((scaled >= 1 / UNIT_RANGE) & (scaled <= UNIT_RANGE))
-    new_unit = torch.exp2(1.0 - torch.frexp(rms).exponent.double()).to(r.acc)
+    limit = 120 if r.acc == torch.float32 else 1000  # a unit, and its inverse, must be normal numbers
+    new_unit = torch.exp2(1.0 - torch.frexp(rms).exponent.clamp(-limit, limit).double()).to(r.acc)
     ints(Int.RESCALES).add_((reset & (unit > 0)).int())
     unit.copy_(torch.where(reset, new_unit, torch.where(going & (unit == 0), 1.0, unit)))
     reals(Real.NORM).copy_(torch.where(run, g_norm.to(r.acc), reals(Real.NORM)))

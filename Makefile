@@ -1,0 +1,117 @@
+# A fresh clone needs nothing first: every target makes .venv itself, once.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+# The oldest torch that is supported; an environment of its own, see test-min-torch.
+TORCH_MIN ?= torch==2.9.0
+VENV ?= .venv
+VENV_MIN ?= .venv-min
+PYTEST_ARGS ?=
+SANITIZE_TESTS ?= tests -k native
+AARCH64_CXX ?= aarch64-linux-gnu-g++
+
+BIN := $(VENV)/bin
+SITE := build/sanitize/site
+PIP_INSTALL = -m pip --disable-pip-version-check install --quiet
+BUILD_DEPS := "scikit-build-core[setuptools]>=1.0,<2" "setuptools>=77" "pybind11>=2.13,<4" cmake ninja
+CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+# Two makes may run at once: the second waits for the first one's build.
+FLOCK := $(shell command -v flock)
+LOCK = $(if $(FLOCK),$(FLOCK) $(1))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv build inplace demo test lint test-min-torch bench bench-report sanitize check-aarch64 format clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-16s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# torch comes first, so that nothing that follows picks another one.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP_INSTALL) "$(TORCH)" numpy
+	touch $@
+
+# The install is of the Python files only; `build` compiles, incrementally.
+$(VENV)/.deps: $(VENV)/.torch pyproject.toml setup.py
+	$(BIN)/python $(PIP_INSTALL) $(BUILD_DEPS)
+	DEQFAST_SKIP_BUILD=1 $(BIN)/python $(PIP_INSTALL) --no-build-isolation --check-build-dependencies -e ".[test,bench]"
+	touch $@
+
+venv: $(VENV)/.deps ## Make .venv with torch, the tools and the package (editable)
+
+build: venv ## Compile what changed and put the module into deqfast/
+	@mkdir -p build/dev
+	@test -f build/dev/build.ninja || $(BIN)/cmake -S . -B build/dev -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DDEQFAST_WERROR=ON
+	$(call LOCK,build/dev/.lock) $(BIN)/cmake --build build/dev
+
+inplace: ## Use the tree without pip: PYTHON's torch is enough, kernels/ is linked into deqfast/
+	cmake -S . -B build/inplace -G Ninja -DPython_EXECUTABLE="$$(command -v $(PYTHON))"
+	cmake --build build/inplace
+	ln -sfn ../kernels deqfast/kernels
+
+demo: build ## Classify digits with an equilibrium network; plots go to out/
+	@mkdir -p out
+	$(BIN)/python examples/digits.py --out out
+
+lint: venv ## Formats, style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/mypy deqfast
+
+test: lint build ## Lint, then run the tests with coverage
+	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+
+# Plain torch 2.9.0 drags in CUDA libraries: 3 GB to download, 7 GB on disk. It does not import without them, so they are
+# not left out, and this is not part of `test`.
+$(VENV_MIN)/.deps: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV_MIN)
+	$(VENV_MIN)/bin/python $(PIP_INSTALL) "$(TORCH_MIN)" numpy
+	$(VENV_MIN)/bin/python $(PIP_INSTALL) $(BUILD_DEPS)
+	DEQFAST_SKIP_BUILD=1 $(VENV_MIN)/bin/python $(PIP_INSTALL) --no-build-isolation -e ".[test]"
+	touch $@
+
+test-min-torch: build $(VENV_MIN)/.deps ## Run the tests on the oldest supported torch (downloads 3 GB)
+	$(VENV_MIN)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+bench: build ## Run the benchmarks; results go to bench/results/
+	@mkdir -p bench/results
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/$$(date +%Y-%m-%d)-cpu.json $(PYTEST_ARGS)
+
+bench-report: venv ## Write the tables of the documentation from bench/results/
+	$(BIN)/python -m bench.report
+
+# The instrumented module goes into a copy of the package, so the one in deqfast/ stays as it is. libstdc++ is preloaded
+# because AddressSanitizer looks for __cxa_throw at start; leaks are not looked for, the interpreter has its own; pytest
+# leaves stderr alone, or a report would die with the process.
+sanitize: venv ## Run the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@test -f build/sanitize/build.ninja || $(BIN)/cmake -S . -B build/sanitize -G Ninja \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" -DDEQFAST_SANITIZE=ON -DDEQFAST_INPLACE=OFF
+	$(BIN)/cmake --build build/sanitize
+	rm -rf $(SITE)
+	mkdir -p $(SITE)
+	cp -R deqfast $(SITE)/deqfast
+	rm -rf $(SITE)/deqfast/_C.* $(SITE)/deqfast/kernels
+	cp -R kernels $(SITE)/deqfast/kernels
+	$(BIN)/cmake --install build/sanitize --prefix $(SITE)
+	cxx=$$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' build/sanitize/CMakeCache.txt); \
+	export PYTHONPATH=$(abspath $(SITE)) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
+	export LD_PRELOAD="$$($$cxx -print-file-name=libasan.so) $$($$cxx -print-file-name=libubsan.so) $$($$cxx -print-file-name=libstdc++.so)"; \
+	$(BIN)/pytest -p no:cacheprovider --capture=sys -m "not slow" $(SANITIZE_TESTS)
+
+check-aarch64: ## Compile the CPU kernels for aarch64 (needs a cross compiler)
+	@command -v $(AARCH64_CXX) > /dev/null || { echo "$(AARCH64_CXX) not found; Debian: g++-aarch64-linux-gnu" >&2; exit 1; }
+	for source in csrc/cpu/*.cpp; do \
+	  $(AARCH64_CXX) -std=c++17 -O3 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra -Werror \
+	    -DDEQFAST_ISA=baseline -DDEQFAST_HAS_BASELINE -Icsrc/include -c $$source -o /dev/null || exit 1; \
+	done
+
+format: venv ## Format Python and C++ in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+clean: ## Remove builds and caches; the environments stay
+	rm -rf build dist out deqfast.egg-info deqfast/kernels deqfast/_C.*.so .coverage .mypy_cache .pytest_cache .ruff_cache

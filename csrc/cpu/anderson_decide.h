@@ -1,0 +1,202 @@
+// The small dense part of an Anderson step, for as many samples at once as a register has lanes: enter the new column
+// into the matrices, solve for gamma, choose the slot of the next column.
+#pragma once
+
+#include <cmath>
+
+#include "deqfast/anderson.h"
+#include "deqfast/dense.h"
+#include "simd.h"
+
+namespace deqfast::cpu::DEQFAST_ISA {
+
+constexpr double kGrowthLimit = 1.5;
+
+// The small matrices of up to 16 samples, sample innermost.
+template <class A>
+struct Tile {
+    A *matrix, *gram, *norms, *weights;
+    int32_t* ages;
+};
+
+// What the reduction found for each lane and what was decided.
+template <class A>
+struct Lanes {
+    A going[kTile], slot[kTile], reset[kTile], grew[kTile], steps[kTile];  // slot -1: no new column
+    A next_slot[kTile], count[kTile], full[kTile], failed[kTile];
+};
+
+template <class A>
+inline Vec<A> splat(A value) {
+    return Vec<A>{} + value;
+}
+
+template <class A>
+inline Vec<A> root(Vec<A> v) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4) {
+        const __m512 r = _mm512_sqrt_ps(read<__m512>(&v));
+        return read<Vec<A>>(&r);
+    } else {
+        const __m512d r = _mm512_sqrt_pd(read<__m512d>(&v));
+        return read<Vec<A>>(&r);
+    }
+#elif defined(__AVX2__)
+    if constexpr (sizeof(A) == 4) {
+        const __m256 r = _mm256_sqrt_ps(read<__m256>(&v));
+        return read<Vec<A>>(&r);
+    } else {
+        const __m256d r = _mm256_sqrt_pd(read<__m256d>(&v));
+        return read<Vec<A>>(&r);
+    }
+#else
+    for (int i = 0; i < kLanes<A>; ++i) v[i] = A(std::sqrt(v[i]));
+    return v;
+#endif
+}
+
+// `products` is (products, 16), `gamma` (m, 16); `work` holds anderson_work(m) registers. Handles lanes [lane, lane + L).
+template <class A>
+__attribute__((noinline)) void decide(const AndersonArgs& a, const Tile<A>& t, Lanes<A>& lanes, int lane,
+                                      const A* products, A* gamma, Vec<A>* work) {
+    using V = Vec<A>;
+    const int m = a.m;
+    const bool type2 = a.test_space == 0;
+    const auto get = [&](const A* base, int i) { return read<V>(base + i * kTile + lane); };
+    const auto put = [&](A* base, int i, V v) { write(base + i * kTile + lane, v); };
+    V *e = work, *h = e + m * m, *y = h + m * m, *q = y + m, *rq = q + m, *rw = rq + m, *extra = rw + m;
+
+    const V going_lanes = get(lanes.going, 0), slot = get(lanes.slot, 0), zero = splat<A>(0), one = splat<A>(1);
+    const auto going = going_lanes > zero;
+    const auto reset = get(lanes.reset, 0) > zero;
+    const auto grew = get(lanes.grew, 0) > zero;
+    const auto adding = going & (slot >= zero) & ~reset;
+    const V new_q = root<A>(get(products, kQQ));
+    const V new_w = type2 ? new_q : root<A>(get(products, kWW));
+    const V infinity = splat<A>(A(INFINITY));
+    const auto new_usable = (new_q > zero) & (new_w > zero) & (new_q < infinity) & (new_w < infinity);
+
+    int n = 0;  // columns beyond this are empty in every lane
+    for (int j = 0; j < m; ++j) {
+        const auto is_new = adding & (slot == splat<A>(A(j)));
+        const V old_q = get(t.norms, j), old_w = get(t.norms, m + j);
+        V qj = select(is_new, select(new_usable, new_q, zero), select(reset | grew, zero, old_q));
+        qj = select(going, qj, old_q);
+        const V wj = select(is_new, new_w, old_w);
+        put(t.norms, j, qj);
+        put(t.norms, m + j, wj);
+        q[j] = qj;
+        const auto valid = qj > zero;
+        rq[j] = select(valid, one / qj, zero);
+        rw[j] = select(valid, one / wj, zero);
+        if (any(valid)) n = j + 1;
+    }
+    const auto new_valid = adding & new_usable;
+    const V new_rq = select(new_valid, one / new_q, zero), new_rw = select(new_valid, one / new_w, zero);
+    V *row = extra, *col = row + m, *gram_row = col + m;
+    for (int j = 0; j < n; ++j) {
+        const auto is_new = adding & (slot == splat<A>(A(j)));
+        const V rhs = select(is_new, get(products, type2 ? kVG : kWG), get(products, kHeadProducts + j * kColumnProducts + kRhs));
+        y[j] = select(q[j] > zero, type2 ? rhs * rq[j] : -rhs * rw[j], zero);
+        gram_row[j] = select(is_new, get(products, kQQ), get(products, kHeadProducts + j * kColumnProducts + kGramRow)) * (new_rq * rq[j]);
+        if (type2) continue;
+        const V own = get(products, kWV);
+        row[j] = select(is_new, own, get(products, kHeadProducts + j * kColumnProducts + kRow)) * (new_rw * rq[j]);
+        col[j] = select(is_new, own, get(products, kHeadProducts + j * kColumnProducts + kCol)) * (new_rq * rw[j]);
+    }
+    const V ridge = splat<A>(A(a.ridge));
+    for (int i = 0; i < n; ++i) {
+        const auto new_i = adding & (slot == splat<A>(A(i)));
+        const auto valid_i = q[i] > zero;
+        for (int j = 0; j <= i; ++j) {
+            const auto new_j = adding & (slot == splat<A>(A(j)));
+            V entry = get(t.gram, i * m + j);
+            entry = select(new_i, gram_row[j], select(new_j, gram_row[i], entry));
+            put(t.gram, i * m + j, entry);
+            const V kept = select(valid_i & (q[j] > zero), entry, i == j ? one : zero);
+            h[i * m + j] = i == j ? kept + ridge : kept;
+        }
+        if (type2) continue;
+        for (int j = 0; j < n; ++j) {
+            const auto new_j = adding & (slot == splat<A>(A(j)));
+            V entry = get(t.matrix, i * m + j);
+            entry = select(new_i, row[j], select(new_j, col[i], entry));
+            put(t.matrix, i * m + j, entry);
+            const auto valid = valid_i & (q[j] > zero);
+            e[i * m + j] = select(valid, i == j ? ridge - entry : -entry, i == j ? one : zero);
+        }
+    }
+
+    auto solved = going;
+    bool factored = false;
+    if (type2) {
+        solved &= factor_ldl<LaneOps>(h, n, m);
+        factored = true;
+        solve_ldl<LaneOps>(h, y, n, m);
+    } else {
+        solve_lu<LaneOps>(e, y, n, m);
+    }
+    for (int j = 0; j < n; ++j) solved &= absolute(y[j]) < infinity;
+    const auto failed = going & ~solved;
+    put(lanes.failed, 0, select(failed, one, zero));
+
+    auto has_empty = ~(zero == zero);
+    V next_slot = zero, count = zero;
+    for (int j = m - 1; j >= 0; --j) {
+        if (j < n) {
+            y[j] = select(solved, y[j], zero);
+            const V qj = select(failed, zero, q[j]);
+            put(t.norms, j, qj);
+            q[j] = qj;
+            put(gamma, j, y[j] * rq[j]);
+            put(t.weights, j, select(going, y[j], get(t.weights, j)));
+        } else {
+            put(gamma, j, zero);
+        }
+        const auto empty = ~(q[j] > zero);
+        has_empty |= empty;
+        next_slot = select(empty, splat<A>(A(j)), next_slot);
+        count = select(empty, count, count + one);
+    }
+    V* age = row;
+    const V steps = get(lanes.steps, 0);
+    for (int j = 0; j < m; ++j) {
+        const auto is_new = adding & (slot == splat<A>(A(j)));
+        V value;
+        for (int i = 0; i < kLanes<A>; ++i) value[i] = A(t.ages[j * kTile + lane + i]);
+        age[j] = select(is_new, steps, value);
+        for (int i = 0; i < kLanes<A>; ++i) t.ages[j * kTile + lane + i] = int32_t(age[j][i]);
+    }
+    const auto full = going & ~has_empty;
+    put(lanes.full, 0, select(full, one, zero));
+    put(lanes.count, 0, count);
+    if (any(full)) {
+        V victim = zero;
+        if (a.evict_least_useful && m > 3) {
+            V *diagonal = rw, *scratch = col;
+            if (!factored) factor_ldl<LaneOps>(h, n, m);
+            inverse_diagonal<LaneOps>(h, diagonal, scratch, n, m);
+            const V newest = steps - splat<A>(A(m / 3 > 2 ? m / 3 : 2));
+            V least = infinity;
+            for (int j = 0; j < m; ++j) {
+                const V loss = y[j] * y[j] / diagonal[j];
+                const auto better = (loss < least) & (age[j] <= newest);
+                least = select(better, loss, least);
+                victim = select(better, splat<A>(A(j)), victim);
+            }
+        } else {
+            V oldest = infinity;
+            for (int j = 0; j < m; ++j) {
+                const auto older = age[j] < oldest;
+                oldest = select(older, age[j], oldest);
+                victim = select(older, splat<A>(A(j)), victim);
+            }
+        }
+        next_slot = select(full, victim, next_slot);
+    }
+    put(lanes.next_slot, 0, next_slot);
+}
+
+inline int64_t anderson_work(int m) { return 2 * int64_t(m) * m + 8 * int64_t(m); }
+
+}  // namespace deqfast::cpu::DEQFAST_ISA

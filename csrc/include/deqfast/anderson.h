@@ -1,0 +1,41 @@
+// One Anderson step; the formulas are in deqfast/anderson.py, the oracle is deqfast/ops/reference.py.
+#pragma once
+
+#include "deqfast/args.h"
+
+namespace deqfast {
+
+struct AndersonArgs : SolveArgs {
+    int m = 0;
+    double test_space = 2;  // c in W = dF - c dG: 2 mixed, 1 Type I; 0: Type II, W = -dG
+    double mixing = 1;
+    double ridge = 0;
+    bool evict_least_useful = true;
+    bool has_previous = false;  // f_prev is there: a new column can be made
+    DType history_dtype = DType::bf16;
+    void* history = nullptr;   // (2, B, m, N): dF, dG
+    float* scales = nullptr;   // (2, B, m, blocks), float16 and int8 only
+    int64_t blocks = 0;
+    void* matrix = nullptr;    // (tiles, m, m, 16): W_i . dG_j / (w_i q_j)
+    void* gram = nullptr;      // (tiles, m, m, 16): dG_i . dG_j / (q_i q_j), i >= j
+    void* norms = nullptr;     // (tiles, 2, m, 16): q_j = ||dG_j||, w_j = ||W_j||; q_j = 0: empty column
+    void* weights = nullptr;   // (tiles, m, 16): y of the newest solve
+    int32_t* ages = nullptr;   // (tiles, m, 16)
+};
+
+// Products a sample: norms and products of the new column, then for every column j the four products with it.
+enum AndersonProduct { kFF, kGG, kQQ, kWW, kWG, kVG, kWV, kHeadProducts };
+enum AndersonColumnProduct { kRhs, kRow, kCol, kGramRow, kColumnProducts };  // W_j.g, W_n.dG_j, W_j.dG_n, dG_n.dG_j
+
+inline int64_t anderson_scratch_bytes(int m_columns, int64_t number) {
+    const int64_t m = m_columns, products = kHeadProducts + int64_t(kColumnProducts) * m, registers = 64;
+    const int64_t bytes = 8 * (kBlock + 16) * number                          // blocks
+                          + (products + 2 * m * m + 8 * m) * registers        // sums, small solve
+                          + (products + m + 2 * m * m + 3 * m) * kTile * number  // products, gamma, one tile
+                          + m * kTile * 4 + products * 8 + m * 4;             // ages, sums of a sample, columns
+    return (bytes + 16 * 64 + 63) / 64 * 64;
+}
+
+inline int64_t anderson_products(int m) { return kHeadProducts + int64_t(kColumnProducts) * m; }
+
+}  // namespace deqfast

@@ -1,0 +1,90 @@
+// What every solver's kernels receive: raw pointers and sizes, no tensor library.
+#pragma once
+
+#include <cstdint>
+
+namespace deqfast {
+
+constexpr int kTile = 16;         // samples whose small matrices lie interleaved
+constexpr int kBlock = 1024;      // history numbers that share one scale; also what a kernel handles at a time
+constexpr int kChunk = 8 * 1024;  // numbers whose products are added up in one accumulator
+constexpr int kMaxDims = 16;
+
+enum class DType : int { f64, f32, bf16, f16, i8 };
+
+enum Phase : int { kReduce = 1, kApply = 2, kStep = 3 };
+
+// Values and rows of Workspace.ints and Workspace.reals (deqfast/ops/workspace.py, deqfast/status.py).
+enum Status : int32_t { kRunning, kConverged, kMaxIter, kNonFinite };
+enum At : int32_t { kNowhere, kCurrent, kPrevious, kSaved };
+enum IntRow {
+    kStatus,
+    kSteps,
+    kBestAt,
+    kBestStep,
+    kSlot,
+    kCount,
+    kSolveFallbacks,
+    kStepFallbacks,
+    kGrowthRestarts,
+    kRescales,
+    kEvictions,
+    kFullRestarts,
+    kDenominatorRestarts
+};
+enum RealRow { kResidual, kNorm, kBest, kFirst, kUnit, kScale };
+
+// Where f's output for one leaf lies. Dense: a sample is n consecutive numbers. Else the inner dimensions, outermost
+// first in the leaf's memory order, with their strides.
+struct Source {
+    const void* data = nullptr;
+    DType dtype = DType::f32;
+    int64_t batch_stride = 0;
+    bool dense = true;
+    int ndim = 0;
+    int64_t size[kMaxDims] = {};
+    int64_t stride[kMaxDims] = {};
+};
+
+struct Leaf {
+    int64_t n = 0;       // numbers a sample
+    int64_t offset = 0;  // where the leaf begins in a history row
+    int64_t block = 0;   // index of its first block of scales
+    void* x = nullptr;   // the iterate f was evaluated at, (B, n) dense
+    void* x_prev = nullptr;  // the one before; receives the next
+    void* saved = nullptr;   // an earlier best iterate
+    Source f, f_prev;
+};
+
+struct SolveArgs {
+    int64_t B = 0, N = 0;
+    int n_leaves = 0;
+    Leaf* leaves = nullptr;
+    DType dtype = DType::f32;      // of the state; products are accumulated in float, for f64 in double
+    const int32_t* f_rows = nullptr;       // sample -> row of f, null: the same
+    const int32_t* f_prev_rows = nullptr;  // the same for f_prev
+    int32_t* ints = nullptr;       // (rows, padded)
+    void* reals = nullptr;         // (rows, padded) of the accumulation type
+    int64_t padded = 0;            // B rounded up to tiles
+    double rtol = 0, atol = 0;
+    int max_iter = 0;  // 0: none
+    bool keep_best = true;
+    int threads = 1;
+    char* scratch = nullptr;       // threads * scratch_bytes, 64-byte aligned
+    int64_t scratch_bytes = 0;
+    double* sums = nullptr;        // (B, products a sample), between reduce and apply
+    double* partials = nullptr;    // (B, chunks, products a sample), where a sample is split over threads
+    int64_t chunks = 0;            // chunks a sample
+    int64_t* running = nullptr;    // out: samples still running
+
+    int32_t& at(IntRow row, int64_t b) const { return ints[row * padded + b]; }
+    template <class A>
+    A& at(RealRow row, int64_t b) const {
+        return static_cast<A*>(reals)[row * padded + b];
+    }
+};
+
+inline int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
+inline int64_t chunks_of(int64_t n) { return (n + kChunk - 1) / kChunk; }
+
+}  // namespace deqfast

@@ -1,0 +1,29 @@
+// Which build of the CPU kernels runs on this processor.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace deqfast {
+
+struct AndersonArgs;  // anderson.h
+struct BroydenArgs;   // broyden.h
+
+namespace cpu {
+
+// The kernels of one instruction set. `phase` says which half of a step to run; see the args' headers.
+struct KernelTable {
+    const char* name;
+    void (*anderson_step)(const AndersonArgs& args, int phase);
+    void (*broyden_step)(const BroydenArgs& args, int phase);
+};
+
+// The kernels of the best instruction set that was built and that this processor has, or of the one that
+// DEQFAST_CPU_ISA names. Chosen at the first call; std::invalid_argument if DEQFAST_CPU_ISA names none that can run.
+const KernelTable& kernels();
+
+// Names of the instruction sets in this build, fastest first.
+std::vector<std::string> isas_built();
+
+}  // namespace cpu
+}  // namespace deqfast

@@ -1,0 +1,91 @@
+// What both solvers do with a new evaluation before they use it: best iterate, stopping, unit. One sample at a time, in
+// double, the same on every device.
+#pragma once
+
+#include <cmath>
+
+#include "deqfast/args.h"
+
+#ifdef __CUDACC__
+#define DEQFAST_HD __host__ __device__
+#else
+#define DEQFAST_HD
+#endif
+
+namespace deqfast {
+
+// A sample whose magnitude leaves [1/kUnitRange, kUnitRange] in its unit gets a new unit and forgets its history.
+constexpr double kUnitRange = 1099511627776.0;  // 2^40
+
+struct Verdict {
+    bool going = false;     // not stopped by this evaluation
+    bool reset = false;     // the unit was set or changed: no history, no new column
+    bool spill = false;     // x_prev holds the best iterate and is about to be overwritten: save it
+    bool use_saved = false;  // the answer of a stopped sample lies in `saved`, else in x
+    double previous_norm = 0;  // ||g|| at the evaluation before
+};
+
+// Norms of f and g in the sample's unit, or, where the unit does not fit (see needs_scan), measured directly.
+DEQFAST_HD inline bool needs_scan(double unit, double ff, double gg, int64_t N) {
+    if (!(unit > 0)) return true;
+    const double largest = ff > gg ? ff : gg;  // squared norms in the unit
+    const double rms2 = largest / double(N);
+    return !(std::isfinite(ff) && std::isfinite(gg) && rms2 >= 1 / (kUnitRange * kUnitRange) &&
+             rms2 <= kUnitRange * kUnitRange);
+}
+
+// f_norm, g_norm: true norms (not in the unit).
+template <class A>
+DEQFAST_HD inline Verdict measure(const SolveArgs& a, int64_t b, double f_norm, double g_norm) {
+    Verdict v;
+    const int32_t steps = ++a.at(kSteps, b);
+    const bool finite = std::isfinite(f_norm) && std::isfinite(g_norm);
+    const A relative = A(!finite          ? INFINITY
+                         : f_norm > 0     ? g_norm / f_norm
+                         : g_norm > 0     ? INFINITY
+                                          : 0.0);
+    v.previous_norm = double(a.at<A>(kNorm, b));
+    a.at<A>(kResidual, b) = relative;
+    a.at<A>(kNorm, b) = A(g_norm);
+    if (steps == 1) a.at<A>(kFirst, b) = relative;
+
+    int32_t& best_at = a.at(kBestAt, b);
+    const bool converged = finite && g_norm <= a.atol + a.rtol * f_norm;
+    if (finite && (converged || best_at == kNowhere || relative < a.at<A>(kBest, b))) {
+        best_at = kCurrent;
+        a.at(kBestStep, b) = steps;
+        a.at<A>(kBest, b) = relative;
+    } else if (best_at == kPrevious) {
+        v.spill = true;
+        best_at = kSaved;
+    }
+
+    int32_t& status = a.at(kStatus, b);
+    if (!finite)
+        status = kNonFinite;
+    else if (converged)
+        status = kConverged;
+    else if (a.max_iter && steps == a.max_iter)
+        status = kMaxIter;
+    v.going = status == kRunning;
+    v.use_saved = best_at == kSaved && (a.keep_best || !finite);
+    if (!v.going) return v;
+
+    A& unit = a.at<A>(kUnit, b);
+    const double rms = (f_norm > g_norm ? f_norm : g_norm) / std::sqrt(double(a.N));
+    const double scaled = rms * double(unit);
+    if (rms > 0 && !(scaled >= 1 / kUnitRange && scaled <= kUnitRange)) {
+        v.reset = true;
+        if (unit > 0) a.at(kRescales, b)++;
+        int exponent;
+        (void)std::frexp(rms, &exponent);
+        const int limit = sizeof(A) == 4 ? 120 : 1000;  // a unit, and its inverse, must be normal numbers
+        exponent = exponent > limit ? limit : exponent < -limit ? -limit : exponent;
+        unit = A(std::ldexp(1.0, 1 - exponent));
+    } else if (unit == 0) {
+        unit = 1;
+    }
+    return v;
+}
+
+}  // namespace deqfast

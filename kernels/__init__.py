@@ -1,0 +1,1 @@
+"""Triton kernels of deqfast, one module an op; installed as deqfast.kernels."""
