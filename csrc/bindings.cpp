@@ -145,8 +145,7 @@ class Plan {
 class AndersonPlan final : public Plan<deqfast::AndersonArgs, &deqfast::cpu::KernelTable::anderson_step> {
   public:
     void method(int m, double test_space, double mixing, double ridge, bool evict_least_useful, DType history_dtype,
-                Address history, Address scales, Address matrix, Address gram, Address norms, Address weights,
-                Address ages) {
+                Address history, Address scales, Address matrix, Address gram, Address norms, Address ages) {
         args.m = m;
         args.test_space = test_space;
         args.mixing = mixing;
@@ -159,7 +158,6 @@ class AndersonPlan final : public Plan<deqfast::AndersonArgs, &deqfast::cpu::Ker
         args.matrix = pointer<void>(matrix);
         args.gram = pointer<void>(gram);
         args.norms = pointer<void>(norms);
-        args.weights = pointer<void>(weights);
         args.ages = pointer<int32_t>(ages);
         reserve(deqfast::anderson_scratch_bytes(m, number()), deqfast::anderson_products(m), true);
     }

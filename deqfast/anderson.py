@@ -30,7 +30,8 @@ class Anderson(Solver):
     """Anderson acceleration.
 
     Args:
-        m: columns of history, at least 1. More columns, fewer evaluations, up to about 20.
+        m: columns of history, at least 1. More columns, fewer evaluations, up to about 20; a sample of fewer than m
+            numbers uses as many columns as it has numbers.
         type: "mixed" (default), 1 or 2; 2 is the textbook least-squares form.
         mixing: beta in (0, 1]; below 1 it cost 3 to 13 % more evaluations on the convergence suite, and helps only
             maps whose single application overshoots.
@@ -84,7 +85,7 @@ class Anderson(Solver):
             raise ValueError(f"history_dtype=torch.float64 needs a float64 state, got {layout.dtype}")
         return AndersonWorkspace(
             layout,
-            m=self.m,
+            m=min(self.m, max(1, layout.N)),  # more columns than numbers are linearly dependent
             test_space=_TEST_SPACE[self.type],
             mixing=self.mixing,
             ridge=default_ridge if self.ridge is None else self.ridge,

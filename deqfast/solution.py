@@ -8,14 +8,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .ops.workspace import Int
 from .status import Status
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-GROWTH_IS_DIVERGENCE = 10.0
-STALL_FRACTION = 3  # the best residual has not improved during the last third of the evaluations ...
-STALL_MIN_STEPS = 10  # ... and those are at least this many
+EVENTS = {
+    "solve_fallbacks": Int.SOLVE_FALLBACKS,
+    "step_fallbacks": Int.STEP_FALLBACKS,
+    "growth_restarts": Int.GROWTH_RESTARTS,
+    "rescales": Int.RESCALES,
+    "evictions": Int.EVICTIONS,
+    "full_restarts": Int.FULL_RESTARTS,
+    "denominator_restarts": Int.DENOMINATOR_RESTARTS,
+}
 
 
 @dataclass
@@ -31,8 +38,8 @@ class Solution:
         nfe: evaluations of f by the solver.
         status: (B,) int32 of ``dq.Status``.
         trace: (nfe, B) relative residuals if asked for, NaN once a sample has stopped; else None.
-        events: fallbacks and restarts by cause, (B,) int32 each.
         backend: the backend that ran the updates.
+        counters: what ``events`` reads.
     """
 
     z: Any
@@ -42,8 +49,13 @@ class Solution:
     nfe: int
     status: Tensor
     trace: Tensor | None
-    events: dict[str, Tensor]
     backend: str
+    counters: Tensor
+
+    @property
+    def events(self) -> dict[str, Tensor]:
+        """Fallbacks and restarts by cause, (B,) int32 each."""
+        return {name: self.counters[row, : self.steps.shape[0]] for name, row in EVENTS.items()}
 
     def summary(self) -> str:
         """One line: how many samples ended how, and the evaluations they took."""
@@ -92,16 +104,6 @@ class ConvergenceError(RuntimeError):
 
     def __reduce__(self) -> Any:
         return ConvergenceError, (self.solution,)
-
-
-def label(status: Tensor, residual: Tensor, first: Tensor, best_step: Tensor, steps: Tensor) -> Tensor:
-    """MAX_ITER refined: DIVERGED where the newest residual is far above the first, STALLED where nothing improves."""
-    out = status == Status.MAX_ITER
-    diverged = out & (residual > GROWTH_IS_DIVERGENCE * first)
-    idle = steps - best_step
-    stalled = out & ~diverged & (idle >= STALL_MIN_STEPS) & (idle * STALL_FRACTION >= steps)
-    status = torch.where(diverged, Status.DIVERGED, status)
-    return torch.where(stalled, Status.STALLED, status).to(torch.int32)
 
 
 def _forward_fill(trace: Tensor) -> Tensor:

@@ -15,22 +15,12 @@ from .broyden import Broyden
 from .compaction import Compactor
 from .implicit import Gradient, Problem, choose_gradient
 from .ops.layout import Layout
-from .ops.workspace import Int, Real
 from .picard import Picard
-from .solution import ConvergenceError, Solution, label
+from .solution import ConvergenceError, Solution
 from .state import Solver, SolverState, check_stopping
 from .status import Status
 
 SOLVERS: dict[str, Callable[[], Solver]] = {"anderson": Anderson, "broyden": Broyden, "picard": Picard}
-EVENTS = {
-    "solve_fallbacks": Int.SOLVE_FALLBACKS,
-    "step_fallbacks": Int.STEP_FALLBACKS,
-    "growth_restarts": Int.GROWTH_RESTARTS,
-    "rescales": Int.RESCALES,
-    "evictions": Int.EVICTIONS,
-    "full_restarts": Int.FULL_RESTARTS,
-    "denominator_restarts": Int.DENOMINATOR_RESTARTS,
-}
 
 
 def fixed_point(
@@ -90,7 +80,14 @@ def fixed_point(
     if gradient is not None and torch.is_grad_enabled() and gradient.solves:
         return gradient.solve(problem, z0, atol=atol)
     state = SolverState(
-        chosen, z0, rtol=rtol, atol=atol, max_iter=max_iter, keep_best=returns == "best", backend=backend
+        chosen,
+        z0,
+        rtol=rtol,
+        atol=atol,
+        max_iter=max_iter,
+        keep_best=returns == "best",
+        backend=backend,
+        layout=layout,
     )
     rows = _iterate(problem, state, compact, trace, callback, progress)
     solution = conclude(state, returns, rows)
@@ -160,6 +157,11 @@ def _iterate(
     compactor = Compactor(state, args, compact) if compact is not False else None
     rows: list[Tensor] | None = [] if trace else None
     bar = _bar(problem.max_iter) if progress else None
+    if compactor is None and rows is None and bar is None and callback is None:
+        with problem.solving():
+            while not state.done:
+                state.step(f(state.z, *args))
+        return None
     try:
         with problem.solving():
             while not state.done:
@@ -192,23 +194,22 @@ def _bar(total: int) -> Any:
 def conclude(state: SolverState, returns: str, rows: list[Tensor] | None) -> Solution:
     """The solution a state has reached."""
     leaves, residual = state.answer(returns)
-    ws, B = state.ws, state.layout.B
-    steps = state.steps
-    if state.layout.N == 0:
-        status = torch.full((B,), Status.CONVERGED, dtype=torch.int32, device=state.layout.device)
+    ws, layout = state.ws, state.layout
+    status = state.status
+    if layout.N == 0:
+        status = torch.full_like(status, Status.CONVERGED)
         residual = torch.zeros_like(residual)
-    else:
-        status = label(state.status, state.residual, ws.real_row(Real.FIRST), ws.int_row(Int.BEST_STEP), steps)
+    elif not state.done:
         status = torch.where(status == Status.RUNNING, Status.STOPPED, status).to(torch.int32)
-    trace = None if rows is None else torch.stack(rows) if rows else residual.new_empty(0, B)
+    trace = None if rows is None else torch.stack(rows) if rows else residual.new_empty(0, layout.B)
     return Solution(
-        z=state.layout.unflatten(leaves),
+        z=layout.unflatten(leaves),
         converged=status == Status.CONVERGED,
-        steps=steps,
+        steps=state.steps,
         residual=residual,
         nfe=state.nfe,
         status=status,
         trace=trace,
-        events={name: ws.int_row(row) for name, row in EVENTS.items()},
         backend=state.backend,
+        counters=ws.ints,
     )

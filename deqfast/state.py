@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from . import ops
 from .ops.layout import Layout
@@ -106,24 +107,26 @@ class SolverState:
         max_iter: int | None = None,
         keep_best: bool = True,
         backend: str = "auto",
+        layout: Layout | None = None,
     ) -> None:
         self.options = options
-        self.layout = Layout(z0)
+        self.layout = Layout(z0) if layout is None else layout
         rtol, atol, limit = check_stopping(rtol, atol, max_iter, self.layout.dtype)
         self.backend = ops.choose(backend, self.layout.device)
         self.ws: Workspace = options.workspace(self.layout, rtol=rtol, atol=atol, max_iter=limit, keep_best=keep_best)
         self.nfe = 0
         self._uses_previous = options.uses_previous
         self._running = self.layout.B if self.layout.N else 0
-        self._z0 = [t.detach() for t in torch.utils._pytree.tree_leaves(z0)]
+        self._z0 = [z0.detach()] if self.layout.single else [t.detach() for t in pytree.tree_leaves(z0)]
         for x, t in zip(self.ws.x[0], self._z0, strict=True):
             x.copy_(t)
         self._previous: list[Tensor] | None = None  # f at the previous iterate, as the next step will read it
         self._previous_rows: Tensor | None = None
         self._origin: list[Tensor] = []  # what f returned last, kept alive so that its address is not reused
         self._origin_versions: list[int] = []
-        self._copies: tuple[list[Tensor], list[Tensor]] | None = None
-        inference = any(x.is_inference() for x in self.ws.x[0])
+        self._origin_storages: list[int] = []
+        self._copies: tuple[list[Tensor], list[Tensor]] = ([], [])
+        inference = self.ws.x[0][0].is_inference()
         self._copy_f = inference
         self._copy_z = inference
         self._bind()
@@ -131,12 +134,36 @@ class SolverState:
     def _bind(self) -> None:
         self._update = ops.bind(self.ws, self.backend)
         self._x_storages = _storages([*self.ws.x[0], *self.ws.x[1]])
+        self._note_versions()
+        first = self.layout.leaves[0]
+        self._dense = getattr(self._update, "dense", None)
+        self._shape, self._dtype = first.shape, first.dtype
+        self._look_plain()
+
+    def _look_plain(self) -> None:
+        """Whether the next step may take the short way."""
+        self._plain = (
+            self._dense is not None
+            and not (self._copy_f or self._copy_z)
+            and (not self._uses_previous or (bool(self._origin) and self._previous_is_plain()))
+        )
+
+    def _previous_is_plain(self) -> bool:
+        if self._previous is None:
+            return True
+        t = self._previous[0]
+        return self._previous_rows is None and t.dtype is self._dtype and t.is_contiguous()
+
+    def _note_versions(self) -> None:
         self._x_versions = [[_version(t) for t in buffer] for buffer in self.ws.x]
 
     @property
     def z(self) -> Any:
         """The iterate to evaluate f at, structured like z0; valid until the next step."""
-        x = self.ws.x[self.ws.cur]
+        ws = self.ws
+        x = ws.x[ws.cur]
+        if self._plain:
+            return x[0]
         return self.layout.unflatten([t.clone() for t in x] if self._copy_z else x)
 
     @property
@@ -176,13 +203,52 @@ class SolverState:
         """
         if residual is not None:
             raise ValueError("residual: not supported yet")
+        if self._plain and fz.__class__ is Tensor and self._step_plain(fz):
+            return self._running == 0
         return self.advance(self.layout.flatten(fz, "f(z)"), None)
+
+    def _step_plain(self, fz: Tensor) -> bool:
+        """``advance`` for one contiguous tensor that needs no copy; False, with nothing done, where it might.
+
+        At small sizes the checks around a step cost more than the step: these are the same ones, for the common case.
+        """
+        ws = self.ws
+        cur = ws.cur
+        if (
+            fz.dtype is not self._dtype
+            or fz.shape != self._shape
+            or fz.requires_grad
+            or not fz.is_cpu
+            or not fz.is_contiguous()
+            or fz.is_inference()
+            or ws.x[cur][0]._version != self._x_versions[cur][0]
+            or self._running == 0
+        ):
+            return False
+        if self._uses_previous:
+            storage = fz.untyped_storage().data_ptr()
+            if (
+                storage == self._origin_storages[0]
+                or storage in self._x_storages
+                or self._origin[0]._version != self._origin_versions[0]
+            ):
+                return False
+            self._running = self._dense(cur, fz.data_ptr(), self._previous[0].data_ptr() if self._previous else 0)
+            self._previous = self._origin = [fz]
+            self._origin_versions = [fz._version]
+            self._origin_storages = [storage]
+        else:
+            self._running = self._dense(cur, fz.data_ptr(), 0)
+        ws.cur = 1 - cur
+        self.nfe += 1
+        return True
 
     def advance(self, leaves: list[Tensor], rows: Tensor | None) -> bool:
         """``step`` for checked leaves; ``rows`` maps samples to rows of the leaves, -1 for dropped samples."""
         if self._running == 0:
             return True
         ws = self.ws
+        leaves = [t.detach() if t.requires_grad else t for t in leaves]
         for x, version in zip(ws.x[ws.cur], self._x_versions[ws.cur], strict=True):
             if _version(x) != version:
                 leaves = self._undo_change_of_z(leaves)
@@ -195,9 +261,10 @@ class SolverState:
             self._previous, self._previous_rows = leaves, rows
         ws.cur ^= 1
         if self.backend != "native":  # torch's own writes count as versions
-            self._x_versions = [[_version(t) for t in buffer] for buffer in ws.x]
+            self._note_versions()
         self.nfe += 1
         self._z0 = []
+        self._look_plain()
         return self._running == 0
 
     def _settle(self, leaves: list[Tensor], previous: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor] | None]:
@@ -207,21 +274,26 @@ class SolverState:
         reused = any(s in self._x_storages for s in storages) or any(t.is_inference() for t in leaves)
         if origin:
             changed = any(_version(t) != v for t, v in zip(origin, versions, strict=True))
-            seen = not set(storages).isdisjoint(_storages(origin))
+            seen = not set(storages).isdisjoint(self._origin_storages)
             if (changed or seen) and previous is origin:
                 previous = None  # overwritten while it was held: one column is lost, none is wrong
             reused = reused or changed or seen
         self._copy_f = self._copy_f or reused
         self._origin = leaves
+        self._origin_storages = storages
         self._origin_versions = [_version(t) for t in leaves]
         if self._copy_f or not origin:
-            if self._copies is None:
-                self._copies = (self.layout.empty(), self.layout.empty())
-            leaves = self._copy_into(self._copies[self.nfe & 1], leaves)
+            leaves = self._copy(leaves)
         return leaves, previous
 
-    def _copy_into(self, buffers: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
-        return [b[: t.shape[0]].copy_(t) for b, t in zip(buffers, leaves, strict=True)]
+    def _copy(self, leaves: list[Tensor]) -> list[Tensor]:
+        buffers = self._copies[self.nfe & 1]
+        if not buffers:
+            buffers += self.layout.empty()
+        rows = leaves[0].shape[0]
+        if rows < self.layout.B:
+            buffers = [b[:rows] for b in buffers]
+        return [b.copy_(t) for b, t in zip(buffers, leaves, strict=True)]
 
     def _undo_change_of_z(self, leaves: list[Tensor]) -> list[Tensor]:
         """f wrote into the iterate it was given: keep its output, restore the iterate, hand out copies from now on."""
@@ -233,17 +305,16 @@ class SolverState:
         leaves = [t.clone() for t in leaves]
         for x, t in zip(self.ws.x[self.ws.cur], self._z0, strict=True):
             x.copy_(t)
-        self._x_versions = [[_version(t) for t in buffer] for buffer in self.ws.x]
+        self._note_versions()
         self._copy_z = True
         return leaves
 
     def answer(self, returns: str = "best") -> tuple[list[Tensor], Tensor]:
         """Leaves of the returned iterate and its (B,) relative residual; samples still running are read, not moved."""
         ws = self.ws
-        best = self.ws.real_row(Real.BEST)
-        residual = best if returns == "best" else torch.where(
-            self.status == Status.NON_FINITE, best, self.ws.real_row(Real.RESIDUAL)
-        )
+        residual = best = self.ws.real_row(Real.BEST)
+        if returns == "last":
+            residual = torch.where(self.status == Status.NON_FINITE, best, self.ws.real_row(Real.RESIDUAL))
         leaves = ws.x[ws.cur]
         if self._running and self.nfe:
             running = self.running
@@ -288,7 +359,7 @@ class SolverState:
         self._previous = previous or None
         rows = tensors.get("previous_rows")
         self._previous_rows = None if rows is None else rows.clone()
-        self._origin, self._origin_versions = [], []
+        self._origin, self._origin_versions, self._origin_storages = [], [], []
         self._z0 = []
         self.nfe = saved["nfe"]
         self._running = saved["running"]

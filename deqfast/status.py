@@ -6,12 +6,12 @@ from enum import IntEnum
 
 
 class Status(IntEnum):
-    """Outcome of one sample; the ops write the first five, ``Solution`` refines MAX_ITER into the labels after it."""
+    """Outcome of one sample. The last two are labels for samples that used up max_iter."""
 
     RUNNING = 0
     CONVERGED = 1
     MAX_ITER = 2
-    NON_FINITE = 3
+    NON_FINITE = 3  # f returned NaN or infinity; the sample keeps its best finite iterate
     STOPPED = 4  # the callback said stop
-    DIVERGED = 5  # max_iter, and the residual ended far above where it began
-    STALLED = 6  # max_iter, and the best residual has not improved for a long time
+    DIVERGED = 5  # max_iter, and the residual ended more than 10 times above the first
+    STALLED = 6  # max_iter, and the best residual came before the last third of the evaluations

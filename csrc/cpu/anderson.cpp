@@ -57,7 +57,6 @@ struct Scratch {
         carve(own.matrix, m * m * kTile);
         carve(own.gram, m * m * kTile);
         carve(own.norms, 2 * m * kTile);
-        carve(own.weights, m * kTile);
         carve(own.ages, m * kTile);
     }
 };
@@ -91,8 +90,7 @@ class AndersonStep {
     Tile<A> tile(int64_t t) const {
         const int64_t m = a.m, side = m * m * kTile;
         return {static_cast<A*>(a.matrix) + t * side, static_cast<A*>(a.gram) + t * side,
-                static_cast<A*>(a.norms) + t * 2 * m * kTile, static_cast<A*>(a.weights) + t * m * kTile,
-                a.ages + t * m * kTile};
+                static_cast<A*>(a.norms) + t * 2 * m * kTile, a.ages + t * m * kTile};
     }
     A& norm(int64_t b, int j) const { return tile(b / kTile).norms[j * kTile + b % kTile]; }
     H* column(int which, int64_t b, int j) const {
@@ -210,7 +208,6 @@ class AndersonStep {
         if (!type2) copy(to.matrix, from.matrix, m * m);
         copy(to.gram, from.gram, m * m);
         copy(to.norms, from.norms, 2 * m);
-        copy(to.weights, from.weights, m);
         copy(to.ages, from.ages, m);
     }
 

@@ -15,7 +15,7 @@ constexpr double kGrowthLimit = 1.5;
 // The small matrices of up to 16 samples, sample innermost.
 template <class A>
 struct Tile {
-    A *matrix, *gram, *norms, *weights;
+    A *matrix, *gram, *norms;
     int32_t* ages;
 };
 
@@ -60,6 +60,7 @@ template <class A>
 __attribute__((noinline)) void decide(const AndersonArgs& a, const Tile<A>& t, Lanes<A>& lanes, int lane,
                                       const A* products, A* gamma, Vec<A>* work) {
     using V = Vec<A>;
+    using Ints = typename VectorOf<int32_t, kLanes<A>>::type;
     const int m = a.m;
     const bool type2 = a.test_space == 0;
     const auto get = [&](const A* base, int i) { return read<V>(base + i * kTile + lane); };
@@ -149,7 +150,6 @@ __attribute__((noinline)) void decide(const AndersonArgs& a, const Tile<A>& t, L
             put(t.norms, j, qj);
             q[j] = qj;
             put(gamma, j, y[j] * rq[j]);
-            put(t.weights, j, select(going, y[j], get(t.weights, j)));
         } else {
             put(gamma, j, zero);
         }
@@ -162,10 +162,9 @@ __attribute__((noinline)) void decide(const AndersonArgs& a, const Tile<A>& t, L
     const V steps = get(lanes.steps, 0);
     for (int j = 0; j < m; ++j) {
         const auto is_new = adding & (slot == splat<A>(A(j)));
-        V value;
-        for (int i = 0; i < kLanes<A>; ++i) value[i] = A(t.ages[j * kTile + lane + i]);
-        age[j] = select(is_new, steps, value);
-        for (int i = 0; i < kLanes<A>; ++i) t.ages[j * kTile + lane + i] = int32_t(age[j][i]);
+        int32_t* stored = t.ages + j * kTile + lane;
+        age[j] = select(is_new, steps, __builtin_convertvector(read<Ints>(stored), V));
+        write(stored, __builtin_convertvector(age[j], Ints));
     }
     const auto full = going & ~has_empty;
     put(lanes.full, 0, select(full, one, zero));

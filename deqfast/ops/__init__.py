@@ -37,10 +37,14 @@ def choose(backend: str, device: torch.device) -> str:
         ValueError: unknown backend, or one that cannot serve this device, with the reason.
     """
     asked, source = backend, "backend"
-    if backend == "auto" and os.environ.get("DEQFAST_BACKEND"):
-        asked, source = os.environ["DEQFAST_BACKEND"], "DEQFAST_BACKEND"
+    if backend == "auto":
+        wish = os.environ.get("DEQFAST_BACKEND")
+        if wish:
+            asked, source = wish, "DEQFAST_BACKEND"
     if asked == "auto":
-        return next(b for b in BACKENDS if why_not(b, device) is None)
+        for candidate in BACKENDS:
+            if why_not(candidate, device) is None:
+                return candidate
     if asked not in BACKENDS:
         raise ValueError(f"{source} must be one of 'auto', {', '.join(map(repr, BACKENDS))}, got {asked!r}")
     reason = why_not(asked, device)

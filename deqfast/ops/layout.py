@@ -35,26 +35,42 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Leaf:
-    """One tensor of the state: shape, dtype and the memory order of its inner dimensions."""
+_LEAF = pytree.tree_structure(0)
 
-    __slots__ = ("complex", "dtype", "n", "order", "shape", "stride")
+
+class Leaf:
+    """One tensor of the state: shape, dtype and the memory order of its inner dimensions.
+
+    ``plain``: real, and in the order of its dimensions.
+    """
+
+    __slots__ = ("complex", "dtype", "n", "order", "plain", "shape", "stride")
 
     def __init__(self, t: Tensor) -> None:
         self.shape = t.shape
         self.dtype = t.dtype
         self.complex = t.is_complex()
+        self.order = tuple(range(t.dim()))
+        self.plain = t.is_contiguous()
+        if self.plain:
+            self.stride = t.stride()
+        else:
+            self._sort(t)
+        self.plain = self.plain and not self.complex
+        self.n = math.prod(t.shape[1:]) * (2 if self.complex else 1)
+
+    def _sort(self, t: Tensor) -> None:
         strides = t.stride()
-        inner = range(1, t.dim())
-        expanded = any(strides[d] == 0 and t.shape[d] > 1 for d in inner)
-        self.order = (0, *inner) if expanded else (0, *sorted(inner, key=lambda d: (-strides[d], d)))
+        inner = self.order[1:]
+        if not any(strides[d] == 0 and t.shape[d] > 1 for d in inner):  # expanded: no order to keep
+            self.order = (0, *sorted(inner, key=lambda d: (-strides[d], d)))
+        self.plain = self.order == tuple(range(t.dim()))
         stride = [0] * t.dim()
         step = 1
         for d in reversed(self.order):
             stride[d] = step
             step *= max(1, t.shape[d])
         self.stride = tuple(stride)
-        self.n = math.prod(t.shape[1:]) * (2 if self.complex else 1)
 
     def empty(self, device: torch.device, batch: int | None = None) -> Tensor:
         """An uninitialised tensor of this leaf's shape, dtype and memory order."""
@@ -77,7 +93,8 @@ class Layout:
     """
 
     def __init__(self, z0: Any, name: str = "z0") -> None:
-        leaves, self.spec = pytree.tree_flatten(z0)
+        self.single = isinstance(z0, Tensor)
+        leaves, self.spec = ([z0], _LEAF) if self.single else pytree.tree_flatten(z0)
         if not leaves:
             raise ValueError(f"{name} must hold at least one tensor, got an empty {type(z0).__name__}")
         for t in leaves:
@@ -102,7 +119,6 @@ class Layout:
                 raise TypeError(f"tensors of {name} must share one precision, got {first.dtype} and {t.dtype}")
             if t.device != first.device:
                 raise ValueError(f"tensors of {name} must be on one device, got {first.device} and {t.device}")
-        self.single = self.spec.is_leaf()
         self.leaves = [Leaf(t) for t in leaves]
         self.B = int(first.shape[0])
         self.N = sum(leaf.n for leaf in self.leaves)
@@ -118,7 +134,7 @@ class Layout:
         Raises:
             TypeError, ValueError: naming ``name``, what was expected and what came.
         """
-        tensors, spec = pytree.tree_flatten(tree)
+        tensors, spec = ([tree], _LEAF) if isinstance(tree, Tensor) else pytree.tree_flatten(tree)
         if spec != self.spec:
             raise TypeError(f"{name} must have the structure of z0, expected {self._describe()}, got {_kind(tree)}")
         for t, leaf in zip(tensors, self.leaves, strict=True):

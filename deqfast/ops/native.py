@@ -37,26 +37,22 @@ def why_not(device: torch.device) -> str | None:
 
 
 def bind(ws: Workspace) -> Callable[[list[Tensor], list[Tensor] | None, Tensor | None, Tensor | None], int]:
-    """The update of this workspace's solver; the closure keeps the workspace alive for the plan."""
+    """The update of this workspace's solver; the closure keeps the workspace alive for the plan.
+
+    For a state of one contiguous real tensor it has an attribute ``dense``, the same for outputs of f that are such
+    tensors too: (cur, address of f's output, address of the previous one or 0) -> samples still running.
+    """
     plan = _plan(ws)
     layout = ws.layout
     leaf = layout.leaves[0]
-    simple = len(layout.leaves) == 1 and not leaf.complex and leaf.order == tuple(range(len(leaf.shape)))
-    dtype, step_dense = leaf.dtype, plan.step_dense
 
     def update(
         f: list[Tensor], f_prev: list[Tensor] | None, f_rows: Tensor | None, f_prev_rows: Tensor | None
     ) -> int:
-        if simple and f_rows is None and f_prev_rows is None:
-            t = f[0]
-            previous = None if f_prev is None else f_prev[0]
-            if t.dtype is dtype and t.is_contiguous():
-                if previous is None:
-                    return step_dense(ws.cur, t.data_ptr(), 0)
-                if previous.dtype is dtype and previous.is_contiguous():
-                    return step_dense(ws.cur, t.data_ptr(), previous.data_ptr())
         return _general_step(plan, ws, f, f_prev, f_rows, f_prev_rows)
 
+    if len(layout.leaves) == 1 and leaf.plain:
+        update.dense = plan.step_dense  # type: ignore[attr-defined]
     return update
 
 
@@ -143,7 +139,6 @@ def _plan(ws: Workspace) -> Any:
             ws.matrix.data_ptr(),
             ws.gram.data_ptr(),
             ws.norms.data_ptr(),
-            ws.weights.data_ptr(),
             ws.ages.data_ptr(),
         )
     else:

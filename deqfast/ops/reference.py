@@ -27,6 +27,9 @@ from .workspace import (
 
 UNIT_RANGE = 2.0**40  # a sample whose magnitude leaves [1/UNIT_RANGE, UNIT_RANGE] in its unit gets a new unit
 GROWTH_LIMIT = 1.5
+DIVERGENCE = 10.0
+STALL_FRACTION = 3
+STALL_MIN_STEPS = 10
 MIN_DENOMINATOR = 1e-4
 
 
@@ -93,7 +96,11 @@ def _measure(ws: Workspace, r: _Rows) -> tuple[Tensor, Tensor]:
     last = run & (steps == ws.max_iter) if ws.max_iter else torch.zeros_like(run)
     status = torch.where(run & ~finite, Status.NON_FINITE, ints(Int.STATUS))
     status = torch.where(converged, Status.CONVERGED, status)
-    status = torch.where(last & finite & ~converged, Status.MAX_ITER, status)
+    idle = steps - ints(Int.BEST_STEP)
+    stalled = (idle >= STALL_MIN_STEPS) & (idle * STALL_FRACTION >= steps)
+    label = torch.where(stalled, Status.STALLED, Status.MAX_ITER)
+    label = torch.where(relative > DIVERGENCE * reals(Real.FIRST), Status.DIVERGED, label)
+    status = torch.where(last & finite & ~converged, label, status)
     ints(Int.STATUS).copy_(status)
 
     going = run & (status == Status.RUNNING)
@@ -212,7 +219,8 @@ def anderson_step(
     else:
         test = columns_f - ws.test_space * columns_g
 
-    old_gram, old_matrix = untile(ws.gram, B), untile(ws.matrix, B)
+    old_gram = untile(ws.gram, B)
+    old_matrix = untile(ws.matrix, B) if ws.test_space else torch.zeros_like(old_gram)
     old_gram = old_gram.tril() + old_gram.tril(-1).mT
     new_g = (columns_g * is_new[..., None]).sum(1)
     new_w = (test * is_new[..., None]).sum(1)
@@ -258,10 +266,10 @@ def anderson_step(
     q = torch.where((failed | overflowed)[:, None], 0, q)
 
     _write(ws.norms, torch.stack([q, w], dim=1), going, ws.tiles)
-    _write(ws.weights, y, going, ws.tiles)
     _write(ws.ages, ages, going, ws.tiles)
     _write(ws.gram, gram, going, ws.tiles)
-    _write(ws.matrix, matrix, going, ws.tiles)
+    if ws.test_space:
+        _write(ws.matrix, matrix, going, ws.tiles)
     _choose_slot(ws, q > 0, gram, y, ages, going)
     return int((ints(Int.STATUS) == Status.RUNNING).sum())
 
@@ -276,18 +284,17 @@ def _choose_slot(
     ws: AndersonWorkspace, used: Tensor, gram: Tensor, y: Tensor, ages: Tensor, going: Tensor
 ) -> None:
     """The slot of the next column: an empty one, else the least useful or the oldest."""
-    m = ws.m
+    m, row = ws.m, ws.int_row
     full = used.all(1)
     if ws.evict_least_useful and m > 3:
         eye = torch.eye(m, dtype=gram.dtype, device=gram.device)
         inverse = torch.linalg.inv_ex(gram + ws.ridge * eye).inverse
         loss = y.square() / inverse.diagonal(dim1=1, dim2=2)
-        newest = ages.argsort(dim=1, descending=True)[:, : max(2, m // 3)]
-        victim = loss.scatter(1, newest, math.inf).argmin(dim=1)
+        newest = ages > (row(Int.STEPS) - max(2, m // 3))[:, None]
+        victim = torch.where(newest, math.inf, loss).argmin(dim=1)
     else:
         victim = ages.argmin(dim=1)
     slot = torch.where(full, victim, (~used).int().argmax(dim=1))
-    row = ws.int_row
     row(Int.EVICTIONS).add_((going & full).int())
     row(Int.COUNT).copy_(torch.where(going, used.sum(1), row(Int.COUNT)))
     row(Int.SLOT).copy_(torch.where(going, slot, row(Int.SLOT)))

@@ -45,7 +45,7 @@ class Real(IntEnum):
 
     RESIDUAL = 0  # ||f(z) - z|| / ||f(z)|| at the newest evaluation
     NORM = 1  # ||f(z) - z|| at the newest evaluation
-    BEST = 2  # least RESIDUAL so far
+    BEST = 2  # least RESIDUAL so far, infinite before the first finite one
     FIRST = 3  # RESIDUAL at the first evaluation
     UNIT = 4  # power of two that brings the sample to magnitude one; 0 before the first evaluation
     SCALE = 5  # Broyden: H0 = SCALE * I; 0 while not measured
@@ -82,7 +82,7 @@ class Workspace:
         device = layout.device
         self.ints = torch.zeros(16, padded, dtype=torch.int32, device=device)
         self.reals = torch.zeros(8, padded, dtype=layout.acc, device=device)
-        self.reals[Real.BEST] = math.inf
+        self.reals.select(0, Real.BEST).fill_(math.inf)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that a later step reads, by name, for saving."""
@@ -95,11 +95,11 @@ class Workspace:
 
     def int_row(self, row: Int) -> Tensor:
         """(B,) int32 view."""
-        return self.ints[row, : self.layout.B]
+        return self.ints.select(0, row).narrow(0, 0, self.layout.B)
 
     def real_row(self, row: Real) -> Tensor:
         """(B,) view in the accumulation dtype."""
-        return self.reals[row, : self.layout.B]
+        return self.reals.select(0, row).narrow(0, 0, self.layout.B)
 
 
 class AndersonWorkspace(Workspace):
@@ -135,16 +135,16 @@ class AndersonWorkspace(Workspace):
         self.history = torch.empty(2, layout.B, m, layout.N, dtype=history_dtype, device=device)
         blocks = sum(math.ceil(leaf.n / BLOCK) for leaf in layout.leaves) if history_dtype in SCALED_DTYPES else 0
         self.scales = torch.empty(2, layout.B, m, blocks, dtype=torch.float32, device=device)
-        self.matrix = torch.empty(tiles, m, m, TILE, dtype=acc, device=device)  # normalised W^T dG, without the sign
+        side = m if test_space else 0  # Type II needs the Gram matrix alone
+        self.matrix = torch.empty(tiles, side, side, TILE, dtype=acc, device=device)  # normalised W^T dG
         self.gram = torch.empty(tiles, m, m, TILE, dtype=acc, device=device)  # normalised dG^T dG, lower triangle
         self.norms = torch.zeros(tiles, 2, m, TILE, dtype=acc, device=device)  # ||dG_j||, ||W_j||
-        self.weights = torch.zeros(tiles, m, TILE, dtype=acc, device=device)  # y of the newest solve
         self.ages = torch.zeros(tiles, m, TILE, dtype=torch.int32, device=device)  # step that wrote the column
 
     def tensors(self) -> dict[str, Tensor]:
         return super().tensors() | {
             name: getattr(self, name)
-            for name in ("history", "scales", "matrix", "gram", "norms", "weights", "ages")
+            for name in ("history", "scales", "matrix", "gram", "norms", "ages")
         }
 
 

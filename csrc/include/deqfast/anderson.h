@@ -19,7 +19,6 @@ struct AndersonArgs : SolveArgs {
     void* matrix = nullptr;    // (tiles, m, m, 16): W_i . dG_j / (w_i q_j)
     void* gram = nullptr;      // (tiles, m, m, 16): dG_i . dG_j / (q_i q_j), i >= j
     void* norms = nullptr;     // (tiles, 2, m, 16): q_j = ||dG_j||, w_j = ||W_j||; q_j = 0: empty column
-    void* weights = nullptr;   // (tiles, m, 16): y of the newest solve
     int32_t* ages = nullptr;   // (tiles, m, 16)
 };
 
@@ -31,7 +30,7 @@ inline int64_t anderson_scratch_bytes(int m_columns, int64_t number) {
     const int64_t m = m_columns, products = kHeadProducts + int64_t(kColumnProducts) * m, registers = 64;
     const int64_t bytes = 8 * (kBlock + 16) * number                          // blocks
                           + (products + 2 * m * m + 8 * m) * registers        // sums, small solve
-                          + (products + m + 2 * m * m + 3 * m) * kTile * number  // products, gamma, one tile
+                          + (products + m + 2 * m * m + 2 * m) * kTile * number  // products, gamma, one tile
                           + m * kTile * 4 + products * 8 + m * 4;             // ages, sums of a sample, columns
     return (bytes + 16 * 64 + 63) / 64 * 64;
 }

@@ -15,7 +15,7 @@ enum class DType : int { f64, f32, bf16, f16, i8 };
 enum Phase : int { kReduce = 1, kApply = 2, kStep = 3 };
 
 // Values and rows of Workspace.ints and Workspace.reals (deqfast/ops/workspace.py, deqfast/status.py).
-enum Status : int32_t { kRunning, kConverged, kMaxIter, kNonFinite };
+enum Status : int32_t { kRunning, kConverged, kMaxIter, kNonFinite, kStopped, kDiverged, kStalled };
 enum At : int32_t { kNowhere, kCurrent, kPrevious, kSaved };
 enum IntRow {
     kStatus,

@@ -17,6 +17,17 @@ namespace deqfast {
 // A sample whose magnitude leaves [1/kUnitRange, kUnitRange] in its unit gets a new unit and forgets its history.
 constexpr double kUnitRange = 1099511627776.0;  // 2^40
 
+// A sample out of evaluations has diverged when its residual ended this far above the first, and has stalled when the
+// best residual came before the last third of its evaluations, and these are at least kStallMinSteps.
+constexpr double kDivergence = 10;
+constexpr int kStallFraction = 3, kStallMinSteps = 10;
+
+DEQFAST_HD inline Status out_of_evaluations(double relative, double first, int steps, int best_step) {
+    const int idle = steps - best_step;
+    if (relative > kDivergence * first) return kDiverged;
+    return idle >= kStallMinSteps && idle * kStallFraction >= steps ? kStalled : kMaxIter;
+}
+
 struct Verdict {
     bool going = false;     // not stopped by this evaluation
     bool reset = false;     // the unit was set or changed: no history, no new column
@@ -66,7 +77,7 @@ DEQFAST_HD inline Verdict measure(const SolveArgs& a, int64_t b, double f_norm, 
     else if (converged)
         status = kConverged;
     else if (a.max_iter && steps == a.max_iter)
-        status = kMaxIter;
+        status = out_of_evaluations(double(relative), double(a.at<A>(kFirst, b)), steps, a.at(kBestStep, b));
     v.going = status == kRunning;
     v.use_saved = best_at == kSaved && (a.keep_best || !finite);
     if (!v.going) return v;
