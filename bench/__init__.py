@@ -1,0 +1,1 @@
+"""Benchmarks of deqfast: speed of one solver step, and evaluations to tolerance on a suite of real problems."""

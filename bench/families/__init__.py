@@ -1,0 +1,1 @@
+"""Families of fixed-point problems, one file a field; `bench.problems` is the way in."""

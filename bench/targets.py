@@ -1,0 +1,42 @@
+"""The targets of this project, in one place: what `bench.report` holds every measured figure against.
+
+Speed targets are ratios of medians, torchdeq 0.1.0's time over deqfast's, in one run: float32, equal evaluations, a
+nearly free f, two cores.
+"""
+
+from __future__ import annotations
+
+LIKE_FOR_LIKE = "deqfast type II m=6, float32 history"
+BFLOAT16 = "deqfast type II m=6, bfloat16 history"
+DEFAULT = "deqfast Anderson()"
+BROYDEN = "deqfast Broyden()"
+REFERENCE = "deqfast reference"
+TORCHDEQ = "torchdeq"
+COMPILED = "torch.compile"
+
+SPEED: dict[str, dict[str, float]] = {
+    LIKE_FOR_LIKE: {
+        "1x64": 25, "64x128": 10, "64x1024": 10, "512x512": 8, "32x61440": 4, "4x365000": 3.5, "1x4M": 5, "20000x8": 8,
+    },
+    BFLOAT16: {"64x1024": 10, "512x512": 9, "32x61440": 5, "4x365000": 4.5, "1x4M": 6},
+    DEFAULT: {
+        "1x64": 15, "64x128": 6, "64x1024": 6, "512x512": 5, "32x61440": 2.5, "4x365000": 2.2, "1x4M": 3, "20000x8": 5,
+    },
+    BROYDEN: {
+        "1x64": 15, "64x128": 12, "64x1024": 12, "512x512": 12, "32x61440": 11, "4x365000": 12, "1x4M": 8, "20000x8": 8,
+    },
+}  # fmt: skip
+
+# fraction of the floor's bytes at the copy bandwidth of the same run, asked where B N >= FLOOR_FROM
+FLOOR_FRACTION = 1.0
+FLOOR_FROM = 1_900_000
+
+# fewer evaluations than each rival (geometric mean at 1e-3 and 1e-5), failures, and time to tolerance
+EVALUATION_RATIO = {
+    "torchdeq Anderson": 2.3,
+    "torchdeq Anderson lam=1e-8": 1.35,
+    "torchdeq Broyden": 1.1,
+}
+FAILED_PERCENT = 4.0
+TIME_RATIO = 5.0
+SCALING_CHANGE = {"powers of two": 0, "other": 1}

@@ -1,0 +1,90 @@
+"""Alternating timing: rivals take turns inside one run, because memory speed drifts two to four times between runs.
+
+Every round calls every row once, starting from another row each time, with the garbage collector off.  Only ratios of
+medians from one run are compared.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Timing:
+    """Seconds a call, one entry a round."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        if len(self.seconds) < 2:
+            return self.seconds[0], self.seconds[0]
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    was = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def alternate(
+    rows: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 15,
+    least_rounds: int = 5,
+    budget: float = 20.0,
+    resolution: float = 2e-3,
+) -> dict[str, Timing]:
+    """Time callables in turn.
+
+    A fast row is repeated within its turn until the turn lasts `resolution` seconds.  `budget` (seconds) shortens the
+    run to fewer rounds, never below `least_rounds`.  One warm-up call a row comes first and is discarded.
+    """
+    names = list(rows)
+    repeats: dict[str, int] = {}
+    total = 0.0
+    timings = {name: Timing() for name in names}
+    with no_collection():
+        for name in names:
+            rows[name]()
+            start = time.perf_counter()
+            rows[name]()
+            once = max(time.perf_counter() - start, 1e-7)
+            repeats[name] = max(1, round(resolution / once))
+            total += once * repeats[name]
+        count = min(rounds, max(least_rounds, int(budget / total)))
+        for turn in range(count):
+            shift = turn % len(names)
+            for name in names[shift:] + names[:shift]:
+                call, repeat = rows[name], repeats[name]
+                start = time.perf_counter()
+                for _ in range(repeat):
+                    call()
+                timings[name].seconds.append((time.perf_counter() - start) / repeat)
+    return timings
+
+
+def copier(nbytes: int = 256 * 2**20) -> tuple[Callable[[], object], int]:
+    """A memory copy to be timed as a row, and the bytes it moves (read plus written): the machine's bandwidth."""
+    source = torch.ones(nbytes // 4)
+    target = torch.zeros_like(source)
+    return (lambda: target.copy_(source)), 2 * nbytes
