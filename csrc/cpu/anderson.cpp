@@ -11,12 +11,14 @@
 
 #include "anderson_decide.h"
 #include "sample.h"
+#include "transpose.h"
 
 namespace deqfast::cpu::DEQFAST_ISA {
 namespace {
 
 constexpr int64_t kSplitMinN = 1 << 16;  // samples larger than this are split over threads
-constexpr int64_t kTileMaxN = 1024;      // samples up to this share one small solve, 16 at a time
+constexpr int64_t kTileMaxN = 1024;      // samples up to this share one small solve, up to 16 at a time
+constexpr int64_t kGroupBytes = 384 << 10;  // history of the samples that share it: must still be in L2 when mixed
 
 inline int thread_index() {
 #ifdef _OPENMP
@@ -34,8 +36,8 @@ constexpr bool kScaled = std::is_same<H, F16>::value || std::is_same<H, int8_t>:
 template <class A>
 struct Scratch {
     A *x, *f, *x_prev, *f_prev, *g, *w, *v, *out;
-    Vec<A>*sums, *work;
-    A *products, *gamma;
+    Vec<A>*sums, *work, *short_sample;
+    A *products, *gamma, *rows;
     double* sample;
     int* columns;
     Tile<A> own;
@@ -58,6 +60,8 @@ struct Scratch {
         carve(own.gram, m * m * kTile);
         carve(own.norms, 2 * m * kTile);
         carve(own.ages, m * kTile);
+        carve(short_sample, 8 * kShortN);
+        carve(rows, kTile * kShortN);
     }
 };
 
@@ -86,6 +90,7 @@ class AndersonStep {
     const AndersonArgs& a;
     const int64_t D;
     const bool type2;
+    static constexpr uint32_t kAllLanes = (1u << kLanes<A>) - 1;
 
     Tile<A> tile(int64_t t) const {
         const int64_t m = a.m, side = m * m * kTile;
@@ -116,20 +121,27 @@ class AndersonStep {
     // ---- small and middle samples: one thread a sample, or a tile of them ----
 
     void by_sample() {
+        if (!kScaled<H> && a.N <= kShortN && a.n_leaves == 1) return short_samples();
         const bool tiles = a.N <= kTileMaxN && (a.B + kTile - 1) / kTile >= a.threads;
         const int64_t per_unit = tiles ? kTile : 1, units = (a.B + per_unit - 1) / per_unit;
         const int threads = int(std::min<int64_t>(a.threads, a.B * a.N * (a.m + 1) < 16384 ? 1 : units));
+        const int64_t bytes = a.N * 2 * int64_t(a.m * sizeof(H) + 3 * sizeof(A));
+        int together = 1;
+        while (tiles && together < kTile && 2 * together * bytes <= kGroupBytes) together *= 2;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
         for (int64_t u = 0; u < units; ++u) {
             Scratch<A> s(a, thread_index());
-            one_unit(u * per_unit, int(std::min(per_unit, a.B - u * per_unit)), s);
+            const int64_t end = std::min((u + 1) * per_unit, a.B);
+            for (int64_t b = u * per_unit; b < end; b += together)
+                group(b, int(std::min<int64_t>(together, end - b)), tiles, s);
         }
     }
 
-    void one_unit(int64_t b0, int count, Scratch<A>& s) {
+    // One reduction, small solve and mixing for samples b0 ... b0 + count - 1 of one tile. `whole`: this thread has the
+    // tile to itself.
+    void group(int64_t b0, int count, bool whole, Scratch<A>& s) {
         Lanes<A> lanes = {};
-        const bool whole = count > 1 || a.N <= kTileMaxN;
-        const int lane0 = int(b0 % kTile);
+        const int lane0 = int(b0 % kTile), first_lane = whole ? lane0 : 0;
         bool any_going = false;
         for (int i = 0; i < count; ++i) {
             const int64_t b = b0 + i;
@@ -141,28 +153,262 @@ class AndersonStep {
                 for (int l = 0; l < a.n_leaves; ++l)
                     for (int64_t c = 0; c < a.leaves[l].n; c += kChunk) reduce_chunk(b, l, c, slot, n, s, s.sample);
             }
-            any_going |= verdict(b, slot, i, s.sample, lanes, s);
+            const int lane = first_lane + i;
+            any_going |= verdict(b, slot, lane, s.sample[kFF], s.sample[kGG], lanes, s);
+            for (int64_t d = 0; d < D; ++d) s.products[d * kTile + lane] = A(s.sample[d]);
         }
-        (void)whole;
-        if (any_going && a.m > 0) solve_lanes(b0, count, lane0, lanes, s);
+        if (any_going && a.m > 0) solve_lanes(b0, count, whole, lanes, s);
         for (int i = 0; i < count; ++i) {
             const int64_t b = b0 + i;
-            if (!(lanes.going[i] > 0)) continue;
+            const int lane = first_lane + i;
+            if (!(lanes.going[lane] > 0)) continue;
             int n = 0;
             for (int j = 0; j < a.m; ++j)
-                if (s.gamma[j * kTile + i] != 0) s.columns[n++] = j;
+                if (s.gamma[j * kTile + lane] != 0) s.columns[n++] = j;
             bool finite = true;
             for (int l = 0; l < a.n_leaves; ++l)
                 for (int64_t c = 0; c < a.leaves[l].n; c += kChunk)
-                    finite &= mix_chunk(b, l, c, n, s.gamma + i, kTile, s);
+                    finite &= mix_chunk(b, l, c, n, s.gamma + lane, kTile, s);
             if (!finite) picard(b, s);
             after_step(a, b);
         }
     }
 
+    // ---- samples of a few numbers: kLanes of them at a time, one a lane ----
+
+    void short_samples() {
+        constexpr int L = kLanes<A>;
+        const int64_t units = (a.B + L - 1) / L;
+        const int threads = int(std::min<int64_t>(a.threads, a.B * a.N * (a.m + 1) < 16384 ? 1 : units));
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+        for (int64_t u = 0; u < units; ++u) {
+            Scratch<A> s(a, thread_index());
+            short_group(u * L, int(std::min<int64_t>(L, a.B - u * L)), s);
+        }
+    }
+
+    // Rows of kLanes samples: `row(i)` for the lanes in `use`, else a row of zeros (to read) or of nothing (to write).
+    template <class T, class Row>
+    static void point(T** rows, T* other, uint32_t use, Row&& row) {
+        for (int i = 0; i < kLanes<A>; ++i) rows[i] = use >> i & 1 ? row(i) : other;
+    }
+    // The same for column j of a history whose first rows are given.
+    static void point_column(const H** rows, const H* const* first_rows, const H* zeros, uint32_t use, int64_t at) {
+        for (int i = 0; i < kLanes<A>; ++i) rows[i] = first_rows[i] + at;
+        if (use == kAllLanes) return;
+        for (int i = 0; i < kLanes<A>; ++i)
+            if (!(use >> i & 1)) rows[i] = zeros;
+    }
+    template <class T, class Body>
+    void strips(const T* const* rows, Body&& body) const {
+        for (int at = 0; at < a.N; at += kStrip) {
+            V part[kStrip];
+            const int width = int(std::min<int64_t>(kStrip, a.N - at));
+            transpose_in<A, T>(rows, at, width, part);
+            for (int k = 0; k < width; ++k) body(at + k, part[k]);
+        }
+    }
+    template <class T>
+    void strips_out(T* const* rows, const V* from) const {
+        for (int at = 0; at < a.N; at += kStrip)
+            transpose_out<A, T>(rows, at, int(std::min<int64_t>(kStrip, a.N - at)), from + at);
+    }
+    // One number of the history as it will be read back.
+    static V as_stored(V v) {
+        H part[kLanes<A>];
+        Codec<A, H>::store(part, v);
+        return Codec<A, H>::load(part);
+    }
+
+    // What the passes over a group of short samples share.
+    struct Short {
+        int64_t b0;
+        int count, lane0;
+        const H* d_f[kLanes<A>];  // first column of each lane
+        const H* d_g[kLanes<A>];
+        alignas(64) H zeros[kShortN] = {};
+        V *f, *x, *g, *w, *v, *d_f_new, *out;
+    };
+
+    void short_group(int64_t b0, int count, Scratch<A>& s) {
+        constexpr int L = kLanes<A>;
+        const int N = int(a.N);
+        const Leaf& leaf = a.leaves[0];
+        Short t;
+        t.b0 = b0;
+        t.count = count;
+        t.lane0 = int(b0 % kTile);
+        Lanes<A> lanes = {};
+        uint32_t running = 0, adding = 0, looking = 0;  // lanes that are evaluated, get a column, read older ones
+        A unit_of[L], slot_of[L];
+        std::fill_n(unit_of, L, A(1));
+        std::fill_n(slot_of, L, A(-1));
+        for (int i = 0; i < count; ++i) {
+            if (a.at(kStatus, b0 + i) != kRunning) continue;
+            running |= 1u << i;
+            const int slot = new_slot(b0 + i);
+            if (slot >= 0) adding |= 1u << i;
+            slot_of[i] = A(slot);
+            if (first(b0 + i)) continue;
+            unit_of[i] = a.at<A>(kUnit, b0 + i);
+            if (!last(b0 + i)) looking |= 1u << i;
+        }
+        if (!running) return;
+        const V unit = read<V>(unit_of), slots = read<V>(slot_of);
+        t.f = s.short_sample;
+        t.x = t.f + N;
+        t.g = t.x + N;
+        t.w = t.g + N;
+        t.v = t.w + N;
+        t.d_f_new = t.v + N;
+        t.out = t.d_f_new + N;
+        alignas(64) A zeros[kShortN] = {};
+        alignas(64) H nowhere[kShortN];
+        A *const stage_f = s.rows, *const stage_x = s.f;
+        const A* rows[L];
+        const auto state_row = [&](void* base, int i) {
+            return read_block(row_of(base, a, leaf, b0 + i), a.dtype, 0, N, stage_x + i * kShortN);
+        };
+
+        V head[kHeadProducts] = {};
+        point(rows, static_cast<const A*>(zeros), running,
+              [&](int i) { return read_source(leaf.f, f_row(a, b0 + i), 0, N, stage_f + i * kShortN); });
+        strips(rows, [&](int n, V value) { t.f[n] = value; });
+        point(rows, static_cast<const A*>(zeros), running, [&](int i) { return state_row(leaf.x, i); });
+        strips(rows, [&](int n, V value) {
+            t.x[n] = value;
+            const V scaled_f = t.f[n] * unit;
+            t.g[n] = scaled_f - value * unit;
+            head[kFF] += scaled_f * scaled_f;
+            head[kGG] += t.g[n] * t.g[n];
+        });
+        if (a.m > 0)
+            for (int i = 0; i < L; ++i) {
+                const int64_t b = b0 + (i < count ? i : 0);
+                t.d_f[i] = column(0, b, 0);
+                t.d_g[i] = column(1, b, 0);
+            }
+        const V c = splat<A>(A(a.test_space));
+        if (adding) {
+            point(rows, static_cast<const A*>(zeros), adding, [&](int i) {
+                return read_source(leaf.f_prev, f_prev_row(a, b0 + i), 0, N, stage_f + i * kShortN);
+            });
+            strips(rows, [&](int n, V value) { t.d_f_new[n] = t.f[n] * unit - value * unit; });
+            point(rows, static_cast<const A*>(zeros), adding, [&](int i) { return state_row(leaf.x_prev, i); });
+            strips(rows, [&](int n, V value) {
+                const V v = as_stored(t.d_f_new[n] - (t.x[n] * unit - value * unit));
+                t.v[n] = v;
+                t.d_f_new[n] = as_stored(t.d_f_new[n]);
+                t.w[n] = t.d_f_new[n] - c * v;
+                head[kQQ] += v * v;
+                head[kWW] += t.w[n] * t.w[n];
+                head[kWG] += t.w[n] * t.g[n];
+                head[kVG] += v * t.g[n];
+                head[kWV] += t.w[n] * v;
+            });
+            H* columns[L];
+            for (int which = 0; which < 2; ++which) {
+                point(columns, nowhere, adding, [&](int i) { return column(which, b0 + i, int(slot_of[i])); });
+                strips_out<H>(columns, which ? t.v : t.d_f_new);
+            }
+        } else {
+            std::fill_n(t.w, N, V{});
+            std::fill_n(t.v, N, V{});
+        }
+        const A* norms = a.m ? tile(b0 / kTile).norms + t.lane0 : nullptr;
+        for (int j = 0; j < a.m; ++j) {
+            const auto old = (read<V>(norms + j * kTile) > splat<A>(0)) & (slots != splat<A>(A(j)));
+            if (const uint32_t use = bits(old) & looking) short_products(t, j, use, c, s);
+        }
+        for (int p = 0; p < kHeadProducts; ++p) write(s.products + p * kTile + t.lane0, head[p]);
+        uint32_t going = 0;
+        for (int i = 0; i < count; ++i)
+            if (running >> i & 1) {
+                const double ff = double(head[kFF][i]), gg = double(head[kGG][i]);
+                going |= uint32_t(verdict(b0 + i, int(slot_of[i]), t.lane0 + i, ff, gg, lanes, s)) << i;
+            }
+        if (!going) return;
+        if (a.m > 0) solve_lanes(b0, count, true, lanes, s);
+        for (int i = 0; i < count; ++i)
+            if (going >> i & 1) unit_of[i] = a.at<A>(kUnit, b0 + i);
+        short_mix(t, going, read<V>(unit_of), s);
+    }
+
+    // Products of column j with g and with the new column.
+    void short_products(const Short& t, int j, uint32_t use, V c, Scratch<A>& s) const {
+        const H* rows[kLanes<A>];
+        point_column(rows, t.d_g, t.zeros, use, j * a.N);
+        V rhs = {}, gram = {}, row = {}, col = {};
+        if (type2) {
+            strips<H>(rows, [&](int n, V value) {
+                rhs += value * t.g[n];
+                gram += value * t.v[n];
+            });
+        } else {
+            V older[kShortN];
+            strips<H>(rows, [&](int n, V value) { older[n] = value; });
+            point_column(rows, t.d_f, t.zeros, use, j * a.N);
+            strips<H>(rows, [&](int n, V value) {
+                const V test = value - c * older[n];
+                rhs += test * t.g[n];
+                gram += older[n] * t.v[n];
+                row += older[n] * t.w[n];
+                col += test * t.v[n];
+            });
+        }
+        A* products = s.products + (kHeadProducts + j * kColumnProducts) * kTile + t.lane0;
+        write(products + kRhs * kTile, rhs);
+        write(products + kGramRow * kTile, gram);
+        write(products + kRow * kTile, row);
+        write(products + kCol * kTile, col);
+    }
+
+    void short_mix(const Short& t, uint32_t going, V unit, Scratch<A>& s) {
+        constexpr int L = kLanes<A>;
+        const Leaf& leaf = a.leaves[0];
+        const int N = int(a.N);
+        const A beta = A(a.mixing);
+        V* out = t.out;
+        for (int n = 0; n < N; ++n) out[n] = beta == 1 ? t.f[n] : t.x[n] + beta * (t.f[n] - t.x[n]);
+        for (int j = 0; j < a.m; ++j) {
+            const V gamma = read<V>(s.gamma + j * kTile + t.lane0);
+            const uint32_t use = bits(gamma != splat<A>(0)) & going;
+            if (!use) continue;
+            const H* rows[L];
+            const V weight = gamma / unit;
+            point_column(rows, t.d_f, t.zeros, use, j * a.N);
+            strips<H>(rows, [&](int n, V value) { out[n] -= weight * value; });
+            if (beta == 1) continue;
+            point_column(rows, t.d_g, t.zeros, use, j * a.N);
+            strips<H>(rows, [&](int n, V value) { out[n] += (1 - beta) * weight * value; });
+        }
+        uint32_t bad = 0;
+        A* rows[L];
+        if (a.dtype == kDTypeOf<A>) {
+            alignas(64) A nowhere[kShortN];
+            point(rows, nowhere, going, [&](int i) { return static_cast<A*>(leaf.x_prev) + (t.b0 + i) * N; });
+            auto infinite = Vec<A>{} != Vec<A>{};
+            for (int n = 0; n < N; ++n) infinite |= ~(absolute(out[n]) < splat<A>(A(INFINITY)));
+            bad = bits(infinite) & going;
+            strips_out<A>(rows, out);
+        } else {
+            for (int i = 0; i < L; ++i) rows[i] = s.rows + i * kShortN;
+            strips_out<A>(rows, out);
+            for (int i = 0; i < t.count; ++i)
+                if (going >> i & 1) {
+                    void* target = row_of(leaf.x_prev, a, leaf, t.b0 + i);
+                    bad |= uint32_t(!write_block(target, a.dtype, 0, N, rows[i])) << i;
+                }
+        }
+        for (int i = 0; i < t.count; ++i) {
+            if (bad >> i & 1) picard(t.b0 + i, s);
+            if (going >> i & 1) after_step(a, t.b0 + i);
+        }
+    }
+
     // Statistics and status of sample b after its reduction; fills lane i. True if the sample goes on.
-    bool verdict(int64_t b, int slot, int i, const double* sums, Lanes<A>& lanes, Scratch<A>& s) {
-        const Verdict v = judge<A>(a, b, sums[kFF], sums[kGG], s.x);
+    bool verdict(int64_t b, int slot, int i, double ff, double gg, Lanes<A>& lanes, Scratch<A>& s) {
+        const Verdict v = judge<A>(a, b, ff, gg, s.x);
         if (v.spill || !v.going) spill_and_rest(a, b, v);
         lanes.going[i] = v.going;
         if (!v.going) return false;
@@ -173,30 +419,27 @@ class AndersonStep {
                           a.at<A>(kNorm, b) > A(kGrowthLimit) * A(v.previous_norm);
         lanes.grew[i] = grew;
         if (grew) a.at(kGrowthRestarts, b)++;
-        for (int64_t d = 0; d < D; ++d) s.products[d * kTile + i] = A(sums[d]);
         return true;
     }
 
-    // gamma of samples b0 ... b0 + count - 1, which fill the first lanes. A lone sample works on a copy of its lane:
-    // other threads may be writing its neighbours.
-    void solve_lanes(int64_t b0, int count, int lane0, Lanes<A>& lanes, Scratch<A>& s) {
+    // gamma of samples b0 ... b0 + count - 1. Where other threads may be writing the tile's other lanes, a lone sample
+    // works on a copy of its own, in lane 0.
+    void solve_lanes(int64_t b0, int count, bool whole, Lanes<A>& lanes, Scratch<A>& s) {
         const Tile<A> shared = tile(b0 / kTile);
-        const bool copy = count == 1;
-        const Tile<A>& t = copy ? s.own : shared;
-        if (copy) copy_lane(shared, lane0, s.own, 0);
-        for (int lane = 0; lane < count; lane += kLanes<A>) {
-            bool some = false;
-            for (int i = lane; i < lane + kLanes<A>; ++i) some |= lanes.going[i] > 0;
-            if (some) decide<A>(a, t, lanes, lane, s.products, s.gamma, s.work);
-        }
-        if (copy) copy_lane(s.own, 0, shared, lane0);
+        const int lane0 = int(b0 % kTile), first_lane = whole ? lane0 : 0;
+        const Tile<A>& t = whole ? shared : s.own;
+        if (!whole) copy_lane(shared, lane0, s.own, 0);
+        for (int lane = first_lane / kLanes<A> * kLanes<A>; lane < first_lane + count; lane += kLanes<A>)
+            decide<A>(a, t, lanes, lane, s.products, s.gamma, s.work);
+        if (!whole) copy_lane(s.own, 0, shared, lane0);
         for (int i = 0; i < count; ++i) {
-            if (!(lanes.going[i] > 0)) continue;
+            const int lane = first_lane + i;
+            if (!(lanes.going[lane] > 0)) continue;
             const int64_t b = b0 + i;
-            a.at(kSlot, b) = int32_t(lanes.next_slot[i]);
-            a.at(kCount, b) = int32_t(lanes.count[i]);
-            a.at(kEvictions, b) += lanes.full[i] > 0;
-            a.at(kSolveFallbacks, b) += lanes.failed[i] > 0;
+            a.at(kSlot, b) = int32_t(lanes.next_slot[lane]);
+            a.at(kCount, b) = int32_t(lanes.count[lane]);
+            a.at(kEvictions, b) += lanes.full[lane] > 0;
+            a.at(kSolveFallbacks, b) += lanes.failed[lane] > 0;
         }
     }
 
@@ -262,8 +505,9 @@ class AndersonStep {
             Scratch<A> s(a, thread_index());
             Lanes<A> lanes = {};
             double* sum = a.sums + b * D;
-            if (!verdict(b, new_slot(b), 0, sum, lanes, s) || a.m == 0) continue;
-            solve_lanes(b, 1, int(b % kTile), lanes, s);
+            if (!verdict(b, new_slot(b), 0, sum[kFF], sum[kGG], lanes, s) || a.m == 0) continue;
+            for (int64_t d = 0; d < D; ++d) s.products[d * kTile] = A(sum[d]);
+            solve_lanes(b, 1, false, lanes, s);
             for (int j = 0; j < a.m; ++j) sum[j] = double(s.gamma[j * kTile]);
         }
         for_chunks([&](int64_t b, int l, int64_t c, double* partial, Scratch<A>& s) {
@@ -303,24 +547,25 @@ class AndersonStep {
             const A* f = read_source(leaf.f, f_row(a, b), n, count, s.f);
             const A* x = read_block(row_of(leaf.x, a, leaf, b), a.dtype, n, count, s.x);
             if (slot < 0) {
-                for (int64_t i = 0; i < count; i += kLanes<A>) {
-                    const V fi = load_up_to<A>(f + i, count - i) * unit;
-                    const V gi = fi - load_up_to<A>(x + i, count - i) * unit;
+                for_registers<A>(count, [&](int64_t i, auto part) {
+                    const V fi = load<A>(f + i, part) * unit;
+                    const V gi = fi - load<A>(x + i, part) * unit;
                     head[kFF] += fi * fi;
                     head[kGG] += gi * gi;
                     write(s.g + i, gi);
                     write(s.w + i, V{});
                     write(s.v + i, V{});
-                }
+                });
             } else {
                 const A* f_prev = read_source(leaf.f_prev, f_prev_row(a, b), n, count, s.f_prev);
                 const A* x_prev = read_block(row_of(leaf.x_prev, a, leaf, b), a.dtype, n, count, s.x_prev);
-                const int64_t block = leaf.block + n / kBlock;
-                new_column(b, slot, leaf.offset + n, block, count, f, x, f_prev, x_prev, unit, c, head, s);
+                new_column(b, slot, leaf.offset + n, leaf.block + n / kBlock, count, f, x, f_prev, x_prev, unit, c, head, s);
             }
-            for (int k = 0; k < n_columns; ++k)
-                column_products(b, s.columns[k], leaf.offset + n, leaf.block + n / kBlock, count, c, s,
-                                s.sums + k * per_column);
+            const int64_t at = leaf.offset + n, block = leaf.block + n / kBlock;
+            int k = 0;
+            for (; k + 2 <= n_columns; k += 2)
+                column_products<2>(b, s.columns + k, at, block, count, c, s, s.sums + k * per_column);
+            if (k < n_columns) column_products<1>(b, s.columns + k, at, block, count, c, s, s.sums + k * per_column);
         }
         for (int p = 0; p < kHeadProducts; ++p) sums[p] += double(sum_lanes<A>(head[p]));
         for (int k = 0; k < n_columns; ++k) {
@@ -341,49 +586,52 @@ class AndersonStep {
         V scale_f = V{} + A(1), scale_g = scale_f;
         if constexpr (kScaled<H>) {
             V largest_f = {}, largest_g = {};
-            for (int64_t i = 0; i < count; i += kLanes<A>) {
-                const V fi = (load_up_to<A>(f + i, count - i) - load_up_to<A>(f_prev + i, count - i)) * unit;
-                const V gi = fi - (load_up_to<A>(x + i, count - i) - load_up_to<A>(x_prev + i, count - i)) * unit;
+            for_registers<A>(count, [&](int64_t i, auto part) {
+                const V fi = load<A>(f + i, part) * unit - load<A>(f_prev + i, part) * unit;
+                const V gi = fi - (load<A>(x + i, part) * unit - load<A>(x_prev + i, part) * unit);
                 largest_f = select(absolute(fi) > largest_f, absolute(fi), largest_f);
                 largest_g = select(absolute(gi) > largest_g, absolute(gi), largest_g);
-            }
+            });
             scale_f = splat<A>(scale_for(largest_f));
             scale_g = splat<A>(scale_for(largest_g));
             scales(0, b, slot)[block] = float(scale_f[0]);
             scales(1, b, slot)[block] = float(scale_g[0]);
         }
         const V back_f = V{} + A(1) / scale_f, back_g = V{} + A(1) / scale_g;
-        for (int64_t i = 0; i < count; i += kLanes<A>) {
-            const int64_t left = count - i;
-            const V fi = load_up_to<A>(f + i, left) * unit, xi = load_up_to<A>(x + i, left) * unit;
+        V sums[kHeadProducts];
+        for (int p = 0; p < kHeadProducts; ++p) sums[p] = head[p];
+        for_registers<A>(count, [&](int64_t i, auto part) {
+            const V fi = load<A>(f + i, part) * unit, xi = load<A>(x + i, part) * unit;
             const V g = fi - xi;
-            V df = fi - load_up_to<A>(f_prev + i, left) * unit;
-            V dg = df - (xi - load_up_to<A>(x_prev + i, left) * unit);
-            df = rounded(d_f + i, df * back_f, left) * scale_f;
-            dg = rounded(d_g + i, dg * back_g, left) * scale_g;
+            V df = fi - load<A>(f_prev + i, part) * unit;
+            V dg = df - (xi - load<A>(x_prev + i, part) * unit);
+            df = rounded(d_f + i, df * back_f, part) * scale_f;
+            dg = rounded(d_g + i, dg * back_g, part) * scale_g;
             const V w = df - c * dg;
-            head[kFF] += fi * fi;
-            head[kGG] += g * g;
-            head[kQQ] += dg * dg;
-            head[kWW] += w * w;
-            head[kWG] += w * g;
-            head[kVG] += dg * g;
-            head[kWV] += w * dg;
+            sums[kFF] += fi * fi;
+            sums[kGG] += g * g;
+            sums[kQQ] += dg * dg;
+            sums[kWW] += w * w;
+            sums[kWG] += w * g;
+            sums[kVG] += dg * g;
+            sums[kWV] += w * dg;
             write(s.g + i, g);
             write(s.w + i, w);
             write(s.v + i, dg);
-        }
+        });
+        for (int p = 0; p < kHeadProducts; ++p) head[p] = sums[p];
     }
 
     // Stores a register in the history's type and returns it as stored.
-    static V rounded(H* p, V v, int64_t left) {
-        H part[kLanes<A>];
-        Codec<A, H>::store(part, v);
-        if (left >= kLanes<A>)
-            std::memcpy(p, part, sizeof(part));
+    template <class Extent>
+    static V rounded(H* p, V v, Extent part) {
+        H stored[kLanes<A>];
+        Codec<A, H>::store(stored, v);
+        if constexpr (std::is_same<Extent, Whole>::value)
+            std::memcpy(p, stored, sizeof(stored));
         else
-            for (int64_t i = 0; i < left; ++i) p[i] = part[i];
-        return Codec<A, H>::load(part);
+            for (int i = 0; i < part.count; ++i) p[i] = stored[i];
+        return Codec<A, H>::load(stored);
     }
 
     // Power of two that brings the largest magnitude to [1/2, 1), for int8 to [64, 128).
@@ -404,35 +652,55 @@ class AndersonStep {
         return v;
     }
 
-    void column_products(int64_t b, int j, int64_t at, int64_t block, int64_t count, V c, const Scratch<A>& s,
-                         V* sums) const {
-        const H* d_g = column(1, b, j) + at;
-        const V scale_g = scale_of(1, b, j, block);
-        V rhs = sums[0], gram = sums[1];
-        if (type2) {
-            for (int64_t i = 0; i < count; i += kLanes<A>) {
-                const V v = scaled(load_up_to<A>(d_g + i, count - i), scale_g);
-                rhs += v * read<V>(s.g + i);
-                gram += v * read<V>(s.v + i);
-            }
-        } else {
-            const H* d_f = column(0, b, j) + at;
-            const V scale_f = scale_of(0, b, j, block);
-            V row = sums[2], col = sums[3];
-            for (int64_t i = 0; i < count; i += kLanes<A>) {
-                const V v = scaled(load_up_to<A>(d_g + i, count - i), scale_g);
-                const V w = scaled(load_up_to<A>(d_f + i, count - i), scale_f) - c * v;
-                const V new_v = read<V>(s.v + i);
-                rhs += w * read<V>(s.g + i);
-                gram += v * new_v;
-                row += v * read<V>(s.w + i);
-                col += w * new_v;
-            }
-            sums[2] = row;
-            sums[3] = col;
+    // Products of n <= 2 older columns with the new one and with g.
+    template <int n>
+    void column_products(int64_t b, const int* columns, int64_t at, int64_t block, int64_t count, V c,
+                         const Scratch<A>& s, V* out) const {
+        const H *d_f[n], *d_g[n];
+        V scale_f[n], scale_g[n], rhs[n], gram[n], row[n], col[n];
+        const int per_column = type2 ? 2 : 4;
+        for (int k = 0; k < n; ++k) {
+            d_f[k] = column(0, b, columns[k]) + at;
+            d_g[k] = column(1, b, columns[k]) + at;
+            scale_f[k] = scale_of(0, b, columns[k], block);
+            scale_g[k] = scale_of(1, b, columns[k], block);
+            rhs[k] = out[k * per_column];
+            gram[k] = out[k * per_column + 1];
         }
-        sums[0] = rhs;
-        sums[1] = gram;
+        if (type2) {
+            for_registers<A>(count, [&](int64_t i, auto part) {
+                const V g = read<V>(s.g + i), new_v = read<V>(s.v + i);
+                for (int k = 0; k < n; ++k) {
+                    const V v = scaled(load<A>(d_g[k] + i, part), scale_g[k]);
+                    rhs[k] += v * g;
+                    gram[k] += v * new_v;
+                }
+            });
+        } else {
+            for (int k = 0; k < n; ++k) {
+                row[k] = out[k * per_column + 2];
+                col[k] = out[k * per_column + 3];
+            }
+            for_registers<A>(count, [&](int64_t i, auto part) {
+                const V g = read<V>(s.g + i), new_v = read<V>(s.v + i), new_w = read<V>(s.w + i);
+                for (int k = 0; k < n; ++k) {
+                    const V v = scaled(load<A>(d_g[k] + i, part), scale_g[k]);
+                    const V w = scaled(load<A>(d_f[k] + i, part), scale_f[k]) - c * v;
+                    rhs[k] += w * g;
+                    gram[k] += v * new_v;
+                    row[k] += v * new_w;
+                    col[k] += w * new_v;
+                }
+            });
+            for (int k = 0; k < n; ++k) {
+                out[k * per_column + 2] = row[k];
+                out[k * per_column + 3] = col[k];
+            }
+        }
+        for (int k = 0; k < n; ++k) {
+            out[k * per_column] = rhs[k];
+            out[k * per_column + 1] = gram[k];
+        }
     }
 
     // Writes the next iterate for numbers [begin, begin + kChunk) of leaf l; n < 0: plain Picard. False if not finite.
@@ -449,15 +717,23 @@ class AndersonStep {
             const A* from = read_source(leaf.f, f_row(a, b), at, count, s.f);
             if (beta != 1) {
                 const A* x = read_block(row_of(leaf.x, a, leaf, b), a.dtype, at, count, s.x);
-                for (int64_t i = 0; i < count; i += kLanes<A>) {
-                    const V xi = load_up_to<A>(x + i, count - i);
-                    write(s.out + i, xi + beta * (load_up_to<A>(from + i, count - i) - xi));
-                }
+                for_registers<A>(count, [&](int64_t i, auto part) {
+                    const V xi = load<A>(x + i, part);
+                    write(s.out + i, xi + beta * (load<A>(from + i, part) - xi));
+                });
                 from = s.out;
             }
             for (int k = 0; k < n; k += 4) {
-                mix_columns(b, leaf.offset + at, leaf.block + at / kBlock, count, s.columns + k, std::min(4, n - k),
-                            gamma, stride, per_unit, beta, from, s.out);
+                const Mix mix{b, leaf.offset + at, leaf.block + at / kBlock, count, s.columns + k, gamma, stride,
+                              per_unit, beta};
+                if (n - k >= 4)
+                    mix_columns<4>(mix, from, s.out);
+                else if (n - k == 3)
+                    mix_columns<3>(mix, from, s.out);
+                else if (n - k == 2)
+                    mix_columns<2>(mix, from, s.out);
+                else
+                    mix_columns<1>(mix, from, s.out);
                 from = s.out;
             }
             finite &= write_block(static_cast<void*>(target), a.dtype, at, count, from);
@@ -465,29 +741,38 @@ class AndersonStep {
         return finite;
     }
 
-    // out = from - sum of up to four weighted columns.
-    void mix_columns(int64_t b, int64_t at, int64_t block, int64_t count, const int* columns, int n, const A* gamma,
-                     int64_t stride, A per_unit, A beta, const A* from, A* out) const {
-        const H *d_f[4], *d_g[4];
-        V weight_f[4], weight_g[4];
-        for (int k = 0; k < 4; ++k) {
-            const int j = columns[k < n ? k : 0];
-            const A weight = k < n ? gamma[j * stride] * per_unit : A(0);
-            d_f[k] = column(0, b, j) + at;
-            d_g[k] = column(1, b, j) + at;
-            weight_f[k] = scaled(splat<A>(-weight), scale_of(0, b, j, block));
-            weight_g[k] = scaled(splat<A>((1 - beta) * weight), scale_of(1, b, j, block));
+    struct Mix {
+        int64_t b, at, block, count;
+        const int* columns;
+        const A* gamma;
+        int64_t stride;
+        A per_unit, beta;
+    };
+
+    // out = from - sum of n weighted columns.
+    template <int n>
+    void mix_columns(const Mix& mix, const A* from, A* out) const {
+        const H *d_f[n], *d_g[n];
+        V weight_f[n], weight_g[n];
+        for (int k = 0; k < n; ++k) {
+            const int j = mix.columns[k];
+            const A weight = mix.gamma[j * mix.stride] * mix.per_unit;
+            d_f[k] = column(0, mix.b, j) + mix.at;
+            d_g[k] = column(1, mix.b, j) + mix.at;
+            weight_f[k] = scaled(splat<A>(-weight), scale_of(0, mix.b, j, mix.block));
+            weight_g[k] = scaled(splat<A>((1 - mix.beta) * weight), scale_of(1, mix.b, j, mix.block));
         }
-        for (int64_t i = 0; i < count; i += kLanes<A>) {
-            const int64_t left = count - i;
-            V sum = load_up_to<A>(from + i, left);
-            for (int k = 0; k < 4; ++k)
-                if (k < n) sum += weight_f[k] * load_up_to<A>(d_f[k] + i, left);
-            if (beta != 1)
-                for (int k = 0; k < 4; ++k)
-                    if (k < n) sum += weight_g[k] * load_up_to<A>(d_g[k] + i, left);
+        for_registers<A>(mix.count, [&](int64_t i, auto part) {
+            V sum = load<A>(from + i, part);
+            for (int k = 0; k < n; ++k) sum += weight_f[k] * load<A>(d_f[k] + i, part);
             write(out + i, sum);
-        }
+        });
+        if (mix.beta == 1) return;
+        for_registers<A>(mix.count, [&](int64_t i, auto part) {
+            V sum = read<V>(out + i);
+            for (int k = 0; k < n; ++k) sum += weight_g[k] * load<A>(d_g[k] + i, part);
+            write(out + i, sum);
+        });
     }
 };
 

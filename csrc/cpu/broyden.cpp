@@ -108,13 +108,16 @@ class BroydenStep {
         const Leaf& leaf = a.leaves[l];
         const A* f = read_source(leaf.f, f_row(a, b), at, count, s.f);
         const A* x = read_block(row_of(leaf.x, a, leaf, b), a.dtype, at, count, s.x);
-        for (int64_t i = 0; i < count; i += L) {
-            const V fi = load_up_to<A>(f + i, count - i) * unit;
-            const V gi = fi - load_up_to<A>(x + i, count - i) * unit;
-            *ff += fi * fi;
-            *gg += gi * gi;
-            store_up_to<A>(out + i, gi, count - i);
-        }
+        V f_sum = *ff, g_sum = *gg;
+        for_registers<A>(count, [&](int64_t i, auto part) {
+            const V fi = load<A>(f + i, part) * unit;
+            const V gi = fi - load<A>(x + i, part) * unit;
+            f_sum += fi * fi;
+            g_sum += gi * gi;
+            store<A>(out + i, gi, part);
+        });
+        *ff = f_sum;
+        *gg = g_sum;
         return out;
     }
 
@@ -123,8 +126,9 @@ class BroydenStep {
         const Leaf& leaf = a.leaves[l];
         const A per_unit = A(1) / a.at<A>(kUnit, b);
         const A* x = read_block(row_of(leaf.x, a, leaf, b), a.dtype, at, count, s.x);
-        for (int64_t i = 0; i < count; i += L)
-            write(s.out + i, load_up_to<A>(x + i, count - i) + load_up_to<A>(step + i, count - i) * per_unit);
+        for_registers<A>(count, [&](int64_t i, auto part) {
+            write(s.out + i, load<A>(x + i, part) + load<A>(step + i, part) * per_unit);
+        });
         return write_block(static_cast<void*>(row_of(leaf.x_prev, a, leaf, b)), a.dtype, at, count, s.out);
     }
 
@@ -197,12 +201,12 @@ class BroydenStep {
                     write(z + i + k * L, zi);
                     part[k] += si * zi;
                 }
-            for (; i < end; i += L) {
-                const V si = load_up_to<A>(s + i, end - i);
-                const V zi = load_up_to<A>(z + i, end - i) + w * si;
-                store_up_to<A>(z + i, zi, end - i);
+            for_registers<A>(end - i, [&](int64_t k, auto rest) {
+                const V si = load<A>(s + i + k, rest);
+                const V zi = load<A>(z + i + k, rest) + w * si;
+                store<A>(z + i + k, zi, rest);
                 part[0] += si * zi;
-            }
+            });
             sum += double(sum_lanes<A>((part[0] + part[1]) + (part[2] + part[3])));
         }
         return sum;
@@ -247,15 +251,18 @@ class BroydenStep {
         for (int64_t c = 0; c < a.N; c += kChunk) {
             const int64_t end = std::min(c + kChunk, a.N);
             V part = {};
-            for (int64_t i = c; i < end; i += L) {
-                const V v = load_up_to<A>(z + i, end - i) * by;
-                store_up_to<A>(target + i, v, end - i);
+            for_registers<A>(end - c, [&](int64_t i, auto rest) {
+                const V v = load<A>(z + c + i, rest) * by;
+                store<A>(target + c + i, v, rest);
                 part += v * v;
-            }
+            });
             sum += double(sum_lanes<A>(part));
         }
         return sum;
     }
+
+    // A whole sample that fits one register.
+    V row(const A* p) const { return a.N < L ? load<A>(p, Part{int(a.N)}) : load<A>(p, Whole{}); }
 
     // Up to kTogether samples of one register each.
     void short_chains(int64_t b0, int n, Scratch<A>& s) const {
@@ -272,10 +279,10 @@ class BroydenStep {
             const Verdict v = open(b, s.z, s, &g_g);
             going[i] = v.going;
             if (!v.going) continue;
-            z[i] = load_up_to<A>(s.z, a.N);
+            z[i] = row(s.z);
             begin[i] = start(b, v);
             if (begin[i].measure) {
-                const V first_step = load_up_to<A>(step_at(b, 0), a.N);
+                const V first_step = row(step_at(b, 0));
                 begin[i] = {0, measured_scale(b, double(sum_lanes<A>(first_step * z[i])), g_g), false};
             }
             z[i] *= begin[i].scale;
@@ -284,7 +291,7 @@ class BroydenStep {
         for (int j = 0; j < longest; ++j)
             for (int i = 0; i < n; ++i) {
                 if (j >= begin[i].count) continue;
-                const V step = load_up_to<A>(step_at(b0 + i, j), a.N);
+                const V step = row(step_at(b0 + i, j));
                 z[i] += ratio[i] * step;
                 ratio[i] = sum_lanes<A>(step * z[i]) / norm(b0 + i, j);
                 denominator[i] = A(1) - ratio[i];
@@ -300,11 +307,11 @@ class BroydenStep {
                 count = 0;
                 double ff, gg;
                 load_residual(b, s.z, s, &ff, &gg);
-                step = load_up_to<A>(s.z, a.N) * begin[i].scale;
+                step = row(s.z) * begin[i].scale;
                 squared = sum_lanes<A>(step * step);
             }
             norm(b, count) = squared;
-            store_up_to<A>(step_at(b, count), step, a.N);
+            a.N < L ? store<A>(step_at(b, count), step, Part{int(a.N)}) : store<A>(step_at(b, count), step, Whole{});
             bool finite = true;
             for (int l = 0; l < a.n_leaves; ++l)
                 finite &= advance(b, l, 0, a.leaves[l].n, step_at(b, count) + a.leaves[l].offset, s);
@@ -366,7 +373,9 @@ class BroydenStep {
         int64_t i = 0;
         for (; i + 4 * L <= count; i += 4 * L)
             for (int k = 0; k < 4; ++k) part[k] += read<V>(p + i + k * L) * read<V>(q + i + k * L);
-        for (; i < count; i += L) part[0] += load_up_to<A>(p + i, count - i) * load_up_to<A>(q + i, count - i);
+        for_registers<A>(count - i, [&](int64_t k, auto rest) {
+            part[0] += load<A>(p + i + k, rest) * load<A>(q + i + k, rest);
+        });
         return sum_lanes<A>((part[0] + part[1]) + (part[2] + part[3]));
     }
 
@@ -438,12 +447,11 @@ class BroydenStep {
             V ff = {}, gg = {};
             residual(b, l, at, size, unit, s, s.g, &ff, &gg);
             A* target = step_at(b, count) + leaf.offset + at;
-            for (int64_t i = 0; i < size; i += L) {
-                const int64_t left = size - i;
-                store_up_to<A>(s.g + i, load_up_to<A>(s.g + i, left) * of_g, left);
-            }
+            for_registers<A>(size, [&](int64_t i, auto part) {
+                store<A>(s.g + i, load<A>(s.g + i, part) * of_g, part);
+            });
             for (int j = 1; j < count; j += 4) add_steps(b, j, std::min(4, count - j), sum + 1, leaf.offset + at, size, s.g);
-            for (int64_t i = 0; i < size; i += L) store_up_to<A>(target + i, load_up_to<A>(s.g + i, size - i), size - i);
+            std::memcpy(target, s.g, size_t(size) * sizeof(A));
             partial[1] += double(product(s.g, s.g, size));
             for (int j = 0; j < count; ++j) partial[2 + j] += double(product(step_at(b, j) + leaf.offset + at, s.g, size));
             finite &= advance(b, l, at, size, s.g, s);
@@ -459,13 +467,12 @@ class BroydenStep {
             steps[k] = step_at(b, j + (k < n ? k : 0)) + at;
             weight[k] = splat(k < n ? A(weights[j + k]) : A(0));
         }
-        for (int64_t i = 0; i < size; i += L) {
-            const int64_t left = size - i;
-            V sum = load_up_to<A>(out + i, left);
+        for_registers<A>(size, [&](int64_t i, auto part) {
+            V sum = load<A>(out + i, part);
             for (int k = 0; k < 4; ++k)
-                if (k < n) sum += weight[k] * load_up_to<A>(steps[k] + i, left);
-            store_up_to<A>(out + i, sum, left);
-        }
+                if (k < n) sum += weight[k] * load<A>(steps[k] + i, part);
+            store<A>(out + i, sum, part);
+        });
     }
 };
 

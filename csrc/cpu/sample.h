@@ -39,7 +39,7 @@ inline const A* read_block(const void* row, DType dtype, int64_t n, int64_t coun
         using T = decltype(type);
         if constexpr (kReadable<A, T>) {
             const T* p = static_cast<const T*>(row) + n;
-            for (int64_t i = 0; i < count; i += kLanes<A>) write(buffer + i, load_up_to<A>(p + i, count - i));
+            for_registers<A>(count, [&](int64_t i, auto part) { write(buffer + i, load<A>(p + i, part)); });
         }
     });
     return buffer;
@@ -106,11 +106,11 @@ inline bool write_block(void* row, DType dtype, int64_t n, int64_t count, const 
                                                                            : 0x1.fefffep127;
             T* p = static_cast<T*>(row) + n;
             auto bad = Vec<A>{} != Vec<A>{};
-            for (int64_t i = 0; i < count; i += kLanes<A>) {
-                const Vec<A> v = load_up_to<A>(from + i, count - i);
+            for_registers<A>(count, [&](int64_t i, auto part) {
+                const Vec<A> v = load<A>(from + i, part);
                 bad |= ~(absolute(v) <= A(largest));
-                store_up_to<A>(p + i, v, count - i);
-            }
+                store<A>(p + i, v, part);
+            });
             return !any(bad);
         }
         return false;

@@ -199,16 +199,32 @@ inline void store_some(T* p, Vec<A> v, int n) {
     for (int i = 0; i < n; ++i) p[i] = part[i];
 }
 
-template <class A, class T>
-inline Vec<A> load_up_to(const T* p, int64_t n) {
-    return n >= kLanes<A> ? Codec<A, T>::load(p) : load_some<A, T>(p, int(n));
+// Loops over `count` numbers, a register at a time: body(first number, Whole), and for the rest body(first, Part).
+struct Whole {};
+struct Part {
+    int count;
+};
+template <class A, class Body>
+inline void for_registers(int64_t count, Body&& body) {
+    int64_t i = 0;
+    for (; i + kLanes<A> <= count; i += kLanes<A>) body(i, Whole{});
+    if (i < count) body(i, Part{int(count - i)});
 }
 template <class A, class T>
-inline void store_up_to(T* p, Vec<A> v, int64_t n) {
-    if (n >= kLanes<A>)
-        Codec<A, T>::store(p, v);
-    else
-        store_some<A, T>(p, v, int(n));
+inline Vec<A> load(const T* p, Whole) {
+    return Codec<A, T>::load(p);
+}
+template <class A, class T>
+inline Vec<A> load(const T* p, Part part) {
+    return load_some<A, T>(p, part.count);
+}
+template <class A, class T>
+inline void store(T* p, Vec<A> v, Whole) {
+    Codec<A, T>::store(p, v);
+}
+template <class A, class T>
+inline void store(T* p, Vec<A> v, Part part) {
+    store_some<A, T>(p, v, part.count);
 }
 
 template <class A>
@@ -244,6 +260,17 @@ inline bool any(M mask) {
     for (int i = 0; i < int(sizeof(M) / sizeof(mask[0])); ++i)
         if (mask[i]) return true;
     return false;
+}
+
+// One bit a lane.
+template <class M>
+inline uint32_t bits(M mask) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(M) == 64 && sizeof(mask[0]) == 4) return _mm512_movepi32_mask(read<__m512i>(&mask));
+#endif
+    uint32_t set = 0;
+    for (int i = 0; i < int(sizeof(M) / sizeof(mask[0])); ++i) set |= uint32_t(mask[i] != 0) << i;
+    return set;
 }
 
 // What dense.h asks of a lane type.

@@ -31,8 +31,9 @@ inline int64_t anderson_scratch_bytes(int m_columns, int64_t number) {
     const int64_t bytes = 8 * (kBlock + 16) * number                          // blocks
                           + (products + 2 * m * m + 8 * m) * registers        // sums, small solve
                           + (products + m + 2 * m * m + 2 * m) * kTile * number  // products, gamma, one tile
-                          + m * kTile * 4 + products * 8 + m * 4;             // ages, sums of a sample, columns
-    return (bytes + 16 * 64 + 63) / 64 * 64;
+                          + m * kTile * 4 + products * 8 + m * 4              // ages, sums of a sample, columns
+                          + (8 + kTile) * kShortN * registers;                // short samples: registers, rows
+    return (bytes + 32 * 64 + 63) / 64 * 64;
 }
 
 inline int64_t anderson_products(int m) { return kHeadProducts + int64_t(kColumnProducts) * m; }
