@@ -10,12 +10,16 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .anderson import Anderson
 from .broyden import Broyden
-from .implicit import Implicit, OneStep, Phantom, Unroll
+from .implicit import Implicit, OneStep, Phantom
+from .jacobian import jacobian_penalty, spectral_radius
+from .linear import GradientWarning
+from .nn import DEQ
 from .picard import Picard
 from .solution import ConvergenceError, Solution
 from .solve import fixed_point, root
 from .state import SolverState
 from .status import Status
+from .unroll import Unroll
 
 try:
     __version__ = version("deqfast")
@@ -23,9 +27,11 @@ except PackageNotFoundError:  # used from a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "DEQ",
     "Anderson",
     "Broyden",
     "ConvergenceError",
+    "GradientWarning",
     "Implicit",
     "OneStep",
     "Phantom",
@@ -35,5 +41,7 @@ __all__ = [
     "Status",
     "Unroll",
     "fixed_point",
+    "jacobian_penalty",
     "root",
+    "spectral_radius",
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from . import transforms
 from .anderson import Anderson
 from .broyden import Broyden
 from .compaction import Compactor
@@ -73,25 +74,33 @@ def fixed_point(
     """
     chosen = choose_solver(solver)
     gradient = choose_gradient(backward)
-    _check_options(f, args, max_iter, returns, callback)
-    layout = Layout(z0)
+    check_options(f, args, max_iter, returns, callback)
+    transformed = transforms.active()
+    start = transforms.values(z0) if transformed else z0
+    layout = Layout(start)
     rtol, atol, max_iter = check_stopping(rtol, atol, max_iter, layout.dtype)
-    problem = Problem(f, args, layout, chosen, rtol, max_iter, backend)
-    if gradient is not None and torch.is_grad_enabled() and gradient.solves:
-        return gradient.solve(problem, z0, atol=atol)
-    state = SolverState(
-        chosen,
-        z0,
-        rtol=rtol,
-        atol=atol,
-        max_iter=max_iter,
-        keep_best=returns == "best",
-        backend=backend,
-        layout=layout,
-    )
-    rows = _iterate(problem, state, compact, trace, callback, progress)
+    problem = Problem(f, args, layout, chosen, rtol, max_iter, backend, transformed)
+    if gradient is not None and gradient.solves and problem.differentiated:
+        return gradient.solve(
+            problem,
+            z0,
+            atol=atol,
+            returns=returns,
+            compact=compact,
+            trace=trace,
+            callback=callback,
+            throw=throw,
+            progress=progress,
+        )
+    if not transformed:
+        state, rows = _run(f, args, problem, start, atol, returns, compact, trace, callback, progress)
+    else:
+        with transforms.Outside() as outside:
+            inner, plain = outside.inside(f), transforms.values(args)
+            state, rows = _run(inner, plain, problem, start, atol, returns, compact, trace, callback, progress)
     solution = conclude(state, returns, rows)
-    if gradient is not None and torch.is_grad_enabled():
+    if gradient is not None and problem.differentiated:
+        problem.copy_z = state.copies_z
         solution.z = gradient.attach(problem, solution.z)
     if throw and not bool(solution.converged.all()):
         raise ConvergenceError(solution)
@@ -131,7 +140,8 @@ def choose_solver(solver: str | Solver) -> Solver:
     return solver
 
 
-def _check_options(f: Any, args: Any, max_iter: Any, returns: str, callback: Any) -> None:
+def check_options(f: Any, args: Any, max_iter: Any, returns: str, callback: Any) -> None:
+    """Raise TypeError or ValueError for a wrong option, naming it."""
     if not callable(f):
         raise TypeError(f"f must be callable, got {type(f).__name__}")
     if not isinstance(args, tuple):
@@ -144,26 +154,39 @@ def _check_options(f: Any, args: Any, max_iter: Any, returns: str, callback: Any
         raise TypeError(f"callback must be callable, got {type(callback).__name__}")
 
 
-def _iterate(
+def _run(
+    f: Callable[..., Any],
+    args: tuple[Any, ...],
     problem: Problem,
-    state: SolverState,
+    start: Any,
+    atol: float,
+    returns: str,
     compact: Any,
     trace: bool,
     callback: Callable[[int, SolverState], bool | None] | None,
     progress: bool,
-) -> list[Tensor] | None:
-    """Evaluate and step until every sample has stopped; returns the recorded residuals."""
-    f, args = problem.f, problem.args
+) -> tuple[SolverState, list[Tensor] | None]:
+    """Evaluate and step until every sample has stopped; the state, and the recorded residuals."""
+    state = SolverState(
+        problem.solver,
+        start,
+        rtol=problem.rtol,
+        atol=atol,
+        max_iter=problem.max_iter,
+        keep_best=returns == "best",
+        backend=problem.backend,
+        layout=problem.layout,
+    )
     compactor = Compactor(state, args, compact) if compact is not False else None
     rows: list[Tensor] | None = [] if trace else None
     bar = _bar(problem.max_iter) if progress else None
     if compactor is None and rows is None and bar is None and callback is None:
-        with problem.solving():
+        with torch.no_grad():
             while not state.done:
                 state.step(f(state.z, *args))
-        return None
+        return state, None
     try:
-        with problem.solving():
+        with torch.no_grad():
             while not state.done:
                 if compactor is None:
                     state.step(f(state.z, *args))
@@ -180,7 +203,7 @@ def _iterate(
     finally:
         if bar is not None:
             bar.close()
-    return rows
+    return state, rows
 
 
 def _bar(total: int) -> Any:

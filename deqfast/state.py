@@ -152,7 +152,7 @@ class SolverState:
         if self._previous is None:
             return True
         t = self._previous[0]
-        return self._previous_rows is None and t.dtype is self._dtype and t.is_contiguous()
+        return self._previous_rows is None and t.dtype is self._dtype and t.is_contiguous() and not t.is_neg()
 
     def _note_versions(self) -> None:
         self._x_versions = [[_version(t) for t in buffer] for buffer in self.ws.x]
@@ -165,6 +165,11 @@ class SolverState:
         if self._plain:
             return x[0]
         return self.layout.unflatten([t.clone() for t in x] if self._copy_z else x)
+
+    @property
+    def copies_z(self) -> bool:
+        """Whether f was seen to write into the iterate it is given, so that it gets copies."""
+        return self._copy_z
 
     @property
     def done(self) -> bool:
@@ -221,6 +226,7 @@ class SolverState:
             or not fz.is_cpu
             or not fz.is_contiguous()
             or fz.is_inference()
+            or fz.is_neg()
             or ws.x[cur][0]._version != self._x_versions[cur][0]
             or self._running == 0
         ):

@@ -10,6 +10,7 @@
 #endif
 
 #include "anderson_decide.h"
+#include "lanes.h"
 #include "sample.h"
 #include "transpose.h"
 
@@ -18,7 +19,7 @@ namespace {
 
 constexpr int64_t kSplitMinN = 1 << 16;  // samples larger than this are split over threads
 constexpr int64_t kTileMaxN = 1024;      // samples up to this share one small solve, up to 16 at a time
-constexpr int64_t kGroupBytes = 384 << 10;  // history of the samples that share it: must still be in L2 when mixed
+constexpr int64_t kGroupBytes = 768 << 10;  // history of the samples that share it: must still be in L2 when mixed
 
 inline int thread_index() {
 #ifdef _OPENMP
@@ -90,7 +91,11 @@ class AndersonStep {
     const AndersonArgs& a;
     const int64_t D;
     const bool type2;
-    static constexpr uint32_t kAllLanes = (1u << kLanes<A>) - 1;
+
+    using Ints = IntVec<A>;
+
+    int32_t* int_row(IntRow row) const { return a.ints + row * a.padded; }
+    A* real_row(RealRow row) const { return static_cast<A*>(a.reals) + row * a.padded; }
 
     Tile<A> tile(int64_t t) const {
         const int64_t m = a.m, side = m * m * kTile;
@@ -183,19 +188,15 @@ class AndersonStep {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
         for (int64_t u = 0; u < units; ++u) {
             Scratch<A> s(a, thread_index());
+            prefetch_group((u + 1) * L);
             short_group(u * L, int(std::min<int64_t>(L, a.B - u * L)), s);
         }
     }
 
-    // Rows of kLanes samples: `row(i)` for the lanes in `use`, else a row of zeros (to read) or of nothing (to write).
-    template <class T, class Row>
-    static void point(T** rows, T* other, uint32_t use, Row&& row) {
-        for (int i = 0; i < kLanes<A>; ++i) rows[i] = use >> i & 1 ? row(i) : other;
-    }
-    // The same for column j of a history whose first rows are given.
+    // Rows of column j of a history whose first rows are given, for the lanes in `use`; else a row of zeros.
     static void point_column(const H** rows, const H* const* first_rows, const H* zeros, uint32_t use, int64_t at) {
         for (int i = 0; i < kLanes<A>; ++i) rows[i] = first_rows[i] + at;
-        if (use == kAllLanes) return;
+        if (use == kAllLanes<A>) return;
         for (int i = 0; i < kLanes<A>; ++i)
             if (!(use >> i & 1)) rows[i] = zeros;
     }
@@ -238,23 +239,20 @@ class AndersonStep {
         t.b0 = b0;
         t.count = count;
         t.lane0 = int(b0 % kTile);
-        Lanes<A> lanes = {};
-        uint32_t running = 0, adding = 0, looking = 0;  // lanes that are evaluated, get a column, read older ones
-        A unit_of[L], slot_of[L];
-        std::fill_n(unit_of, L, A(1));
-        std::fill_n(slot_of, L, A(-1));
-        for (int i = 0; i < count; ++i) {
-            if (a.at(kStatus, b0 + i) != kRunning) continue;
-            running |= 1u << i;
-            const int slot = new_slot(b0 + i);
-            if (slot >= 0) adding |= 1u << i;
-            slot_of[i] = A(slot);
-            if (first(b0 + i)) continue;
-            unit_of[i] = a.at<A>(kUnit, b0 + i);
-            if (!last(b0 + i)) looking |= 1u << i;
-        }
+        const uint32_t present = count == L ? kAllLanes<A> : (1u << count) - 1;
+        const V units = read<V>(real_row(kUnit) + b0);
+        const Ints steps = read<Ints>(int_row(kSteps) + b0);
+        const auto started = units > splat<A>(0);
+        // Lanes that are evaluated, that read older columns, that get a new one.
+        const uint32_t running = bits(read<Ints>(int_row(kStatus) + b0) == int32_t(kRunning)) & present;
+        const uint32_t out_of_steps = a.max_iter ? bits(steps + 1 >= a.max_iter) : 0;
+        const uint32_t looking = running & bits(started) & ~out_of_steps;
+        const uint32_t adding = a.has_previous && a.m > 0 ? looking : 0;
         if (!running) return;
-        const V unit = read<V>(unit_of), slots = read<V>(slot_of);
+        const V unit = select(started, units, splat<A>(1));
+        const V slots = select(lanes_of<A>(adding), __builtin_convertvector(read<Ints>(int_row(kSlot) + b0), V), splat<A>(-1));
+        A slot_of[L];
+        write(slot_of, slots);
         t.f = s.short_sample;
         t.x = t.f + N;
         t.g = t.x + N;
@@ -271,10 +269,19 @@ class AndersonStep {
         };
 
         V head[kHeadProducts] = {};
-        point(rows, static_cast<const A*>(zeros), running,
-              [&](int i) { return read_source(leaf.f, f_row(a, b0 + i), 0, N, stage_f + i * kShortN); });
+        const auto source_rows = [&](const Source& source, const int32_t* map, uint32_t use) {
+            if (use == kAllLanes<A> && source.dense && source.dtype == kDTypeOf<A> && !map) {
+                const A* base = static_cast<const A*>(source.data) + b0 * source.batch_stride;
+                for (int i = 0; i < L; ++i) rows[i] = base + i * source.batch_stride;
+            } else {
+                point<L>(rows, static_cast<const A*>(zeros), use, [&](int i) {
+                    return read_source(source, map ? map[b0 + i] : b0 + i, 0, N, stage_f + i * kShortN);
+                });
+            }
+        };
+        source_rows(leaf.f, a.f_rows, running);
         strips(rows, [&](int n, V value) { t.f[n] = value; });
-        point(rows, static_cast<const A*>(zeros), running, [&](int i) { return state_row(leaf.x, i); });
+        point<L>(rows, static_cast<const A*>(zeros), running, [&](int i) { return state_row(leaf.x, i); });
         strips(rows, [&](int n, V value) {
             t.x[n] = value;
             const V scaled_f = t.f[n] * unit;
@@ -290,11 +297,9 @@ class AndersonStep {
             }
         const V c = splat<A>(A(a.test_space));
         if (adding) {
-            point(rows, static_cast<const A*>(zeros), adding, [&](int i) {
-                return read_source(leaf.f_prev, f_prev_row(a, b0 + i), 0, N, stage_f + i * kShortN);
-            });
+            source_rows(leaf.f_prev, a.f_prev_rows, adding);
             strips(rows, [&](int n, V value) { t.d_f_new[n] = t.f[n] * unit - value * unit; });
-            point(rows, static_cast<const A*>(zeros), adding, [&](int i) { return state_row(leaf.x_prev, i); });
+            point<L>(rows, static_cast<const A*>(zeros), adding, [&](int i) { return state_row(leaf.x_prev, i); });
             strips(rows, [&](int n, V value) {
                 const V v = as_stored(t.d_f_new[n] - (t.x[n] * unit - value * unit));
                 t.v[n] = v;
@@ -308,7 +313,7 @@ class AndersonStep {
             });
             H* columns[L];
             for (int which = 0; which < 2; ++which) {
-                point(columns, nowhere, adding, [&](int i) { return column(which, b0 + i, int(slot_of[i])); });
+                point<L>(columns, nowhere, adding, [&](int i) { return column(which, b0 + i, int(slot_of[i])); });
                 strips_out<H>(columns, which ? t.v : t.d_f_new);
             }
         } else {
@@ -321,17 +326,34 @@ class AndersonStep {
             if (const uint32_t use = bits(old) & looking) short_products(t, j, use, c, s);
         }
         for (int p = 0; p < kHeadProducts; ++p) write(s.products + p * kTile + t.lane0, head[p]);
-        uint32_t going = 0;
-        for (int i = 0; i < count; ++i)
-            if (running >> i & 1) {
-                const double ff = double(head[kFF][i]), gg = double(head[kGG][i]);
-                going |= uint32_t(verdict(b0 + i, int(slot_of[i]), t.lane0 + i, ff, gg, lanes, s)) << i;
-            }
+        Lanes<A> lanes;
+        const uint32_t going = short_verdict(t, head[kFF], head[kGG], looking, running, slot_of, lanes, s);
         if (!going) return;
         if (a.m > 0) solve_lanes(b0, count, true, lanes, s);
-        for (int i = 0; i < count; ++i)
-            if (going >> i & 1) unit_of[i] = a.at<A>(kUnit, b0 + i);
-        short_mix(t, going, read<V>(unit_of), s);
+        short_mix(t, going, select(lanes_of<A>(going), read<V>(real_row(kUnit) + b0), splat<A>(1)), s);
+    }
+
+    uint32_t short_verdict(const Short& t, V ff, V gg, uint32_t ordinary, uint32_t running, const A* slot_of,
+                           Lanes<A>& lanes, Scratch<A>& s) {
+        const Judged<A> j = judge_lanes<A>(a, t.b0, t.count, ff, gg, ordinary);
+        const V one = splat<A>(1), zero = splat<A>(0), growth = splat<A>(A(kGrowthLimit));
+        const auto grew = lanes_of<A>(j.going) & (j.norm > growth * j.previous_norm);
+        write(lanes.going + t.lane0, select(lanes_of<A>(j.going), one, zero));
+        write(lanes.slot + t.lane0, read<V>(slot_of));
+        write(lanes.reset + t.lane0, zero);
+        write(lanes.grew + t.lane0, type2 ? select(grew, one, zero) : zero);
+        write(lanes.steps + t.lane0, __builtin_convertvector(j.steps, V));
+        if (const uint32_t growing = type2 ? bits(grew) : 0)
+            for (int i = 0; i < t.count; ++i) a.at(kGrowthRestarts, t.b0 + i) += growing >> i & 1;
+        uint32_t going = j.going;
+        if (const uint32_t rest = running & ~j.going)
+            for (int i = 0; i < t.count; ++i)
+                if (rest >> i & 1) {
+                    const int slot = int(slot_of[i]);
+                    const bool goes = verdict(t.b0 + i, slot, t.lane0 + i, double(ff[i]), double(gg[i]), lanes, s);
+                    going |= uint32_t(goes) << i;
+                }
+        return going;
     }
 
     // Products of column j with g and with the new column.
@@ -386,7 +408,7 @@ class AndersonStep {
         A* rows[L];
         if (a.dtype == kDTypeOf<A>) {
             alignas(64) A nowhere[kShortN];
-            point(rows, nowhere, going, [&](int i) { return static_cast<A*>(leaf.x_prev) + (t.b0 + i) * N; });
+            point<L>(rows, nowhere, going, [&](int i) { return static_cast<A*>(leaf.x_prev) + (t.b0 + i) * N; });
             auto infinite = Vec<A>{} != Vec<A>{};
             for (int n = 0; n < N; ++n) infinite |= ~(absolute(out[n]) < splat<A>(A(INFINITY)));
             bad = bits(infinite) & going;
@@ -400,10 +422,30 @@ class AndersonStep {
                     bad |= uint32_t(!write_block(target, a.dtype, 0, N, rows[i])) << i;
                 }
         }
-        for (int i = 0; i < t.count; ++i) {
-            if (bad >> i & 1) picard(t.b0 + i, s);
-            if (going >> i & 1) after_step(a, t.b0 + i);
-        }
+        if (bad)
+            for (int i = 0; i < t.count; ++i)
+                if (bad >> i & 1) picard(t.b0 + i, s);
+        after_steps<A>(a, t.b0, going);
+    }
+
+    // Asks for what short_group will read of the samples from b0 on.
+    void prefetch_group(int64_t b0) const {
+        if (b0 >= a.B) return;
+        const int64_t count = std::min<int64_t>(kLanes<A>, a.B - b0), m = a.m;
+        const Leaf& leaf = a.leaves[0];
+        const auto fetch = [](const void* from, int64_t bytes) {
+            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+        };
+        const int64_t state = count * a.N * size_of(a.dtype);
+        fetch(row_of(leaf.x, a, leaf, b0), state);
+        fetch(row_of(leaf.x_prev, a, leaf, b0), state);
+        if (leaf.f.dense && !a.f_rows) fetch(static_cast<const char*>(leaf.f.data) + b0 * a.N * size_of(leaf.f.dtype), state);
+        if (m == 0) return;
+        for (int which = 0; which < 2; ++which) fetch(column(which, b0, 0), count * m * a.N * int64_t(sizeof(H)));
+        const Tile<A> t = tile(b0 / kTile);
+        if (!type2) fetch(t.matrix, m * m * kTile * int64_t(sizeof(A)));
+        fetch(t.gram, m * m * kTile * int64_t(sizeof(A)));
+        fetch(t.norms, 2 * m * kTile * int64_t(sizeof(A)));
     }
 
     // Statistics and status of sample b after its reduction; fills lane i. True if the sample goes on.
@@ -434,12 +476,12 @@ class AndersonStep {
         if (!whole) copy_lane(s.own, 0, shared, lane0);
         for (int i = 0; i < count; ++i) {
             const int lane = first_lane + i;
-            if (!(lanes.going[lane] > 0)) continue;
             const int64_t b = b0 + i;
-            a.at(kSlot, b) = int32_t(lanes.next_slot[lane]);
-            a.at(kCount, b) = int32_t(lanes.count[lane]);
-            a.at(kEvictions, b) += lanes.full[lane] > 0;
-            a.at(kSolveFallbacks, b) += lanes.failed[lane] > 0;
+            const bool going = lanes.going[lane] > 0;
+            a.at(kSlot, b) = going ? int32_t(lanes.next_slot[lane]) : a.at(kSlot, b);
+            a.at(kCount, b) = going ? int32_t(lanes.count[lane]) : a.at(kCount, b);
+            a.at(kEvictions, b) += going && lanes.full[lane] > 0;
+            a.at(kSolveFallbacks, b) += going && lanes.failed[lane] > 0;
         }
     }
 
@@ -559,7 +601,11 @@ class AndersonStep {
             } else {
                 const A* f_prev = read_source(leaf.f_prev, f_prev_row(a, b), n, count, s.f_prev);
                 const A* x_prev = read_block(row_of(leaf.x_prev, a, leaf, b), a.dtype, n, count, s.x_prev);
-                new_column(b, slot, leaf.offset + n, leaf.block + n / kBlock, count, f, x, f_prev, x_prev, unit, c, head, s);
+                const int64_t at = leaf.offset + n, block = leaf.block + n / kBlock;
+                if (type2)
+                    new_column<true>(b, slot, at, block, count, f, x, f_prev, x_prev, unit, c, head, s);
+                else
+                    new_column<false>(b, slot, at, block, count, f, x, f_prev, x_prev, unit, c, head, s);
             }
             const int64_t at = leaf.offset + n, block = leaf.block + n / kBlock;
             int k = 0;
@@ -579,7 +625,9 @@ class AndersonStep {
         }
     }
 
-    // Makes `count` numbers of the new column, rounds them into the history, and leaves g, W and dG as stored in scratch.
+    // Makes `count` numbers of the new column, rounds them into the history, and leaves g, dG and (not Type II) W as
+    // stored in scratch.
+    template <bool second>
     void new_column(int64_t b, int slot, int64_t at, int64_t block, int64_t count, const A* f, const A* x,
                     const A* f_prev, const A* x_prev, V unit, V c, V* head, Scratch<A>& s) {
         H *d_f = column(0, b, slot) + at, *d_g = column(1, b, slot) + at;
@@ -600,6 +648,7 @@ class AndersonStep {
         const V back_f = V{} + A(1) / scale_f, back_g = V{} + A(1) / scale_g;
         V sums[kHeadProducts];
         for (int p = 0; p < kHeadProducts; ++p) sums[p] = head[p];
+        A *const s_g = s.g, *const s_w = s.w, *const s_v = s.v;
         for_registers<A>(count, [&](int64_t i, auto part) {
             const V fi = load<A>(f + i, part) * unit, xi = load<A>(x + i, part) * unit;
             const V g = fi - xi;
@@ -607,17 +656,20 @@ class AndersonStep {
             V dg = df - (xi - load<A>(x_prev + i, part) * unit);
             df = rounded(d_f + i, df * back_f, part) * scale_f;
             dg = rounded(d_g + i, dg * back_g, part) * scale_g;
-            const V w = df - c * dg;
             sums[kFF] += fi * fi;
             sums[kGG] += g * g;
             sums[kQQ] += dg * dg;
-            sums[kWW] += w * w;
-            sums[kWG] += w * g;
-            sums[kVG] += dg * g;
-            sums[kWV] += w * dg;
-            write(s.g + i, g);
-            write(s.w + i, w);
-            write(s.v + i, dg);
+            write(s_g + i, g);
+            write(s_v + i, dg);
+            if constexpr (second) {
+                sums[kVG] += dg * g;
+            } else {
+                const V w = df - c * dg;
+                sums[kWW] += w * w;
+                sums[kWG] += w * g;
+                sums[kWV] += w * dg;
+                write(s_w + i, w);
+            }
         });
         for (int p = 0; p < kHeadProducts; ++p) head[p] = sums[p];
     }
@@ -659,6 +711,7 @@ class AndersonStep {
         const H *d_f[n], *d_g[n];
         V scale_f[n], scale_g[n], rhs[n], gram[n], row[n], col[n];
         const int per_column = type2 ? 2 : 4;
+        const A *const s_g = s.g, *const s_v = s.v, *const s_w = s.w;
         for (int k = 0; k < n; ++k) {
             d_f[k] = column(0, b, columns[k]) + at;
             d_g[k] = column(1, b, columns[k]) + at;
@@ -669,7 +722,7 @@ class AndersonStep {
         }
         if (type2) {
             for_registers<A>(count, [&](int64_t i, auto part) {
-                const V g = read<V>(s.g + i), new_v = read<V>(s.v + i);
+                const V g = read<V>(s_g + i), new_v = read<V>(s_v + i);
                 for (int k = 0; k < n; ++k) {
                     const V v = scaled(load<A>(d_g[k] + i, part), scale_g[k]);
                     rhs[k] += v * g;
@@ -682,7 +735,7 @@ class AndersonStep {
                 col[k] = out[k * per_column + 3];
             }
             for_registers<A>(count, [&](int64_t i, auto part) {
-                const V g = read<V>(s.g + i), new_v = read<V>(s.v + i), new_w = read<V>(s.w + i);
+                const V g = read<V>(s_g + i), new_v = read<V>(s_v + i), new_w = read<V>(s_w + i);
                 for (int k = 0; k < n; ++k) {
                     const V v = scaled(load<A>(d_g[k] + i, part), scale_g[k]);
                     const V w = scaled(load<A>(d_f[k] + i, part), scale_f[k]) - c * v;
@@ -723,20 +776,22 @@ class AndersonStep {
                 });
                 from = s.out;
             }
-            for (int k = 0; k < n; k += 4) {
-                const Mix mix{b, leaf.offset + at, leaf.block + at / kBlock, count, s.columns + k, gamma, stride,
-                              per_unit, beta};
-                if (n - k >= 4)
-                    mix_columns<4>(mix, from, s.out);
-                else if (n - k == 3)
-                    mix_columns<3>(mix, from, s.out);
-                else if (n - k == 2)
-                    mix_columns<2>(mix, from, s.out);
-                else
-                    mix_columns<1>(mix, from, s.out);
+            const Mix mix{b, leaf.offset + at, leaf.block + at / kBlock, count, s.columns, gamma, stride, per_unit,
+                          beta};
+            int k = 0;
+            for (; n - k > 8; k += 8) {
+                mix_columns<8>(mix, k, from, s.out);
                 from = s.out;
             }
-            finite &= write_block(static_cast<void*>(target), a.dtype, at, count, from);
+            if (a.dtype == kDTypeOf<A>) {
+                finite &= mix_rest(mix, k, n - k, from, reinterpret_cast<A*>(target) + at);
+            } else {
+                if (n > k) {
+                    (void)mix_rest(mix, k, n - k, from, s.out);
+                    from = s.out;
+                }
+                finite &= write_block(static_cast<void*>(target), a.dtype, at, count, from);
+            }
         }
         return finite;
     }
@@ -749,30 +804,52 @@ class AndersonStep {
         A per_unit, beta;
     };
 
-    // out = from - sum of n weighted columns.
+    bool mix_rest(const Mix& mix, int k, int n, const A* from, A* out) const {
+        switch (n < 0 ? 0 : n) {
+            case 0: return mix_columns<0>(mix, k, from, out);
+            case 1: return mix_columns<1>(mix, k, from, out);
+            case 2: return mix_columns<2>(mix, k, from, out);
+            case 3: return mix_columns<3>(mix, k, from, out);
+            case 4: return mix_columns<4>(mix, k, from, out);
+            case 5: return mix_columns<5>(mix, k, from, out);
+            case 6: return mix_columns<6>(mix, k, from, out);
+            case 7: return mix_columns<7>(mix, k, from, out);
+            default: return mix_columns<8>(mix, k, from, out);
+        }
+    }
+
+    // out = from - sum of n weighted columns; false if not finite.
     template <int n>
-    void mix_columns(const Mix& mix, const A* from, A* out) const {
-        const H *d_f[n], *d_g[n];
-        V weight_f[n], weight_g[n];
+    bool mix_columns(const Mix& mix, int first_column, const A* from, A* out) const {
+        const H *d_f[n + 1], *d_g[n + 1];
+        V weight_f[n + 1], weight_g[n + 1];
         for (int k = 0; k < n; ++k) {
-            const int j = mix.columns[k];
+            const int j = mix.columns[first_column + k];
             const A weight = mix.gamma[j * mix.stride] * mix.per_unit;
             d_f[k] = column(0, mix.b, j) + mix.at;
             d_g[k] = column(1, mix.b, j) + mix.at;
             weight_f[k] = scaled(splat<A>(-weight), scale_of(0, mix.b, j, mix.block));
             weight_g[k] = scaled(splat<A>((1 - mix.beta) * weight), scale_of(1, mix.b, j, mix.block));
         }
-        for_registers<A>(mix.count, [&](int64_t i, auto part) {
-            V sum = load<A>(from + i, part);
-            for (int k = 0; k < n; ++k) sum += weight_f[k] * load<A>(d_f[k] + i, part);
-            write(out + i, sum);
-        });
-        if (mix.beta == 1) return;
-        for_registers<A>(mix.count, [&](int64_t i, auto part) {
-            V sum = read<V>(out + i);
-            for (int k = 0; k < n; ++k) sum += weight_g[k] * load<A>(d_g[k] + i, part);
-            write(out + i, sum);
-        });
+        const V infinity = splat<A>(A(INFINITY));
+        auto bad = V{} != V{};
+        if (mix.beta == 1) {
+            for_registers<A>(mix.count, [&](int64_t i, auto part) {
+                V sum = load<A>(from + i, part);
+                for (int k = 0; k < n; ++k) sum += weight_f[k] * load<A>(d_f[k] + i, part);
+                bad |= ~(absolute(sum) < infinity);
+                store<A>(out + i, sum, part);
+            });
+        } else {
+            for_registers<A>(mix.count, [&](int64_t i, auto part) {
+                V sum = load<A>(from + i, part);
+                for (int k = 0; k < n; ++k)
+                    sum += weight_f[k] * load<A>(d_f[k] + i, part) + weight_g[k] * load<A>(d_g[k] + i, part);
+                bad |= ~(absolute(sum) < infinity);
+                store<A>(out + i, sum, part);
+            });
+        }
+        return !any(bad);
     }
 };
 

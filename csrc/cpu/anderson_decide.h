@@ -6,7 +6,7 @@
 
 #include "deqfast/anderson.h"
 #include "deqfast/dense.h"
-#include "simd.h"
+#include "lanes.h"
 
 namespace deqfast::cpu::DEQFAST_ISA {
 
@@ -25,35 +25,6 @@ struct Lanes {
     A going[kTile], slot[kTile], reset[kTile], grew[kTile], steps[kTile];  // slot -1: no new column
     A next_slot[kTile], count[kTile], full[kTile], failed[kTile];
 };
-
-template <class A>
-inline Vec<A> splat(A value) {
-    return Vec<A>{} + value;
-}
-
-template <class A>
-inline Vec<A> root(Vec<A> v) {
-#if defined(__AVX512F__)
-    if constexpr (sizeof(A) == 4) {
-        const __m512 r = _mm512_sqrt_ps(read<__m512>(&v));
-        return read<Vec<A>>(&r);
-    } else {
-        const __m512d r = _mm512_sqrt_pd(read<__m512d>(&v));
-        return read<Vec<A>>(&r);
-    }
-#elif defined(__AVX2__)
-    if constexpr (sizeof(A) == 4) {
-        const __m256 r = _mm256_sqrt_ps(read<__m256>(&v));
-        return read<Vec<A>>(&r);
-    } else {
-        const __m256d r = _mm256_sqrt_pd(read<__m256d>(&v));
-        return read<Vec<A>>(&r);
-    }
-#else
-    for (int i = 0; i < kLanes<A>; ++i) v[i] = A(std::sqrt(v[i]));
-    return v;
-#endif
-}
 
 // `products` is (products, 16), `gamma` (m, 16); `work` holds anderson_work(m) registers. Handles lanes [lane, lane + L).
 template <class A>

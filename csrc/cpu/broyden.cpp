@@ -7,13 +7,14 @@
 #include <omp.h>
 #endif
 
+#include "lanes.h"
 #include "sample.h"
+#include "transpose.h"
 
 namespace deqfast::cpu::DEQFAST_ISA {
 namespace {
 
 constexpr double kMinDenominator = 1e-4;
-constexpr int kTogether = 8;  // samples of one register each whose chains run side by side, to hide their latency
 
 inline int thread_index() {
 #ifdef _OPENMP
@@ -146,12 +147,13 @@ class BroydenStep {
     // ---- chain form ----
 
     void chains() {
-        const int64_t per_unit = a.N <= L ? kTogether : 1, units = (a.B + per_unit - 1) / per_unit;
+        const bool is_short = a.N <= kShortN && a.n_leaves == 1;
+        const int64_t per_unit = is_short ? L : 1, units = (a.B + per_unit - 1) / per_unit;
         const int threads = int(std::min<int64_t>(a.threads, a.B * a.N * 8 < 16384 ? 1 : units));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
         for (int64_t u = 0; u < units; ++u) {
             Scratch<A> s(a, thread_index());
-            if (a.N <= L)
+            if (is_short)
                 short_chains(u * per_unit, int(std::min(per_unit, a.B - u * per_unit)), s);
             else if (a.at(kStatus, u) == kRunning)
                 chain(u, s);
@@ -170,7 +172,7 @@ class BroydenStep {
     }
 
     void load_residual(int64_t b, A* z, Scratch<A>& s, double* ff, double* gg) const {
-        const V unit = splat(a.at<A>(kUnit, b));
+        const V unit = splat<A>(a.at<A>(kUnit, b));
         *ff = *gg = 0;
         for (int l = 0; l < a.n_leaves; ++l)
             for (int64_t c = 0; c < a.leaves[l].n; c += kChunk) {
@@ -184,11 +186,9 @@ class BroydenStep {
             }
     }
 
-    static V splat(A value) { return V{} + value; }
-
     // z += weight * s, and the product of s with the result; weight 0 adds nothing.
     __attribute__((noinline)) double sweep(A* z, const A* s, A weight) const {
-        const V w = splat(weight);
+        const V w = splat<A>(weight);
         double sum = 0;
         for (int64_t c = 0; c < a.N; c += kChunk) {
             const int64_t end = std::min(c + kChunk, a.N);
@@ -246,7 +246,7 @@ class BroydenStep {
     // The new step z / denominator into the history; returns its squared norm.
     double finish_chain(int64_t b, const A* z, int count, A denominator, Scratch<A>&) const {
         A* target = step_at(b, count);
-        const V by = splat(A(1) / denominator);
+        const V by = splat<A>(A(1) / denominator);
         double sum = 0;
         for (int64_t c = 0; c < a.N; c += kChunk) {
             const int64_t end = std::min(c + kChunk, a.N);
@@ -261,62 +261,152 @@ class BroydenStep {
         return sum;
     }
 
-    // A whole sample that fits one register.
-    V row(const A* p) const { return a.N < L ? load<A>(p, Part{int(a.N)}) : load<A>(p, Whole{}); }
+    // ---- chain form for short samples: kLanes of them at a time, one a lane ----
 
-    // Up to kTogether samples of one register each.
-    void short_chains(int64_t b0, int n, Scratch<A>& s) const {
-        V z[kTogether] = {};
-        A ratio[kTogether] = {}, denominator[kTogether];
-        Start begin[kTogether] = {};
-        bool going[kTogether] = {};
+    // Numbers of one row a lane, in order.
+    template <class Body>
+    void strips(const A* const* rows, Body&& body) const {
+        for (int at = 0; at < a.N; at += kStrip) {
+            V part[kStrip];
+            const int width = int(std::min<int64_t>(kStrip, a.N - at));
+            transpose_in<A, A>(rows, at, width, part);
+            for (int k = 0; k < width; ++k) body(at + k, part[k]);
+        }
+    }
+
+    void short_chains(int64_t b0, int count, Scratch<A>& s) const {
+        const int N = int(a.N);
+        const Leaf& leaf = a.leaves[0];
+        const uint32_t present = count == L ? kAllLanes<A> : (1u << count) - 1;
+        const V units = read<V>(static_cast<A*>(a.reals) + kUnit * a.padded + b0);
+        const auto started = units > splat<A>(0);
+        const IntVec<A> steps = read<IntVec<A>>(a.ints + kSteps * a.padded + b0);
+        const uint32_t running =
+            bits(read<IntVec<A>>(a.ints + kStatus * a.padded + b0) == int32_t(kRunning)) & present;
+        const uint32_t out_of_steps = a.max_iter ? bits(steps + 1 >= a.max_iter) : 0;
+        if (!running) return;
+
+        alignas(64) A zeros[kShortN] = {};
+        const A* rows[L];
+        V f[kShortN], x[kShortN], z[kShortN], ff = {}, gg = {};
+        const V unit = select(started, units, splat<A>(1));
+        point<L>(rows, static_cast<const A*>(zeros), running,
+                 [&](int i) { return read_source(leaf.f, f_row(a, b0 + i), 0, N, s.f + i * kShortN); });
+        strips(rows, [&](int n, V value) { f[n] = value; });
+        point<L>(rows, static_cast<const A*>(zeros), running, [&](int i) {
+            return read_block(row_of(leaf.x, a, leaf, b0 + i), a.dtype, 0, N, s.x + i * kShortN);
+        });
+        strips(rows, [&](int n, V value) {
+            x[n] = value;
+            z[n] = f[n] * unit - value * unit;
+            ff += f[n] * unit * (f[n] * unit);
+            gg += z[n] * z[n];
+        });
+
+        const Judged<A> judged = judge_lanes<A>(a, b0, count, ff, gg, running & bits(started) & ~out_of_steps);
+        uint32_t going = judged.going;
+        Start begin[L] = {};
+        A scale_of[L], unit_of[L], squared_of[L];
         int longest = 0;
-        for (int i = 0; i < n; ++i) {
+        for (int i = 0; i < L; ++i) {
+            scale_of[i] = unit_of[i] = 1;
+            if (!(running >> i & 1)) continue;
             const int64_t b = b0 + i;
-            denominator[i] = 1;
-            if (a.at(kStatus, b) != kRunning) continue;
-            double g_g;
-            const Verdict v = open(b, s.z, s, &g_g);
-            going[i] = v.going;
+            Verdict v;
+            v.going = going >> i & 1;
+            if (!v.going) {
+                v = judge<A>(a, b, double(ff[i]), double(gg[i]), s.f);
+                if (v.spill || !v.going) spill_and_rest(a, b, v);
+            }
             if (!v.going) continue;
-            z[i] = row(s.z);
+            going |= 1u << i;
+            unit_of[i] = a.at<A>(kUnit, b);
             begin[i] = start(b, v);
             if (begin[i].measure) {
-                const V first_step = row(step_at(b, 0));
-                begin[i] = {0, measured_scale(b, double(sum_lanes<A>(first_step * z[i])), g_g), false};
+                double s_g = 0;
+                for (int n = 0; n < N; ++n) s_g += double(step_at(b, 0)[n]) * double(z[n][i]);
+                begin[i] = {0, measured_scale(b, s_g, double(gg[i])), false};
             }
-            z[i] *= begin[i].scale;
+            scale_of[i] = begin[i].scale;
             longest = std::max(longest, begin[i].count);
         }
-        for (int j = 0; j < longest; ++j)
-            for (int i = 0; i < n; ++i) {
-                if (j >= begin[i].count) continue;
-                const V step = row(step_at(b0 + i, j));
-                z[i] += ratio[i] * step;
-                ratio[i] = sum_lanes<A>(step * z[i]) / norm(b0 + i, j);
-                denominator[i] = A(1) - ratio[i];
+        if (!going) return;
+        const V new_unit = read<V>(unit_of), scale = read<V>(scale_of);
+        const auto residual = [&](int n) { return (f[n] * new_unit - x[n] * new_unit) * scale; };
+        for (int n = 0; n < N; ++n) z[n] = residual(n);
+
+        V ratio = {}, denominator = splat<A>(1);
+        for (int j = 0; j < longest; ++j) {
+            uint32_t use = 0;
+            A inverse[L];
+            for (int i = 0; i < L; ++i) {
+                const bool has = j < begin[i].count;
+                use |= uint32_t(has) << i;
+                inverse[i] = has ? A(1) / norm(b0 + i, j) : A(0);
             }
-        for (int i = 0; i < n; ++i) {
-            if (!going[i]) continue;
-            const int64_t b = b0 + i;
-            int count = begin[i].count;
-            V step = z[i] / denominator[i];
-            A squared = sum_lanes<A>(step * step);
-            if (!(std::abs(denominator[i]) >= A(kMinDenominator)) || !std::isfinite(squared)) {
-                a.at(kDenominatorRestarts, b)++;
-                count = 0;
-                double ff, gg;
-                load_residual(b, s.z, s, &ff, &gg);
-                step = row(s.z) * begin[i].scale;
-                squared = sum_lanes<A>(step * step);
+            V product = {};
+            point<L>(rows, static_cast<const A*>(zeros), use, [&](int i) { return step_at(b0 + i, j); });
+            strips(rows, [&](int n, V step) {
+                z[n] += ratio * step;
+                product += step * z[n];
+            });
+            const auto mask = lanes_of<A>(use);
+            ratio = select(mask, product * read<V>(inverse), splat<A>(0));
+            denominator = select(mask, splat<A>(1) - ratio, denominator);
+        }
+        const V by = splat<A>(1) / denominator;
+        V squared = {};
+        for (int n = 0; n < N; ++n) {
+            z[n] *= by;
+            squared += z[n] * z[n];
+        }
+        const V infinity = splat<A>(A(INFINITY));
+        const auto usable = (absolute(denominator) >= splat<A>(A(kMinDenominator))) & (absolute(squared) < infinity);
+        const uint32_t restart = going & ~bits(usable);
+        if (restart) {
+            const auto mask = lanes_of<A>(restart);
+            V again = {};
+            for (int n = 0; n < N; ++n) {
+                z[n] = select(mask, residual(n), z[n]);
+                again += z[n] * z[n];
             }
-            norm(b, count) = squared;
-            a.N < L ? store<A>(step_at(b, count), step, Part{int(a.N)}) : store<A>(step_at(b, count), step, Whole{});
-            bool finite = true;
-            for (int l = 0; l < a.n_leaves; ++l)
-                finite &= advance(b, l, 0, a.leaves[l].n, step_at(b, count) + a.leaves[l].offset, s);
-            if (!finite) picard(b, s);
-            commit(b, count, finite);
+            squared = select(mask, again, squared);
+        }
+        write(squared_of, squared);
+
+        A* out[L];
+        alignas(64) A nowhere[kShortN];
+        V next[kShortN];
+        auto bad = V{} != V{};
+        for (int n = 0; n < N; ++n) {
+            next[n] = x[n] + z[n] / new_unit;
+            bad |= ~(absolute(next[n]) < infinity);
+        }
+        for (int i = 0; i < L; ++i) {
+            if (!(going >> i & 1)) continue;
+            if (restart >> i & 1) {
+                a.at(kDenominatorRestarts, b0 + i)++;
+                begin[i].count = 0;
+            }
+            norm(b0 + i, begin[i].count) = squared_of[i];
+        }
+        point<L>(out, static_cast<A*>(nowhere), going, [&](int i) { return step_at(b0 + i, begin[i].count); });
+        for (int at = 0; at < N; at += kStrip) transpose_out<A, A>(out, at, std::min(kStrip, N - at), z + at);
+        uint32_t infinite = bits(bad) & going;
+        if (a.dtype == kDTypeOf<A>) {
+            point<L>(out, static_cast<A*>(nowhere), going,
+                     [&](int i) { return static_cast<A*>(leaf.x_prev) + (b0 + i) * N; });
+        } else {
+            for (int i = 0; i < L; ++i) out[i] = s.out + i * kShortN;
+        }
+        for (int at = 0; at < N; at += kStrip) transpose_out<A, A>(out, at, std::min(kStrip, N - at), next + at);
+        for (int i = 0; i < count; ++i) {
+            if (!(going >> i & 1)) continue;
+            bool finite = !(infinite >> i & 1);
+            if (a.dtype != kDTypeOf<A>)
+                finite = write_block(static_cast<void*>(row_of(leaf.x_prev, a, leaf, b0 + i)), a.dtype, 0, N, out[i]);
+            if (!finite) picard(b0 + i, s);
+            commit(b0 + i, begin[i].count, finite);
         }
     }
 
@@ -353,7 +443,7 @@ class BroydenStep {
 
     __attribute__((noinline)) void products_with_residual(int64_t b, int l, int64_t begin, int count, double* partial,
                                                           Scratch<A>& s) const {
-        const V unit = splat(a.at<A>(kUnit, b));
+        const V unit = splat<A>(a.at<A>(kUnit, b));
         const int64_t end = std::min(begin + kChunk, a.leaves[l].n);
         V ff = {}, gg = {};
         for (int64_t at = begin; at < end; at += kBlock) {
@@ -437,7 +527,7 @@ class BroydenStep {
     __attribute__((noinline)) void combine(int64_t b, int l, int64_t begin, const double* sum, double* partial,
                                            Scratch<A>& s) const {
         const int count = int(sum[0]);
-        const V unit = splat(a.at<A>(kUnit, b)), of_g = splat(A(sum[1]));
+        const V unit = splat<A>(a.at<A>(kUnit, b)), of_g = splat<A>(A(sum[1]));
         const Leaf& leaf = a.leaves[l];
         const int64_t end = std::min(begin + kChunk, leaf.n);
         std::fill_n(partial, D, 0.0);
@@ -465,7 +555,7 @@ class BroydenStep {
         V weight[4];
         for (int k = 0; k < 4; ++k) {
             steps[k] = step_at(b, j + (k < n ? k : 0)) + at;
-            weight[k] = splat(k < n ? A(weights[j + k]) : A(0));
+            weight[k] = splat<A>(k < n ? A(weights[j + k]) : A(0));
         }
         for_registers<A>(size, [&](int64_t i, auto part) {
             V sum = load<A>(out + i, part);

@@ -267,6 +267,7 @@ template <class M>
 inline uint32_t bits(M mask) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(M) == 64 && sizeof(mask[0]) == 4) return _mm512_movepi32_mask(read<__m512i>(&mask));
+    if constexpr (sizeof(M) == 64 && sizeof(mask[0]) == 8) return _mm512_movepi64_mask(read<__m512i>(&mask));
 #endif
     uint32_t set = 0;
     for (int i = 0; i < int(sizeof(M) / sizeof(mask[0])); ++i) set |= uint32_t(mask[i] != 0) << i;

@@ -24,7 +24,7 @@ except ImportError as error:  # a pure-Python install, or a module built for ano
     _C = None
     _IMPORT_ERROR = str(error)
 
-HUGE_PAGE_MIN_BYTES = 8 << 20
+HUGE_PAGE_MIN_BYTES = 4 << 20
 
 
 def why_not(device: torch.device) -> str | None:
@@ -45,13 +45,22 @@ def bind(ws: Workspace) -> Callable[[list[Tensor], list[Tensor] | None, Tensor |
     plan = _plan(ws)
     layout = ws.layout
     leaf = layout.leaves[0]
+    plain = len(layout.leaves) == 1 and leaf.plain
+
+    def is_plain(leaves: list[Tensor] | None, rows: Tensor | None) -> bool:
+        if leaves is None:
+            return True
+        t = leaves[0]
+        return rows is None and t.dtype is leaf.dtype and t.is_contiguous() and not t.is_neg()
 
     def update(
         f: list[Tensor], f_prev: list[Tensor] | None, f_rows: Tensor | None, f_prev_rows: Tensor | None
     ) -> int:
+        if plain and is_plain(f, f_rows) and is_plain(f_prev, f_prev_rows):
+            return plan.step_dense(ws.cur, f[0].data_ptr(), 0 if f_prev is None else f_prev[0].data_ptr())
         return _general_step(plan, ws, f, f_prev, f_rows, f_prev_rows)
 
-    if len(layout.leaves) == 1 and leaf.plain:
+    if plain:
         update.dense = plan.step_dense  # type: ignore[attr-defined]
     return update
 
@@ -126,7 +135,8 @@ def _plan(ws: Workspace) -> Any:
         threads=torch.get_num_threads(),
     )
     if isinstance(ws, AndersonWorkspace):
-        _advise(ws.history)
+        for large in (ws.history, ws.matrix, ws.gram):
+            _advise(large)
         plan.method(
             ws.m,
             ws.test_space,

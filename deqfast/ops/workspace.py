@@ -13,6 +13,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from . import pool
 from .layout import Layout
 
 TILE = 16
@@ -83,6 +84,12 @@ class Workspace:
         self.ints = torch.zeros(16, padded, dtype=torch.int32, device=device)
         self.reals = torch.zeros(8, padded, dtype=layout.acc, device=device)
         self.reals.select(0, Real.BEST).fill_(math.inf)
+        self.buffer: Tensor | None = None  # what the history lies in, if it is worth keeping for another solve
+
+    def release(self) -> None:
+        """Give the history up; statistics and iterates stay, but no further step can be made."""
+        pool.give(self.buffer)
+        self.buffer = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that a later step reads, by name, for saving."""
@@ -132,7 +139,7 @@ class AndersonWorkspace(Workspace):
         self.ridge = ridge
         self.evict_least_useful = evict_least_useful
         device, acc, tiles = layout.device, layout.acc, self.tiles
-        self.history = torch.empty(2, layout.B, m, layout.N, dtype=history_dtype, device=device)
+        self.history, self.buffer = pool.empty((2, layout.B, m, layout.N), history_dtype, device)
         blocks = sum(math.ceil(leaf.n / BLOCK) for leaf in layout.leaves) if history_dtype in SCALED_DTYPES else 0
         self.scales = torch.empty(2, layout.B, m, blocks, dtype=torch.float32, device=device)
         side = m if test_space else 0  # Type II needs the Gram matrix alone
@@ -172,7 +179,7 @@ class BroydenWorkspace(Workspace):
         self.memory = memory
         self.scale_first = scale_first
         acc, device, B = layout.acc, layout.device, layout.B
-        self.history = torch.empty(B, memory, layout.N, dtype=acc, device=device)
+        self.history, self.buffer = pool.empty((B, memory, layout.N), acc, device)
         self.norms = torch.empty(B, memory, dtype=acc, device=device)  # ||s_j||^2
         side = memory if layout.N >= self.GRAM_MIN_N else 0
         self.gram = torch.empty(B, side, side, dtype=acc, device=device)  # s_i . s_j, i >= j

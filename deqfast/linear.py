@@ -1,0 +1,66 @@
+"""The linear fixed-point solves behind derivatives: u = A u + b, by the same solvers as everything else."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops.layout import Layout
+from .state import Solver, SolverState
+from .status import Status
+
+
+class GradientWarning(RuntimeWarning):
+    """The linear solve behind a derivative did not converge for some samples, so that it may be inaccurate."""
+
+
+@dataclass
+class LinearOptions:
+    """How the linear solve behind a derivative runs."""
+
+    solver: Solver
+    rtol: float
+    max_iter: int
+    backend: str
+    u0: Any = None
+
+
+def solve_linear(
+    f: Callable[[Any], Any], start: Any, known: list[Tensor], layout: Layout, options: LinearOptions
+) -> list[Tensor]:
+    """Leaves of the solution of u = f(u), an affine map, each sample to a relative tolerance of its own.
+
+    Where a sample does not converge its best iterate is returned, with a ``GradientWarning`` unless its right-hand side
+    ``known`` was not finite: an overflowing loss scale, for example, is no failure of this solve.
+    """
+    with torch.no_grad():
+        state = SolverState(
+            options.solver, start, rtol=options.rtol, max_iter=options.max_iter, backend=options.backend, layout=layout
+        )
+        while not state.done:
+            state.step(f(state.z))
+        # Of the final statuses CONVERGED is the least: one reduction tells whether all are.
+        if layout.B and layout.N and options.rtol > 0 and int(state.status.max()) != Status.CONVERGED:
+            _warn(state, known)
+        return state.answer()[0]
+
+
+def _warn(state: SolverState, known: list[Tensor]) -> None:
+    failed = state.status != Status.CONVERGED
+    for t in known:
+        failed = failed & torch.isfinite(t.reshape(t.shape[0], -1)).all(1)
+    count = int(failed.sum())
+    if count:
+        worst = float(state.answer()[1][failed].max())
+        warnings.warn(
+            f"the linear solve of a derivative did not converge for {count} of {failed.shape[0]} samples: relative "
+            f"residual up to {worst:.1e} after {state.nfe} evaluations, asked for rtol={state.ws.rtol:g} within "
+            f"max_iter={state.ws.max_iter}. Raise Implicit(max_iter=), loosen Implicit(rtol=), or use dq.Phantom()",
+            GradientWarning,
+            stacklevel=2,
+        )

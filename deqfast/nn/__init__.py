@@ -1,0 +1,86 @@
+"""``DEQ``: an equilibrium layer as a module."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..implicit import choose_gradient
+from ..solution import Solution
+from ..solve import check_options, choose_solver, fixed_point
+from ..state import check_stopping
+
+__all__ = ["DEQ"]
+
+_OPTIONS = {
+    name: p.default
+    for name, p in inspect.signature(fixed_point).parameters.items()
+    if p.kind is inspect.Parameter.KEYWORD_ONLY
+}
+
+
+class DEQ(nn.Module):
+    """The layer whose output z solves z = cell(z, x, *args).
+
+    ::
+
+        layer = dq.DEQ(cell, solver="anderson", rtol=1e-3)
+        z = layer(x)
+
+    Args:
+        cell: callable or module (z, x, *args) -> same structure, shapes and dtypes as z.
+        options: those of ``fixed_point``, checked here.
+
+    The start is ``cell.init(x)`` where the cell has such a method, else ``zeros_like(x)``; a call may give its own.
+    Gradients reach the cell's parameters, x and args, in training and in evaluation mode alike. The module keeps
+    nothing between calls: ask ``solve`` for the residuals and counts of one.
+
+    Raises:
+        TypeError, ValueError: an option that does not exist, or a value that it cannot have.
+    """
+
+    def __init__(self, cell: Any, **options: Any) -> None:
+        super().__init__()
+        if not callable(cell):
+            raise TypeError(f"cell must be callable, got {type(cell).__name__}")
+        unknown = [name for name in options if name not in _OPTIONS]
+        if unknown:
+            raise TypeError(f"unknown option {unknown[0]!r}; DEQ takes those of fixed_point: {', '.join(_OPTIONS)}")
+        merged = {**_OPTIONS, **options}
+        choose_solver(merged["solver"])
+        choose_gradient(merged["backward"])
+        check_options(cell, (), merged["max_iter"], merged["returns"], merged["callback"])
+        check_stopping(merged["rtol"], merged["atol"], merged["max_iter"], torch.float32)
+        self.cell = cell
+        self.options = options
+
+    def forward(self, x: Any, *args: Any, z0: Any = None) -> Any:
+        """The equilibrium z for input x; see ``solve``."""
+        return self.solve(x, *args, z0=z0).z
+
+    def solve(self, x: Any, *args: Any, z0: Any = None) -> Solution:
+        """The whole ``Solution`` for input x.
+
+        Args:
+            x: what the cell receives after z: a tensor (B, ...) or a tree of tensors.
+            args: what it receives after x.
+            z0: start; default ``cell.init(x)`` or zeros shaped like x.
+        """
+        return fixed_point(self.cell, self._start(x) if z0 is None else z0, (x, *args), **self.options)
+
+    def _start(self, x: Any) -> Any:
+        init = getattr(self.cell, "init", None)
+        if callable(init):
+            return init(x)
+        leaves = pytree.tree_leaves(x)
+        if not leaves or not all(isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()) for t in leaves):
+            raise TypeError("x must be a floating tensor or a tree of them to start from zeros; give z0 or cell.init(x)")
+        return pytree.tree_map(torch.zeros_like, x)
+
+    def extra_repr(self) -> str:
+        """The options that were given."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -1,0 +1,271 @@
+"""The ops as ``torch.ops.deqfast.anderson_step`` and ``broyden_step``: schemas, fakes, and what they may not do.
+
+For programs that torch.compile traces, and for torch.library.opcheck. An op is handed everything it reads and writes,
+tensors and plain numbers, and runs the very code that the eager loop runs. It checks and binds all of it at every call,
+which takes longer than the step of a small state; the eager loop does so once a solve, and calls the binding itself.
+An op writes the next iterate over ``x_prev``: the caller swaps the two afterwards.
+
+Arguments, with B samples of N numbers in leaves, m columns (read off ``history``), tiles of 16 samples:
+
+    f, f_prev              f at x and at x_prev (absent at the first step); leaves (B', ...)
+    f_rows, f_prev_rows    (B,) int32, sample -> row of f, -1 for a sample that f no longer sees; absent: all rows
+    x, x_prev, saved       leaves (B, ...), mutated: iterate, the one before, an earlier best one
+    history                Anderson (2, B, m, N), Broyden (B, memory, N), mutated
+    scales ... ages        small matrices and norms, as ``AndersonWorkspace`` and ``BroydenWorkspace`` describe them
+    ints, reals            per-sample statistics, rows as in ``workspace.Int`` and ``workspace.Real``, mutated
+    rtol ... keep_best     stopping rule; max_iter 0: no limit
+
+Returns: (1,) int64, the samples that are still running.
+
+Gradients are made outside of the ops (``deqfast/implicit.py``), so that a tensor which requires them is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import bind, choose
+from .layout import Layout
+from .workspace import (
+    BLOCK,
+    HISTORY_DTYPES,
+    SCALED_DTYPES,
+    TILE,
+    AndersonWorkspace,
+    BroydenWorkspace,
+    Workspace,
+)
+
+__all__ = ["ANDERSON_SCHEMA", "BROYDEN_SCHEMA", "arguments"]
+
+_SOURCES = "Tensor[] f, Tensor[]? f_prev, Tensor? f_rows, Tensor? f_prev_rows"
+_ITERATES = "Tensor(a!)[] x, Tensor(b!)[] x_prev, Tensor(c!)[] saved, Tensor(d!) ints, Tensor(e!) reals"
+_STOPPING = "float rtol, float atol, int max_iter, bool keep_best"
+ANDERSON_SCHEMA = (
+    f"anderson_step({_SOURCES}, {_ITERATES}, Tensor(f!) history, Tensor(g!) scales, Tensor(h!) matrix, "
+    "Tensor(i!) gram, Tensor(j!) norms, Tensor(k!) ages, float test_space, float mixing, float ridge, "
+    f"bool evict_least_useful, {_STOPPING}) -> Tensor"
+)
+BROYDEN_SCHEMA = (
+    "broyden_step(Tensor[] f, Tensor? f_rows, "
+    f"{_ITERATES}, Tensor(f!) history, Tensor(g!) norms, Tensor(h!) gram, bool scale_first, {_STOPPING}) -> Tensor"
+)
+
+
+def arguments(
+    ws: Workspace,
+    f: list[Tensor],
+    f_prev: list[Tensor] | None = None,
+    f_rows: Tensor | None = None,
+    f_prev_rows: Tensor | None = None,
+) -> tuple[Any, ...]:
+    """What the op of this workspace's solver takes for one step from ``ws.x[ws.cur]``.
+
+    Returns:
+        The positional arguments of ``torch.ops.deqfast.anderson_step`` or ``broyden_step``. The op does not flip
+        ``ws.cur``.
+    """
+    state = (list(ws.x[ws.cur]), list(ws.x[1 - ws.cur]), list(ws.saved), ws.ints, ws.reals)
+    stopping = (ws.rtol, ws.atol, ws.max_iter, ws.keep_best)
+    if isinstance(ws, BroydenWorkspace):
+        return f, f_rows, *state, ws.history, ws.norms, ws.gram, ws.scale_first, *stopping
+    assert isinstance(ws, AndersonWorkspace)
+    columns = (ws.history, ws.scales, ws.matrix, ws.gram, ws.norms, ws.ages)
+    return f, f_prev, f_rows, f_prev_rows, *state, *columns, *_method(ws), *stopping
+
+
+def _method(ws: AndersonWorkspace) -> tuple[float, float, float, bool]:
+    return ws.test_space, ws.mixing, ws.ridge, ws.evict_least_useful
+
+
+def _anderson_step(
+    f: list[Tensor],
+    f_prev: list[Tensor] | None,
+    f_rows: Tensor | None,
+    f_prev_rows: Tensor | None,
+    x: list[Tensor],
+    x_prev: list[Tensor],
+    saved: list[Tensor],
+    ints: Tensor,
+    reals: Tensor,
+    history: Tensor,
+    scales: Tensor,
+    matrix: Tensor,
+    gram: Tensor,
+    norms: Tensor,
+    ages: Tensor,
+    test_space: float,
+    mixing: float,
+    ridge: float,
+    evict_least_useful: bool,
+    rtol: float,
+    atol: float,
+    max_iter: int,
+    keep_best: bool,
+) -> Tensor:
+    ws = AndersonWorkspace.__new__(AndersonWorkspace)
+    layout = _share(ws, x, x_prev, saved, ints, reals, rtol, atol, max_iter, keep_best)
+    if history.dim() != 4 or history.dtype not in HISTORY_DTYPES:
+        raise ValueError(f"history: expected (2, B, m, N) of {HISTORY_DTYPES}, got {_is(history)}")
+    m, acc = history.shape[2], layout.acc
+    if history.dtype == torch.float64 and acc != torch.float64:
+        raise ValueError(f"history: torch.float64 needs a float64 state, got {layout.dtype}")
+    scaled = history.dtype in SCALED_DTYPES
+    blocks = sum(math.ceil(leaf.n / BLOCK) for leaf in layout.leaves) if scaled else 0
+    side = m if test_space else 0
+    _expect("history", history, (2, layout.B, m, layout.N), history.dtype)
+    _expect("scales", scales, (2, layout.B, m, blocks), torch.float32)
+    _expect("matrix", matrix, (ws.tiles, side, side, TILE), acc)
+    _expect("gram", gram, (ws.tiles, m, m, TILE), acc)
+    _expect("norms", norms, (ws.tiles, 2, m, TILE), acc)
+    _expect("ages", ages, (ws.tiles, m, TILE), torch.int32)
+    ws.m, ws.test_space, ws.mixing, ws.ridge, ws.evict_least_useful = m, test_space, mixing, ridge, evict_least_useful
+    ws.history, ws.scales, ws.matrix, ws.gram, ws.norms, ws.ages = history, scales, matrix, gram, norms, ages
+    return _run(ws, f, f_prev, f_rows, f_prev_rows)
+
+
+def _broyden_step(
+    f: list[Tensor],
+    f_rows: Tensor | None,
+    x: list[Tensor],
+    x_prev: list[Tensor],
+    saved: list[Tensor],
+    ints: Tensor,
+    reals: Tensor,
+    history: Tensor,
+    norms: Tensor,
+    gram: Tensor,
+    scale_first: bool,
+    rtol: float,
+    atol: float,
+    max_iter: int,
+    keep_best: bool,
+) -> Tensor:
+    ws = BroydenWorkspace.__new__(BroydenWorkspace)
+    layout = _share(ws, x, x_prev, saved, ints, reals, rtol, atol, max_iter, keep_best)
+    if history.dim() != 3 or history.shape[1] < 2:
+        raise ValueError(f"history: expected (B, memory, N) with at least 2 steps of memory, got {_is(history)}")
+    memory = history.shape[1]
+    side = memory if layout.N >= BroydenWorkspace.GRAM_MIN_N else 0
+    _expect("history", history, (layout.B, memory, layout.N), layout.acc)
+    _expect("norms", norms, (layout.B, memory), layout.acc)
+    _expect("gram", gram, (layout.B, side, side), layout.acc)
+    ws.memory, ws.scale_first = memory, scale_first
+    ws.history, ws.norms, ws.gram = history, norms, gram
+    return _run(ws, f, None, f_rows, None)
+
+
+def _share(
+    ws: Workspace,
+    x: list[Tensor],
+    x_prev: list[Tensor],
+    saved: list[Tensor],
+    ints: Tensor,
+    reals: Tensor,
+    rtol: float,
+    atol: float,
+    max_iter: int,
+    keep_best: bool,
+) -> Layout:
+    """Fill what both workspaces have with the given memory, checked: the kernels see addresses alone."""
+    layout = Layout(list(x), "x")
+    for name, leaves in (("x", x), ("x_prev", x_prev), ("saved", saved)):
+        if len(leaves) != len(x):
+            raise ValueError(f"{name}: expected {len(x)} tensors as in x, got {len(leaves)}")
+        for t, leaf in zip(leaves, layout.leaves, strict=True):
+            if t.shape != leaf.shape or t.dtype != leaf.dtype or not _same_memory(t, leaf.stride):
+                expected = f"{tuple(leaf.shape)} {leaf.dtype} with strides {tuple(leaf.stride)}"
+                raise ValueError(f"{name}: expected {expected}, got {_is(t)} with strides {t.stride()}")
+    ws.layout = layout
+    ws.tiles = math.ceil(layout.B / TILE)
+    _expect("ints", ints, (16, ws.tiles * TILE), torch.int32)
+    _expect("reals", reals, (8, ws.tiles * TILE), layout.acc)
+    ws.rtol, ws.atol, ws.max_iter, ws.keep_best = rtol, atol, max_iter, keep_best
+    ws.x, ws.cur, ws.saved = (list(x), list(x_prev)), 0, list(saved)
+    ws.ints, ws.reals, ws.buffer = ints, reals, None
+    return layout
+
+
+def _run(
+    ws: Workspace, f: list[Tensor], f_prev: list[Tensor] | None, f_rows: Tensor | None, f_prev_rows: Tensor | None
+) -> Tensor:
+    layout = ws.layout
+    if layout.B and layout.N:
+        _check_sources(layout, f, f_rows, "f")
+        if f_prev is not None:
+            _check_sources(layout, f_prev, f_prev_rows, "f_prev")
+        running = bind(ws, choose("auto", layout.device))(f, f_prev, f_rows, f_prev_rows)
+    else:
+        running = 0
+    return torch.full((1,), running, dtype=torch.int64, device=layout.device)
+
+
+def _check_sources(layout: Layout, leaves: list[Tensor], rows: Tensor | None, name: str) -> None:
+    if rows is None:
+        layout.flatten(leaves, name)
+        return
+    _expect(f"{name}_rows", rows, (layout.B,), torch.int32)
+    batch = leaves[0].shape[0] if leaves and leaves[0].dim() else 0
+    layout.flatten(leaves, name, batch)
+    if int(rows.max()) >= batch:
+        raise ValueError(f"{name}_rows: expected rows below {batch}, got {int(rows.max())}")
+
+
+def _expect(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if t.shape != shape or t.dtype != dtype or not t.is_contiguous():
+        raise ValueError(f"{name}: expected contiguous {shape} {dtype}, got {_is(t)} with strides {t.stride()}")
+
+
+def _is(t: Tensor) -> str:
+    return f"{tuple(t.shape)} {t.dtype}"
+
+
+def _same_memory(t: Tensor, stride: Sequence[int]) -> bool:
+    return all(n <= 1 or a == b for n, a, b in zip(t.shape, t.stride(), stride, strict=True))
+
+
+def _fake(f: list[Tensor], *rest: Any) -> Tensor:
+    return f[0].new_empty(1, dtype=torch.int64)
+
+
+_library = torch.library.Library("deqfast", "DEF")
+
+
+def _register(schema: str, step: Callable[..., Tensor]) -> None:
+    _library.define(schema)
+    name = schema[: schema.index("(")]
+    op: Any = getattr(torch.ops.deqfast, name).default
+    mutated = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+    def without_gradients(keys: Any, *args: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            for given, argument in zip(args, op._schema.arguments, strict=True):
+                for t in given if isinstance(given, (list, tuple)) else (given,):
+                    if isinstance(t, Tensor) and t.requires_grad:
+                        raise RuntimeError(
+                            f"deqfast::{name} makes no gradients, but {argument.name} requires them: detach it, and "
+                            "use dq.fixed_point for gradients of the solution"
+                        )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+    def counting_versions(keys: Any, *args: Any) -> Tensor:
+        for i in mutated:
+            torch.autograd.graph.increment_version(args[i])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, step, device)
+    _library.impl(name, without_gradients, "Autograd", with_keyset=True)
+    _library.impl(name, counting_versions, "ADInplaceOrView", with_keyset=True)
+    torch.library.register_fake(f"deqfast::{name}", _fake, lib=_library)
+
+
+_register(ANDERSON_SCHEMA, _anderson_step)
+_register(BROYDEN_SCHEMA, _broyden_step)
