@@ -28,13 +28,13 @@ T* pointer(Address address) {
 
 // Memory aligned to cache lines that nobody has to free.
 class Buffer {
-  public:
+   public:
     char* reserve(int64_t bytes) {
         memory_.reset(new char[size_t(bytes) + 64]);
         return pointer<char>((Address(memory_.get()) + 63) / 64 * 64);
     }
 
-  private:
+   private:
     std::unique_ptr<char[]> memory_;
 };
 
@@ -42,7 +42,7 @@ class Buffer {
 // whoever makes a plan keeps them alive.
 template <class Args, void (*deqfast::cpu::KernelTable::*kernel)(const Args&, int)>
 class Plan {
-  public:
+   public:
     // leaves: (numbers a sample, address of x[0], of x[1], of saved).
     void bind(int64_t B, DType dtype, const std::vector<std::tuple<int64_t, Address, Address, Address>>& leaves,
               Address ints, Address reals, int64_t padded, double rtol, double atol, int max_iter, bool keep_best,
@@ -119,7 +119,7 @@ class Plan {
         return running_;
     }
 
-  protected:
+   protected:
     Args args;
     int64_t blocks_ = 0;
 
@@ -135,7 +135,7 @@ class Plan {
     }
     int64_t number() const { return args.dtype == DType::f64 ? 8 : 4; }
 
-  private:
+   private:
     std::vector<deqfast::Leaf> leaves_;
     std::vector<std::array<void*, 2>> x_;
     Buffer scratch_, sums_, partials_;
@@ -143,7 +143,7 @@ class Plan {
 };
 
 class AndersonPlan final : public Plan<deqfast::AndersonArgs, &deqfast::cpu::KernelTable::anderson_step> {
-  public:
+   public:
     void method(int m, double test_space, double mixing, double ridge, bool evict_least_useful, DType history_dtype,
                 Address history, Address scales, Address matrix, Address gram, Address norms, Address ages) {
         args.m = m;
@@ -162,12 +162,12 @@ class AndersonPlan final : public Plan<deqfast::AndersonArgs, &deqfast::cpu::Ker
         reserve(deqfast::anderson_scratch_bytes(m, number()), deqfast::anderson_products(m), true);
     }
 
-  protected:
+   protected:
     void set_previous(bool has_previous) override { args.has_previous = has_previous; }
 };
 
 class BroydenPlan final : public Plan<deqfast::BroydenArgs, &deqfast::cpu::KernelTable::broyden_step> {
-  public:
+   public:
     void method(int memory, bool scale_first, Address history, Address norms, Address gram) {
         args.memory = memory;
         args.scale_first = scale_first;

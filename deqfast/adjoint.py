@@ -9,7 +9,7 @@ again at the attached solution, and returns the gradients of f's inputs itself.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,8 +37,8 @@ class Attachment:
     layout: Layout
     options: LinearOptions
     copy_z: bool  # f writes into the z that it is given
+    tangents: bool  # f uses tensors that carry tangents
     autocast: tuple[bool, torch.dtype]
-    order: int  # 2: the solution is itself an adjoint
     z_in: list[Tensor]
     graph: Graph
     inputs: list[Tensor]  # tensors beside z that f's output depends on
@@ -83,13 +83,15 @@ def attach(
     options: LinearOptions,
     *,
     copy_z: bool = False,
-    order: int = 1,
+    tangents: bool = False,
 ) -> list[Tensor]:
     """The leaves of the solution z = f(z, *args), with its gradient; as they are if f depends on nothing else."""
     z_in = [t.detach().requires_grad_() for t in leaves]
     start = _current_sequence_nr()
-    given = [t.clone() for t in z_in] if copy_z else z_in
-    fz = layout.flatten(f(layout.unflatten(given), *args), "f(z)")
+    device = layout.device.type
+    autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+    with _autocast(device, autocast) if autocast[0] else _NOTHING:
+        fz = _evaluate(f, z_in, args, layout, copy_z)
     graph = Graph(fz)
     if not graph.which:
         return leaves
@@ -97,21 +99,35 @@ def attach(
     # A node written in Python may hide what it uses, as reentrant checkpointing does.
     if not leaf_inputs and not elsewhere and not any(isinstance(node, BackwardCFunction) for node in nodes):
         return leaves
-    device = layout.device.type
     attachment = Attachment(
         f=f,
         args=args,
         layout=layout,
         options=options,
         copy_z=copy_z,
-        autocast=(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
-        order=order,
+        tangents=tangents,
+        autocast=autocast,
         z_in=z_in,
         graph=graph,
         inputs=leaf_inputs + [t for t in tensors_of(args) if t.requires_grad and not t.is_leaf],
     )
     tensors, graph.tensors = graph.tensors, []
     return list(_Attach.apply(attachment, *tensors, *attachment.inputs))
+
+
+def _evaluate(
+    f: Callable[..., Any], z: list[Tensor], args: tuple[Any, ...], layout: Layout, copy_z: bool
+) -> list[Tensor]:
+    given = [t.clone() for t in z] if copy_z else z
+    return layout.flatten(f(layout.unflatten(given), *args), "f(z)")
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def _autocast(device: str, state: tuple[bool, torch.dtype]) -> contextlib.AbstractContextManager[Any]:
+    """The mode in which f was evaluated first. Cast parameters are not cached: a cached one hides where it came from."""
+    return torch.autocast(device, dtype=state[1], enabled=state[0], cache_enabled=False)
 
 
 def tensors_of(args: tuple[Any, ...]) -> list[Tensor]:
@@ -177,6 +193,7 @@ class _Attach(torch.autograd.Function):
         nothing = (None,) * (len(graph.which) + len(inputs))
         if all(t is None for t in g):
             return None, *nothing
+        forbid([t for t in g if t is not None], attachment.tangents)
         g_full = [torch.zeros_like(z) if t is None else t for t, z in zip(g, z_in, strict=True)]
         if torch.is_grad_enabled():
             return None, *nothing[: len(graph.which)], *second_order(attachment, z_in, g_full)
@@ -191,7 +208,6 @@ def solve_adjoint(
 
     Where a sample does not converge its best iterate is returned, with a ``GradientWarning``.
     """
-    forbid(g)
     start = adjoint_start(g, layout, options)
     if layout.single:
         g0 = g[0]
@@ -231,32 +247,30 @@ class _Cut(torch.autograd.Function):
 
 
 def second_order(attachment: Attachment, z_in: Sequence[Tensor], g: list[Tensor]) -> list[Tensor | None]:
-    """The gradients of the attached inputs as differentiable functions of them, of the solution and of g."""
-    if attachment.order > 1:
-        raise RuntimeError("a fixed point can be differentiated twice, not three times")
-    f, args, layout, options = attachment.f, attachment.args, attachment.layout, attachment.options
+    """The gradients of the attached inputs as differentiable functions of them, of the solution and of g.
+
+    They are (df/dinput)^T u with f at the attached solution and with u attached as what it is, the fixed point of
+    u -> J^T u + g: the same construction, so that any order works.
+    """
+    args, layout, options = attachment.args, attachment.layout, replace(attachment.options, u0=None)
+    device = layout.device.type
     gate = [False]
-    with torch.enable_grad(), _autocast(layout, attachment.autocast):
-        z_out = attach(f, args, layout, list(z_in), replace(options, u0=None), copy_z=attachment.copy_z)
+    with torch.enable_grad():
+        with _autocast(device, attachment.autocast):
+            z_out = attach(attachment.f, args, layout, list(z_in), options, copy_z=attachment.copy_z)
         # The engine would follow an input into another one's history, and z into this very node.
         z = [_Cut.apply(gate, t) for t in z_out]
         flat, spec = pytree.tree_flatten(args)
         cut = [_Cut.apply(gate, t) if isinstance(t, Tensor) and t.requires_grad else t for t in flat]
-        start = _current_sequence_nr()
-        given = [t.clone() for t in z] if attachment.copy_z else z
-        fz = layout.flatten(f(layout.unflatten(given), *pytree.tree_unflatten(cut, spec)), "f(z)")
-        graph = Graph(fz)
+        cut_args = pytree.tree_unflatten(cut, spec)
         shadows = [(t, c) for t, c in zip(flat, cut, strict=True) if t is not c]
+
+        start = _current_sequence_nr()
+        with _autocast(device, attachment.autocast):
+            graph = Graph(_evaluate(attachment.f, z, cut_args, layout, attachment.copy_z))
         closed_over = _closed_over_leaves(attachment, graph, start, [*z, *(c for _, c in shadows)])
-
-    u_value = solve_adjoint(graph, z, g, layout, options)
-
-    def adjoint_map(u: Any) -> Any:
-        vs = graph.vjp([u] if layout.single else pytree.tree_leaves(u), z, create_graph=True)
-        return layout.unflatten([b if v is None else v + b for v, b in zip(vs, g, strict=True)])
-
-    with torch.enable_grad():
-        u = attach(adjoint_map, (), layout, u_value, replace(options, u0=None), order=2)
+        u_value = solve_adjoint(graph, z, g, layout, attachment.options)
+        u = attach(_AdjointMap(attachment), (z, cut_args, g), layout, u_value, options)
         wanted = [c for _, c in shadows] + closed_over
         found = graph.vjp(u, wanted, create_graph=True) if wanted else []
     gate[0] = True
@@ -267,6 +281,22 @@ def second_order(attachment: Attachment, z_in: Sequence[Tensor], g: list[Tensor]
                 totals[i] = grad if totals[i] is None else totals[i] + grad
                 break
     return totals
+
+
+class _AdjointMap:
+    """u -> J^T u + g as a function of everything it depends on."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.f, self.layout, self.copy_z = attachment.f, attachment.layout, attachment.copy_z
+        self.autocast = attachment.autocast
+
+    def __call__(self, u: Any, z: list[Tensor], args: tuple[Any, ...], g: list[Tensor]) -> Any:
+        layout = self.layout
+        with torch.enable_grad():
+            with _autocast(layout.device.type, self.autocast):
+                graph = Graph(_evaluate(self.f, z, args, layout, self.copy_z))
+            vs = graph.vjp([u] if layout.single else pytree.tree_leaves(u), z, create_graph=True)
+        return layout.unflatten([b if v is None else v + b for v, b in zip(vs, g, strict=True)])
 
 
 def _closed_over_leaves(attachment: Attachment, graph: Graph, start: int, cut: list[Tensor]) -> list[Tensor]:
@@ -285,14 +315,3 @@ def _closed_over_leaves(attachment: Attachment, graph: Graph, start: int, cut: l
                 "remove them, or pass the parameter through args="
             )
     return leaves
-
-
-@contextlib.contextmanager
-def _autocast(layout: Layout, state: tuple[bool, torch.dtype]) -> Iterator[None]:
-    device = layout.device.type
-    enabled, dtype = state
-    if not enabled and not torch.is_autocast_enabled(device):
-        yield
-        return
-    with torch.autocast(device, dtype=dtype, enabled=enabled):
-        yield

@@ -43,11 +43,15 @@ class Compactor:
             return [isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == B for t in self._leaves]
         flags, spec = pytree.tree_flatten(tuple(follow) if isinstance(follow, list) else follow)
         if spec != self._spec or not all(isinstance(b, bool) for b in flags):
-            raise ValueError(f"compact must be a bool or a tree of bools shaped like args ({self._spec}), got {follow!r}")
+            raise ValueError(
+                f"compact must be a bool or a tree of bools shaped like args ({self._spec}), got {follow!r}"
+            )
         for t, follows in zip(self._leaves, flags, strict=True):
             if follows and not (isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == B):
                 got = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
-                raise ValueError(f"compact says that an argument follows the batch; expected dim 0 to be {B}, got {got}")
+                raise ValueError(
+                    f"compact says that an argument follows the batch; expected dim 0 to be {B}, got {got}"
+                )
         return flags
 
     def inputs(self) -> tuple[Any, tuple[Any, ...]]:

@@ -20,7 +20,7 @@ def unpack(layout: Layout, rows: Tensor) -> list[Tensor]:
         t = rows[:, start : start + leaf.n].to(layout.dtype)
         start += leaf.n
         shape = [leaf.shape[d] for d in leaf.order]
-        t = torch.view_as_complex(t.reshape(*shape, 2)) if leaf.complex else t.reshape(shape)
+        t = torch.view_as_complex(t.contiguous().view(*shape, 2)) if leaf.complex else t.reshape(shape)
         back = sorted(range(len(shape)), key=lambda d: leaf.order[d])
         leaves.append(t.permute(back).clone())
     return leaves

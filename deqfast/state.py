@@ -17,13 +17,15 @@ from torch.utils import _pytree as pytree
 
 from . import ops
 from .ops.layout import Layout
-from .ops.workspace import Int, Real, Workspace
+from .ops.workspace import AndersonWorkspace, At, Int, Real, Workspace
 from .status import Status
 
 DEFAULT_RTOL = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 
-def check_stopping(rtol: float | None, atol: float, max_iter: int | None, dtype: torch.dtype) -> tuple[float, float, int]:
+def check_stopping(
+    rtol: float | None, atol: float, max_iter: int | None, dtype: torch.dtype
+) -> tuple[float, float, int]:
     """Validated (rtol, atol, max_iter); rtol None becomes the default of the dtype, max_iter None becomes 0."""
     rtol = DEFAULT_RTOL[dtype] if rtol is None else rtol
     for name, value in (("rtol", rtol), ("atol", atol)):
@@ -120,6 +122,7 @@ class SolverState:
         self._z0 = [z0.detach()] if self.layout.single else [t.detach() for t in pytree.tree_leaves(z0)]
         for x, t in zip(self.ws.x[0], self._z0, strict=True):
             x.copy_(t)
+        self._own_residual = False
         self._previous: list[Tensor] | None = None  # f at the previous iterate, as the next step will read it
         self._previous_rows: Tensor | None = None
         self._origin: list[Tensor] = []  # what f returned last, kept alive so that its address is not reused
@@ -201,16 +204,40 @@ class SolverState:
 
         Args:
             fz: f(state.z), structured like z0. It is read in place and kept until the next step.
-            residual: a residual of your own, (B, ...), possibly in another space than z. Type II Anderson only.
+            residual: a residual of your own, a tensor or tree of tensors (B, ...), possibly in another space than z: the
+                weights minimise it and a sample stops at ||residual|| <= atol + rtol ||f(z)||. Type II Anderson without
+                mixing, on backend="reference"; give it at every step or at none.
 
         Raises:
-            TypeError, ValueError: ``fz`` has another structure, shape, dtype or device; the state is as before.
+            TypeError, ValueError: ``fz`` has another structure, shape, dtype or device, or ``residual`` cannot be used;
+                the state is as before.
         """
-        if residual is not None:
-            raise ValueError("residual: not supported yet")
+        if residual is not None or self._own_residual:
+            return self._step_with_residual(fz, residual)
         if self._plain and fz.__class__ is Tensor and self._step_plain(fz):
             return self._running == 0
         return self.advance(self.layout.flatten(fz, "f(z)"), None)
+
+    def _step_with_residual(self, fz: Any, residual: Any) -> bool:
+        ws = self.ws
+        if not isinstance(ws, AndersonWorkspace) or ws.test_space != 0 or ws.mixing != 1 or ws.m == 0:
+            raise ValueError(f"residual needs dq.Anderson(type=2) with mixing=1, got {self.options}")
+        if self.backend != "reference":
+            raise ValueError(f"residual needs a state with backend='reference', got backend={self.backend!r}")
+        if residual is None or (self.nfe and not self._own_residual):
+            raise ValueError("residual must be given at every step of a solve or at none")
+        layout = Layout(residual, "residual")
+        if layout.B != self.layout.B:
+            raise ValueError(
+                f"residual must have the batch of z0, expected dim 0 to be {self.layout.B}, got {layout.B}"
+            )
+        rows = torch.cat(layout.rows(pytree.tree_leaves(residual)), dim=1).detach().to(self.layout.acc, copy=True)
+        if ws.own_residual is not None and rows.shape != ws.own_residual.shape:
+            raise ValueError(f"residual must keep its size, expected {ws.own_residual.shape[1]}, got {rows.shape[1]}")
+        leaves = self.layout.flatten(fz, "f(z)")
+        ws.set_residual(rows)
+        self._own_residual = True
+        return self.advance(leaves, None)
 
     def _step_plain(self, fz: Tensor) -> bool:
         """``advance`` for one contiguous tensor that needs no copy; False, with nothing done, where it might.
@@ -324,7 +351,7 @@ class SolverState:
         leaves = ws.x[ws.cur]
         if self._running and self.nfe:
             running = self.running
-            from_saved = running & (ws.int_row(Int.BEST_AT) == 3) & (returns == "best")
+            from_saved = running & (ws.int_row(Int.BEST_AT) == At.SAVED) & (returns == "best")
             leaves = [
                 _where(from_saved, saved, _where(running, previous, current))
                 for current, previous, saved in zip(leaves, ws.x[1 - ws.cur], ws.saved, strict=True)
@@ -353,7 +380,11 @@ class SolverState:
         """
         if saved["options"] != self.options:
             raise ValueError(f"state_dict was saved by {saved['options']}, this state belongs to {self.options}")
-        tensors, own = saved["tensors"], self.ws.tensors()
+        tensors = saved["tensors"]
+        if "own_residual" in tensors and isinstance(self.ws, AndersonWorkspace):
+            self.ws.set_residual(torch.empty_like(tensors["own_residual"]))
+            self._own_residual = True
+        own = self.ws.tensors()
         for name, t in own.items():
             got = tensors.get(name)
             if got is None or got.shape != t.shape or got.dtype != t.dtype:
@@ -361,7 +392,9 @@ class SolverState:
                 raise ValueError(f"state_dict entry {name!r}: expected {tuple(t.shape)} {t.dtype}, got {what}")
         for name, t in own.items():
             t.copy_(tensors[name])
-        previous = [tensors[f"previous.{i}"].clone() for i in range(len(self.layout.leaves)) if f"previous.{i}" in tensors]
+        previous = [
+            tensors[f"previous.{i}"].clone() for i in range(len(self.layout.leaves)) if f"previous.{i}" in tensors
+        ]
         self._previous = previous or None
         rows = tensors.get("previous_rows")
         self._previous_rows = None if rows is None else rows.clone()
@@ -386,7 +419,9 @@ class SolverState:
         return function(*args[:1], copy.deepcopy(args[1], memo), *args[2:])
 
 
-def _rebuild(cls: type[SolverState], options: Any, z: Any, settings: dict[str, Any], saved: dict[str, Any]) -> SolverState:
+def _rebuild(
+    cls: type[SolverState], options: Any, z: Any, settings: dict[str, Any], saved: dict[str, Any]
+) -> SolverState:
     state = cls(options, z, **settings)
     state.load_state_dict(saved)
     return state

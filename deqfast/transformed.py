@@ -14,7 +14,18 @@ from torch.utils import _pytree as pytree
 from . import adjoint
 from .linear import LinearOptions, solve_linear
 from .ops.layout import Layout
-from .transforms import ONE_TRANSFORM, Outside, forbid, forward_mode, in_functorch, nested, no_tangents, once, value
+from .transforms import (
+    ONE_TRANSFORM,
+    Outside,
+    forbid,
+    forward_mode,
+    in_functorch,
+    in_jvp,
+    nested,
+    no_tangents,
+    once,
+    value,
+)
 
 
 def attach(
@@ -24,10 +35,17 @@ def attach(
     if nested():
         raise NotImplementedError(ONE_TRANSFORM.format("a torch.func transform inside another one"))
     leaves = [t.detach() for t in leaves]
-    tangent = _solve_tangent(f, args, layout, leaves, options) if forward_mode() else None
+    functional = in_functorch()
+    forward = forward_mode() and (in_jvp() or not functional)
+    tangent = _solve_tangent(f, args, layout, leaves, options) if forward else None
     if torch.is_grad_enabled():
-        with no_tangents(False):
-            leaves = _attach_reverse(f, args, layout, leaves, options)
+        # Tangents from outside a torch.func.grad are refused, so they must be there to be seen.
+        with no_tangents(functional and not in_jvp()):
+            if functional:
+                leaves = _attach_in_functorch(f, args, layout, leaves, options)
+            else:
+                has_tangent = tangent is not None
+                leaves = adjoint.attach(f, args, layout, leaves, options, copy_z=True, tangents=has_tangent)
     if tangent is None:
         return leaves
     return [forward_ad.make_dual(t, v) for t, v in zip(leaves, tangent, strict=True)]
@@ -88,11 +106,9 @@ class _Pullback:
             return solve_linear(step, adjoint.adjoint_start(g, layout, options), g, layout, options)
 
 
-def _attach_reverse(
+def _attach_in_functorch(
     f: Callable[..., Any], args: tuple[Any, ...], layout: Layout, leaves: list[Tensor], options: LinearOptions
 ) -> list[Tensor]:
-    if not in_functorch():
-        return adjoint.attach(f, args, layout, leaves, options, copy_z=True)
     fz, vjp = torch.func.vjp(lambda z: f(z, *args), layout.unflatten([t.clone() for t in leaves]))
     pullback = _Pullback(vjp, layout, leaves, options)
     return list(_Attach.apply(pullback, *layout.flatten(fz, "f(z)")))
@@ -116,3 +132,7 @@ class _Attach(torch.autograd.Function):
         plain = ctx.pullback.plain
         u = ctx.pullback.solve([value(t).detach() for t in g])
         return None, *(once(t, plain) for t in u)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(ONE_TRANSFORM.format("forward mode over reverse mode"))

@@ -28,11 +28,13 @@ ONE_TRANSFORM = "{} through a fixed point is not supported; use torch.autograd.g
 
 
 def nested() -> bool:
-    """Whether one transform or forward-mode level surrounds another."""
-    if not in_functorch():
-        return False
-    in_jvp = _functorch.peek_interpreter_stack().key() == _functorch.TransformType.Jvp
-    return _functorch.maybe_current_level() > 1 or (forward_ad._current_level >= 0 and not in_jvp)
+    """Whether one torch.func transform surrounds another."""
+    return in_functorch() and _functorch.maybe_current_level() > 1
+
+
+def in_jvp() -> bool:
+    """Whether the innermost torch.func transform is jvp."""
+    return in_functorch() and _functorch.peek_interpreter_stack().key() == _functorch.TransformType.Jvp
 
 
 def active() -> bool:
@@ -45,14 +47,20 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def forbid(g: list[Tensor]) -> None:
-    """Raise where a backward solve would see no more than the values of ``g``."""
+def forbid(g: list[Tensor], tangents: bool = False) -> None:
+    """Raise where a backward solve would see no more than the values of ``g``, or of an f with ``tangents``."""
     if any(_functorch.is_legacy_batchedtensor(t) for t in g) or (
         in_functorch() and any(_functorch.is_batchedtensor(t) for t in g)
     ):
         raise NotImplementedError(_NO_VMAP)
-    if forward_ad._current_level >= 0:
+    # The level is one for all threads: that it is open says nothing about these tensors.
+    if forward_ad._current_level >= 0 and (tangents or have_tangents(g)):
         raise NotImplementedError(ONE_TRANSFORM.format("forward mode over reverse mode"))
+
+
+def have_tangents(tensors: list[Tensor]) -> bool:
+    """Whether one of the tensors carries a tangent."""
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def value(t: Any) -> Any:

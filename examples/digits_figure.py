@@ -172,8 +172,10 @@ def draw_seconds(axes, shown: list, colours: dict[str, str]) -> None:
     axes.set_xlabel("seconds")
 
 
-def parts(run) -> tuple[float, float, float]:
-    return median(run.forward_s), median(run.backward_s), median(run.rest_s)
+def parts(run) -> list[float]:
+    """Forward, backward and rest; medians, scaled to add up to the median epoch that the table shows."""
+    medians = [median(run.forward_s), median(run.backward_s), median(run.rest_s)]
+    return [part * median(run.epoch_s) / sum(medians) for part in medians]
 
 
 def draw_digits(figure, cell, run, data) -> None:

@@ -26,7 +26,8 @@ struct Lanes {
     A next_slot[kTile], count[kTile], full[kTile], failed[kTile];
 };
 
-// `products` is (products, 16), `gamma` (m, 16); `work` holds anderson_work(m) registers. Handles lanes [lane, lane + L).
+// `products` is (products, 16), `gamma` (m, 16); `work` holds anderson_work(m) registers. Handles lanes [lane, lane +
+// L).
 template <class A>
 __attribute__((noinline)) void decide(const AndersonArgs& a, const Tile<A>& t, Lanes<A>& lanes, int lane,
                                       const A* products, A* gamma, Vec<A>* work) {
@@ -68,9 +69,12 @@ __attribute__((noinline)) void decide(const AndersonArgs& a, const Tile<A>& t, L
     V *row = extra, *col = row + m, *gram_row = col + m;
     for (int j = 0; j < n; ++j) {
         const auto is_new = adding & (slot == splat<A>(A(j)));
-        const V rhs = select(is_new, get(products, type2 ? kVG : kWG), get(products, kHeadProducts + j * kColumnProducts + kRhs));
+        const V rhs =
+            select(is_new, get(products, type2 ? kVG : kWG), get(products, kHeadProducts + j * kColumnProducts + kRhs));
         y[j] = select(q[j] > zero, type2 ? rhs * rq[j] : -rhs * rw[j], zero);
-        gram_row[j] = select(is_new, get(products, kQQ), get(products, kHeadProducts + j * kColumnProducts + kGramRow)) * (new_rq * rq[j]);
+        gram_row[j] =
+            select(is_new, get(products, kQQ), get(products, kHeadProducts + j * kColumnProducts + kGramRow)) *
+            (new_rq * rq[j]);
         if (type2) continue;
         const V own = get(products, kWV);
         row[j] = select(is_new, own, get(products, kHeadProducts + j * kColumnProducts + kRow)) * (new_rw * rq[j]);

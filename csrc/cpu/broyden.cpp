@@ -44,7 +44,7 @@ class BroydenStep {
     using V = Vec<A>;
     static constexpr int L = kLanes<A>;
 
-  public:
+   public:
     explicit BroydenStep(const BroydenArgs& args) : a(args), D(2 + args.memory) {}
 
     void run(int phase) {
@@ -60,15 +60,13 @@ class BroydenStep {
         *a.running = running;
     }
 
-  private:
+   private:
     const BroydenArgs& a;
     const int64_t D;
 
     A* step_at(int64_t b, int j) const { return static_cast<A*>(a.history) + (b * a.memory + j) * a.N; }
     A& norm(int64_t b, int j) const { return static_cast<A*>(a.norms)[b * a.memory + j]; }
-    A& gram(int64_t b, int i, int j) const {
-        return static_cast<A*>(a.gram)[(b * a.memory + i) * a.memory + j];
-    }
+    A& gram(int64_t b, int i, int j) const { return static_cast<A*>(a.gram)[(b * a.memory + i) * a.memory + j]; }
     bool first(int64_t b) const { return !(a.at<A>(kUnit, b) > 0); }
 
     // What a sample that goes on does next: from how many steps, with which H0.
@@ -281,8 +279,7 @@ class BroydenStep {
         const V units = read<V>(static_cast<A*>(a.reals) + kUnit * a.padded + b0);
         const auto started = units > splat<A>(0);
         const IntVec<A> steps = read<IntVec<A>>(a.ints + kSteps * a.padded + b0);
-        const uint32_t running =
-            bits(read<IntVec<A>>(a.ints + kStatus * a.padded + b0) == int32_t(kRunning)) & present;
+        const uint32_t running = bits(read<IntVec<A>>(a.ints + kStatus * a.padded + b0) == int32_t(kRunning)) & present;
         const uint32_t out_of_steps = a.max_iter ? bits(steps + 1 >= a.max_iter) : 0;
         if (!running) return;
 
@@ -293,9 +290,8 @@ class BroydenStep {
         point<L>(rows, static_cast<const A*>(zeros), running,
                  [&](int i) { return read_source(leaf.f, f_row(a, b0 + i), 0, N, s.f + i * kShortN); });
         strips(rows, [&](int n, V value) { f[n] = value; });
-        point<L>(rows, static_cast<const A*>(zeros), running, [&](int i) {
-            return read_block(row_of(leaf.x, a, leaf, b0 + i), a.dtype, 0, N, s.x + i * kShortN);
-        });
+        point<L>(rows, static_cast<const A*>(zeros), running,
+                 [&](int i) { return read_block(row_of(leaf.x, a, leaf, b0 + i), a.dtype, 0, N, s.x + i * kShortN); });
         strips(rows, [&](int n, V value) {
             x[n] = value;
             z[n] = f[n] * unit - value * unit;
@@ -463,9 +459,8 @@ class BroydenStep {
         int64_t i = 0;
         for (; i + 4 * L <= count; i += 4 * L)
             for (int k = 0; k < 4; ++k) part[k] += read<V>(p + i + k * L) * read<V>(q + i + k * L);
-        for_registers<A>(count - i, [&](int64_t k, auto rest) {
-            part[0] += load<A>(p + i + k, rest) * load<A>(q + i + k, rest);
-        });
+        for_registers<A>(count - i,
+                         [&](int64_t k, auto rest) { part[0] += load<A>(p + i + k, rest) * load<A>(q + i + k, rest); });
         return sum_lanes<A>((part[0] + part[1]) + (part[2] + part[3]));
     }
 
@@ -537,13 +532,14 @@ class BroydenStep {
             V ff = {}, gg = {};
             residual(b, l, at, size, unit, s, s.g, &ff, &gg);
             A* target = step_at(b, count) + leaf.offset + at;
-            for_registers<A>(size, [&](int64_t i, auto part) {
-                store<A>(s.g + i, load<A>(s.g + i, part) * of_g, part);
-            });
-            for (int j = 1; j < count; j += 4) add_steps(b, j, std::min(4, count - j), sum + 1, leaf.offset + at, size, s.g);
+            for_registers<A>(size,
+                             [&](int64_t i, auto part) { store<A>(s.g + i, load<A>(s.g + i, part) * of_g, part); });
+            for (int j = 1; j < count; j += 4)
+                add_steps(b, j, std::min(4, count - j), sum + 1, leaf.offset + at, size, s.g);
             std::memcpy(target, s.g, size_t(size) * sizeof(A));
             partial[1] += double(product(s.g, s.g, size));
-            for (int j = 0; j < count; ++j) partial[2 + j] += double(product(step_at(b, j) + leaf.offset + at, s.g, size));
+            for (int j = 0; j < count; ++j)
+                partial[2 + j] += double(product(step_at(b, j) + leaf.offset + at, s.g, size));
             finite &= advance(b, l, at, size, s.g, s);
         }
         partial[0] = finite ? 0 : 1;

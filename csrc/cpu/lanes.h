@@ -1,4 +1,5 @@
-// What both solvers share for short samples, kLanes of them at a time: choosing rows, and judging evaluations side by side.
+// What both solvers share for short samples, kLanes of them at a time: choosing rows, and judging evaluations side by
+// side.
 #pragma once
 
 #include "sample.h"
@@ -6,7 +7,7 @@
 namespace deqfast::cpu::DEQFAST_ISA {
 
 template <class A>
-constexpr uint32_t kAllLanes = (1u << kLanes<A>) - 1;
+constexpr uint32_t kAllLanes = (1u << kLanes<A>)-1;
 template <class A>
 using IntVec = typename VectorOf<int32_t, kLanes<A>>::type;
 template <class A>

@@ -12,11 +12,16 @@ namespace deqfast::cpu::DEQFAST_ISA {
 template <class Use>
 inline decltype(auto) with_type(DType dtype, Use&& use) {
     switch (dtype) {
-        case DType::f64: return use(double{});
-        case DType::f32: return use(float{});
-        case DType::bf16: return use(Bf16{});
-        case DType::f16: return use(F16{});
-        default: return use(int8_t{});
+        case DType::f64:
+            return use(double{});
+        case DType::f32:
+            return use(float{});
+        case DType::bf16:
+            return use(Bf16{});
+        case DType::f16:
+            return use(F16{});
+        default:
+            return use(int8_t{});
     }
 }
 
@@ -100,10 +105,10 @@ inline bool write_block(void* row, DType dtype, int64_t n, int64_t count, const 
     return with_type(dtype, [&](auto type) -> bool {
         using T = decltype(type);
         if constexpr (sizeof(T) > 1 && sizeof(T) <= sizeof(A)) {
-            constexpr double largest = sizeof(T) == 8                      ? 0x1.fffffffffffffp1023
-                                       : sizeof(T) == 4                    ? 0x1.fffffep127
+            constexpr double largest = sizeof(T) == 8                ? 0x1.fffffffffffffp1023
+                                       : sizeof(T) == 4              ? 0x1.fffffep127
                                        : std::is_same<T, F16>::value ? 65519.99609375  // 65520 rounds to infinity
-                                                                           : 0x1.fefffep127;
+                                                                     : 0x1.fefffep127;
             T* p = static_cast<T*>(row) + n;
             auto bad = Vec<A>{} != Vec<A>{};
             for_registers<A>(count, [&](int64_t i, auto part) {

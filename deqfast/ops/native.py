@@ -53,9 +53,7 @@ def bind(ws: Workspace) -> Callable[[list[Tensor], list[Tensor] | None, Tensor |
         t = leaves[0]
         return rows is None and t.dtype is leaf.dtype and t.is_contiguous() and not t.is_neg()
 
-    def update(
-        f: list[Tensor], f_prev: list[Tensor] | None, f_rows: Tensor | None, f_prev_rows: Tensor | None
-    ) -> int:
+    def update(f: list[Tensor], f_prev: list[Tensor] | None, f_rows: Tensor | None, f_prev_rows: Tensor | None) -> int:
         if plain and is_plain(f, f_rows) and is_plain(f_prev, f_prev_rows):
             return plan.step_dense(ws.cur, f[0].data_ptr(), 0 if f_prev is None else f_prev[0].data_ptr())
         return _general_step(plan, ws, f, f_prev, f_rows, f_prev_rows)

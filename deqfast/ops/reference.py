@@ -41,7 +41,7 @@ class _Rows:
         self.acc = ws.layout.acc
         self.x = self.gather(ws.x[ws.cur])
         self.f = self.gather(f, f_rows)
-        self.g = self.f - self.x
+        self.g = self.f - self.x if ws.own_residual is None else ws.own_residual
 
     def gather(self, leaves: list[Tensor], rows: Tensor | None = None) -> Tensor:
         joined = torch.cat([r.to(self.acc) for r in self.ws.layout.rows(leaves)], dim=1)
@@ -199,15 +199,20 @@ def anderson_step(
     if f_prev is not None:
         x_prev = r.gather(ws.x[1 - ws.cur])
         d_f = (r.f - r.gather(f_prev, f_prev_rows)) * unit
-        d_g = d_f - (r.x - x_prev) * unit
         adding = going & ~reset
         where = index[adding]
-        for which, column in enumerate((d_f, d_g)):
+        if ws.own_residual is None:
+            columns = (d_f, d_f - (r.x - x_prev) * unit)
+        else:
+            columns = (d_f,)
+            ws.own_columns[where, slot[where]] = ((r.g - ws.own_previous) * unit)[adding]
+        for which, column in enumerate(columns):
             codes, scales = encode(ws, column)
             ws.history[which, where, slot[where]] = codes[adding]
             ws.scales[which, where, slot[where]] = scales[adding]
         is_new[where, slot[where]] = True
-    columns_f, columns_g = decode(ws, 0), decode(ws, 1)
+    columns_f = decode(ws, 0)
+    columns_g = decode(ws, 1) if ws.own_residual is None else ws.own_columns
     valid = (q > 0) | is_new
     columns_f = torch.where(valid[..., None], columns_f, 0)
     columns_g = torch.where(valid[..., None], columns_g, 0)
@@ -280,9 +285,7 @@ def _write(target: Tensor, value: Tensor, where: Tensor, tiles: int) -> None:
     target.copy_(tile(torch.where(mask, value, untile(target, B)), tiles))
 
 
-def _choose_slot(
-    ws: AndersonWorkspace, used: Tensor, gram: Tensor, y: Tensor, ages: Tensor, going: Tensor
-) -> None:
+def _choose_slot(ws: AndersonWorkspace, used: Tensor, gram: Tensor, y: Tensor, ages: Tensor, going: Tensor) -> None:
     """The slot of the next column: an empty one, else the least useful or the oldest."""
     m, row = ws.m, ws.int_row
     full = used.all(1)
@@ -300,9 +303,7 @@ def _choose_slot(
     row(Int.SLOT).copy_(torch.where(going, slot, row(Int.SLOT)))
 
 
-def broyden_step(
-    ws: BroydenWorkspace, f: list[Tensor], f_rows: Tensor | None = None
-) -> int:
+def broyden_step(ws: BroydenWorkspace, f: list[Tensor], f_rows: Tensor | None = None) -> int:
     """One "good" Broyden update with one history vector a step; returns how many samples are still running."""
     r = _Rows(ws, f, f_rows)
     B = ws.layout.B

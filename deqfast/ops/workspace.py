@@ -85,6 +85,7 @@ class Workspace:
         self.reals = torch.zeros(8, padded, dtype=layout.acc, device=device)
         self.reals.select(0, Real.BEST).fill_(math.inf)
         self.buffer: Tensor | None = None  # what the history lies in, if it is worth keeping for another solve
+        self.own_residual: Tensor | None = None  # the caller's, in place of f(z) - z (Anderson, Type II)
 
     def release(self) -> None:
         """Give the history up; statistics and iterates stay, but no further step can be made."""
@@ -147,12 +148,22 @@ class AndersonWorkspace(Workspace):
         self.gram = torch.empty(tiles, m, m, TILE, dtype=acc, device=device)  # normalised dG^T dG, lower triangle
         self.norms = torch.zeros(tiles, 2, m, TILE, dtype=acc, device=device)  # ||dG_j||, ||W_j||
         self.ages = torch.zeros(tiles, m, TILE, dtype=torch.int32, device=device)  # step that wrote the column
+        # With a residual of the caller's own: the one before, and its differences (B, m, any) instead of history[1].
+        self.own_previous: Tensor | None = None
+        self.own_columns: Tensor | None = None
+
+    def set_residual(self, rows: Tensor) -> None:
+        """Measure convergence and solve for the weights with (B, any) ``rows`` at the next step."""
+        if self.own_residual is None:
+            self.own_columns = rows.new_empty(rows.shape[0], self.m, rows.shape[1])
+        self.own_previous = self.own_residual
+        self.own_residual = rows
 
     def tensors(self) -> dict[str, Tensor]:
-        return super().tensors() | {
-            name: getattr(self, name)
-            for name in ("history", "scales", "matrix", "gram", "norms", "ages")
-        }
+        names = ["history", "scales", "matrix", "gram", "norms", "ages"]
+        if self.own_residual is not None:
+            names += ["own_residual", "own_columns"]
+        return super().tensors() | {name: getattr(self, name) for name in names}
 
 
 class BroydenWorkspace(Workspace):

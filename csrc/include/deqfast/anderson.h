@@ -13,13 +13,13 @@ struct AndersonArgs : SolveArgs {
     bool evict_least_useful = true;
     bool has_previous = false;  // f_prev is there: a new column can be made
     DType history_dtype = DType::bf16;
-    void* history = nullptr;   // (2, B, m, N): dF, dG
-    float* scales = nullptr;   // (2, B, m, blocks), float16 and int8 only
+    void* history = nullptr;  // (2, B, m, N): dF, dG
+    float* scales = nullptr;  // (2, B, m, blocks), float16 and int8 only
     int64_t blocks = 0;
-    void* matrix = nullptr;    // (tiles, m, m, 16): W_i . dG_j / (w_i q_j)
-    void* gram = nullptr;      // (tiles, m, m, 16): dG_i . dG_j / (q_i q_j), i >= j
-    void* norms = nullptr;     // (tiles, 2, m, 16): q_j = ||dG_j||, w_j = ||W_j||; q_j = 0: empty column
-    int32_t* ages = nullptr;   // (tiles, m, 16)
+    void* matrix = nullptr;   // (tiles, m, m, 16): W_i . dG_j / (w_i q_j)
+    void* gram = nullptr;     // (tiles, m, m, 16): dG_i . dG_j / (q_i q_j), i >= j
+    void* norms = nullptr;    // (tiles, 2, m, 16): q_j = ||dG_j||, w_j = ||W_j||; q_j = 0: empty column
+    int32_t* ages = nullptr;  // (tiles, m, 16)
 };
 
 // Products a sample: norms and products of the new column, then for every column j the four products with it.
@@ -28,11 +28,11 @@ enum AndersonColumnProduct { kRhs, kRow, kCol, kGramRow, kColumnProducts };  // 
 
 inline int64_t anderson_scratch_bytes(int m_columns, int64_t number) {
     const int64_t m = m_columns, products = kHeadProducts + int64_t(kColumnProducts) * m, registers = 64;
-    const int64_t bytes = 8 * (kBlock + 16) * number                          // blocks
-                          + (products + 2 * m * m + 8 * m) * registers        // sums, small solve
+    const int64_t bytes = 8 * (kBlock + 16) * number                             // blocks
+                          + (products + 2 * m * m + 8 * m) * registers           // sums, small solve
                           + (products + m + 2 * m * m + 2 * m) * kTile * number  // products, gamma, one tile
-                          + m * kTile * 4 + products * 8 + m * 4              // ages, sums of a sample, columns
-                          + (8 + kTile) * kShortN * registers;                // short samples: registers, rows
+                          + m * kTile * 4 + products * 8 + m * 4                 // ages, sums of a sample, columns
+                          + (8 + kTile) * kShortN * registers;                   // short samples: registers, rows
     return (bytes + 32 * 64 + 63) / 64 * 64;
 }
 

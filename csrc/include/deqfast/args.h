@@ -48,10 +48,10 @@ struct Source {
 };
 
 struct Leaf {
-    int64_t n = 0;       // numbers a sample
-    int64_t offset = 0;  // where the leaf begins in a history row
-    int64_t block = 0;   // index of its first block of scales
-    void* x = nullptr;   // the iterate f was evaluated at, (B, n) dense
+    int64_t n = 0;           // numbers a sample
+    int64_t offset = 0;      // where the leaf begins in a history row
+    int64_t block = 0;       // index of its first block of scales
+    void* x = nullptr;       // the iterate f was evaluated at, (B, n) dense
     void* x_prev = nullptr;  // the one before; receives the next
     void* saved = nullptr;   // an earlier best iterate
     Source f, f_prev;
@@ -61,22 +61,22 @@ struct SolveArgs {
     int64_t B = 0, N = 0;
     int n_leaves = 0;
     Leaf* leaves = nullptr;
-    DType dtype = DType::f32;      // of the state; products are accumulated in float, for f64 in double
+    DType dtype = DType::f32;              // of the state; products are accumulated in float, for f64 in double
     const int32_t* f_rows = nullptr;       // sample -> row of f, null: the same
     const int32_t* f_prev_rows = nullptr;  // the same for f_prev
-    int32_t* ints = nullptr;       // (rows, padded)
-    void* reals = nullptr;         // (rows, padded) of the accumulation type
-    int64_t padded = 0;            // B rounded up to tiles
+    int32_t* ints = nullptr;               // (rows, padded)
+    void* reals = nullptr;                 // (rows, padded) of the accumulation type
+    int64_t padded = 0;                    // B rounded up to tiles
     double rtol = 0, atol = 0;
     int max_iter = 0;  // 0: none
     bool keep_best = true;
     int threads = 1;
-    char* scratch = nullptr;       // threads * scratch_bytes, 64-byte aligned
+    char* scratch = nullptr;  // threads * scratch_bytes, 64-byte aligned
     int64_t scratch_bytes = 0;
-    double* sums = nullptr;        // (B, products a sample), between reduce and apply
-    double* partials = nullptr;    // (B, chunks, products a sample), where a sample is split over threads
-    int64_t chunks = 0;            // chunks a sample
-    int64_t* running = nullptr;    // out: samples still running
+    double* sums = nullptr;      // (B, products a sample), between reduce and apply
+    double* partials = nullptr;  // (B, chunks, products a sample), where a sample is split over threads
+    int64_t chunks = 0;          // chunks a sample
+    int64_t* running = nullptr;  // out: samples still running
 
     int32_t& at(IntRow row, int64_t b) const { return ints[row * padded + b]; }
     template <class A>

@@ -29,10 +29,10 @@ DEQFAST_HD inline Status out_of_evaluations(double relative, double first, int s
 }
 
 struct Verdict {
-    bool going = false;     // not stopped by this evaluation
-    bool reset = false;     // the unit was set or changed: no history, no new column
-    bool spill = false;     // x_prev holds the best iterate and is about to be overwritten: save it
-    bool use_saved = false;  // the answer of a stopped sample lies in `saved`, else in x
+    bool going = false;        // not stopped by this evaluation
+    bool reset = false;        // the unit was set or changed: no history, no new column
+    bool spill = false;        // x_prev holds the best iterate and is about to be overwritten: save it
+    bool use_saved = false;    // the answer of a stopped sample lies in `saved`, else in x
     double previous_norm = 0;  // ||g|| at the evaluation before
 };
 
@@ -51,10 +51,7 @@ DEQFAST_HD inline Verdict measure(const SolveArgs& a, int64_t b, double f_norm, 
     Verdict v;
     const int32_t steps = ++a.at(kSteps, b);
     const bool finite = std::isfinite(f_norm) && std::isfinite(g_norm);
-    const A relative = A(!finite          ? INFINITY
-                         : f_norm > 0     ? g_norm / f_norm
-                         : g_norm > 0     ? INFINITY
-                                          : 0.0);
+    const A relative = A(!finite ? INFINITY : f_norm > 0 ? g_norm / f_norm : g_norm > 0 ? INFINITY : 0.0);
     v.previous_norm = double(a.at<A>(kNorm, b));
     a.at<A>(kResidual, b) = relative;
     a.at<A>(kNorm, b) = A(g_norm);
