@@ -78,6 +78,7 @@ test-min-torch: build $(VENV_MIN)/.deps ## Run the tests on the oldest supported
 bench: build ## Run the benchmarks; results go to bench/results/
 	@mkdir -p bench/results
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/$$(date +%Y-%m-%d)-cpu.json $(PYTEST_ARGS)
+	$(BIN)/python -m bench.convergence --out bench/results/$$(date +%Y-%m-%d)-convergence.json
 
 bench-report: venv ## Write the tables of the documentation from bench/results/
 	$(BIN)/python -m bench.report

@@ -17,7 +17,6 @@ from typing import Literal
 from .ops.layout import Layout
 from .ops.workspace import BroydenWorkspace
 from .state import Solver
-from .state import Solver
 
 DEFAULT_MEMORY = 100
 

@@ -55,7 +55,7 @@ class Compactor:
         return flags
 
     def inputs(self) -> tuple[Any, tuple[Any, ...]]:
-        """z and args for the samples that f has to see now."""
+        """The iterate and args for the samples that f has to see now."""
         running = self.state.running
         alive = int(running.sum())
         size = self._batch

@@ -14,6 +14,7 @@ from . import adjoint, transformed, transforms
 from .broyden import Broyden
 from .linear import LinearOptions
 from .ops.layout import Layout
+from .solution import Solution
 from .state import DEFAULT_RTOL, Solver, check_stopping
 
 _MODES = "an Implicit, Phantom, OneStep or Unroll, None for Implicit(), or 'none' for no gradient"
@@ -48,8 +49,20 @@ class Gradient:
         """The solution ``z``, with its gradient."""
         raise NotImplementedError
 
-    def solve(self, problem: Problem, z0: Any, **options: Any) -> Any:
-        """The whole ``Solution``, with its gradient; takes the options of ``fixed_point`` that ``problem`` has not."""
+    def solve(
+        self,
+        problem: Problem,
+        z0: Any,
+        *,
+        atol: float,
+        returns: str,
+        compact: Any,
+        trace: bool,
+        callback: Any,
+        throw: bool,
+        progress: bool,
+    ) -> Solution:
+        """The whole ``Solution``, with its gradient."""
         raise NotImplementedError
 
 
@@ -91,9 +104,7 @@ class Implicit(Gradient):
         options = self._options(problem)
         if problem.transformed:
             return layout.unflatten(transformed.attach(problem.f, problem.args, layout, leaves, options))
-        return layout.unflatten(
-            adjoint.attach(problem.f, problem.args, layout, leaves, options, copy_z=problem.copy_z)
-        )
+        return layout.unflatten(adjoint.attach(problem.f, problem.args, layout, leaves, options, copy_z=problem.copy_z))
 
     def _options(self, problem: Problem) -> LinearOptions:
         solver = problem.solver if self.solver is None else _solver(self.solver)

@@ -68,8 +68,8 @@ def spectral_radius(
     """Estimate the largest |eigenvalue| of df/dz for every sample; samples must be independent in f.
 
     Below one plain iteration converges near z; the closer to one (or the further above), the more Anderson or Broyden
-    save. Restarted Arnoldi on J^T, which has J's eigenvalues: the eigenvalues of its projection on a small Krylov space,
-    so that complex pairs and several eigenvalues of one modulus are right, where the norm ratio of a power iteration
+    save. Restarted Arnoldi on J^T, which has J's eigenvalues: those of its projection on a small Krylov space, so that
+    complex pairs and several eigenvalues of one modulus are right, where the norm ratio of a power iteration
     oscillates. Exact, up to rounding, once ``vectors`` reaches the numbers of a sample; below that usually within a few
     per cent, and too large where J is far from normal (a long Jordan block), as is its effect on the first iterations.
     Not differentiable.
@@ -109,7 +109,8 @@ def spectral_radius(
             chosen = eigenvectors[torch.arange(layout.B, device=start.device), :, largest]
             # A real start that holds both vectors of a complex pair.
             following = torch.einsum("kbn,bk->bn", basis, chosen.real + chosen.imag)
-            start = torch.where(following.norm(dim=1, keepdim=True) > 0, following, start)  # J = 0 has nothing to follow
+            found = following.norm(dim=1, keepdim=True) > 0  # not where J = 0
+            start = torch.where(found, following, start)
         radius = eigenvalues.abs().amax(dim=1)
         return torch.where(finite, radius, torch.nan)
 

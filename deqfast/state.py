@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ class SolverState:
         self._x_storages = _storages([*self.ws.x[0], *self.ws.x[1]])
         self._note_versions()
         first = self.layout.leaves[0]
-        self._dense = getattr(self._update, "dense", None)
+        self._dense: Callable[[int, int, int], int] | None = getattr(self._update, "dense", None)
         self._shape, self._dtype = first.shape, first.dtype
         self._look_plain()
 
@@ -204,9 +205,9 @@ class SolverState:
 
         Args:
             fz: f(state.z), structured like z0. It is read in place and kept until the next step.
-            residual: a residual of your own, a tensor or tree of tensors (B, ...), possibly in another space than z: the
-                weights minimise it and a sample stops at ||residual|| <= atol + rtol ||f(z)||. Type II Anderson without
-                mixing, on backend="reference"; give it at every step or at none.
+            residual: a residual of your own, a tensor or tree of tensors (B, ...), possibly in another space than z:
+                the weights minimise it and a sample stops at ||residual|| <= atol + rtol ||f(z)||. Type II Anderson
+                without mixing, on backend="reference"; give it at every step or at none.
 
         Raises:
             TypeError, ValueError: ``fz`` has another structure, shape, dtype or device, or ``residual`` cannot be used;
@@ -246,8 +247,10 @@ class SolverState:
         """
         ws = self.ws
         cur = ws.cur
+        dense = self._dense
         if (
-            fz.dtype is not self._dtype
+            dense is None
+            or fz.dtype is not self._dtype
             or fz.shape != self._shape
             or fz.requires_grad
             or not fz.is_cpu
@@ -266,12 +269,12 @@ class SolverState:
                 or self._origin[0]._version != self._origin_versions[0]
             ):
                 return False
-            self._running = self._dense(cur, fz.data_ptr(), self._previous[0].data_ptr() if self._previous else 0)
+            self._running = dense(cur, fz.data_ptr(), self._previous[0].data_ptr() if self._previous else 0)
             self._previous = self._origin = [fz]
             self._origin_versions = [fz._version]
             self._origin_storages = [storage]
         else:
-            self._running = self._dense(cur, fz.data_ptr(), 0)
+            self._running = dense(cur, fz.data_ptr(), 0)
         ws.cur = 1 - cur
         self.nfe += 1
         return True
@@ -301,7 +304,7 @@ class SolverState:
         return self._running == 0
 
     def _settle(self, leaves: list[Tensor], previous: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor] | None]:
-        """f's output in memory that will still hold it at the next step, and the previous one if it still does."""
+        """The output of f in memory that will still hold it at the next step, and the previous one if it still does."""
         storages = _storages(leaves)
         origin, versions = self._origin, self._origin_versions
         reused = any(s in self._x_storages for s in storages) or any(t.is_inference() for t in leaves)
@@ -329,7 +332,7 @@ class SolverState:
         return [b.copy_(t) for b, t in zip(buffers, leaves, strict=True)]
 
     def _undo_change_of_z(self, leaves: list[Tensor]) -> list[Tensor]:
-        """f wrote into the iterate it was given: keep its output, restore the iterate, hand out copies from now on."""
+        """Mend that f wrote into its iterate: keep f's output, restore the iterate, hand out copies from now on."""
         if not self._z0:
             raise RuntimeError(
                 f"f changed its input z in place at evaluation {self.nfe + 1}, after it had left it alone before; "

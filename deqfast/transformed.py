@@ -54,7 +54,7 @@ def attach(
 def _solve_tangent(
     f: Callable[..., Any], args: tuple[Any, ...], layout: Layout, leaves: list[Tensor], options: LinearOptions
 ) -> list[Tensor] | None:
-    """v = J v + t, where t is the tangent that f's other inputs give it; None if they give none."""
+    """The leaves of v = J v + t, where t is the tangent that f's other inputs give it; None if they give none."""
 
     def tangent_map(v: list[Tensor] | None) -> tuple[list[Tensor | None], list[Tensor]]:
         z = [t.clone() for t in leaves] if v is None else list(map(forward_ad.make_dual, leaves, v))
@@ -118,7 +118,7 @@ class _Attach(torch.autograd.Function):
     """The solution, attached to f's output there, in the form that torch.func understands."""
 
     @staticmethod
-    def forward(pullback: _Pullback, *fz: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(pullback: _Pullback, *fz: Tensor) -> tuple[Tensor, ...]:
         pullback.plain = list(fz)
         return tuple(t.clone() for t in pullback.leaves)
 

@@ -21,8 +21,8 @@ in_functorch = torch._C._are_functorch_transforms_active
 no_tangents = forward_ad._set_fwd_grad_enabled
 
 _NO_VMAP = (
-    "torch.func.vmap over a fixed point is not supported (nor jacrev, jacfwd, hessian or is_grads_batched, which use it): "
-    "samples of a batch are solved independently already, so put the mapped dimension into dim 0 of z0"
+    "torch.func.vmap over a fixed point is not supported (nor jacrev, jacfwd, hessian or is_grads_batched, which use "
+    "it): samples of a batch are solved independently already, so put the mapped dimension into dim 0 of z0"
 )
 ONE_TRANSFORM = "{} through a fixed point is not supported; use torch.autograd.grad(..., create_graph=True)"
 
@@ -84,7 +84,10 @@ def values(tree: Any) -> Any:
 
 
 class Outside:
-    """Where the solver runs: no torch.func level (there, even new tensors are wrappers), no tangents; f goes back in."""
+    """Where the solver runs: no torch.func level (there, even new tensors are wrappers) and no tangents.
+
+    F is evaluated ``inside`` again.
+    """
 
     def __enter__(self) -> Outside:
         with ExitStack() as stack:

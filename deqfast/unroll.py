@@ -1,7 +1,7 @@
 """Gradients through the solver itself: the updates of ``ops/reference.py`` as pure functions of tensors.
 
-For tests of the other gradients, and for small solves whose every iterate is wanted in the graph: memory grows with each
-evaluation. Which sample stops, which column goes and which step falls back are decisions, not differentiated; the
+For tests of the other gradients, and for small solves whose every iterate is wanted in the graph: memory grows with
+each evaluation. Which sample stops, which column goes and which step falls back are decisions, not differentiated; the
 numbers, gamma and the norms that scale it included, are. History is never rounded.
 """
 
@@ -51,7 +51,8 @@ class Unroll(Gradient):
         progress: bool,
     ) -> Solution:
         """Solve, keeping the graph of every iteration."""
-        for name, asked in (("compact", compact is not False), ("callback", callback is not None), ("progress", progress)):
+        refused = {"compact": compact is not False, "callback": callback is not None, "progress": progress}
+        for name, asked in refused.items():
             if asked:
                 raise ValueError(f"{name} does not go together with backward=dq.Unroll()")
         ws = problem.solver.workspace(

@@ -1,4 +1,4 @@
-"""Anderson's and Broyden's updates as functions that autograd can follow; see ``unroll.py`` and ``ops/reference.py``."""
+"""Anderson's and Broyden's updates as functions that autograd can follow: ``ops/reference.py`` for ``unroll.py``."""
 
 from __future__ import annotations
 

@@ -111,8 +111,8 @@ def demo_block(record: Record, picture: str | None) -> str:
         parts.append(f"![Convergence and timing of the digits demo]({picture})")
     given = " ".join(f"--{name} {options[name]}" for name in ("epochs", "batch", "hidden", "seed") if name in options)
     parts.append(
-        f"`python examples/digits.py {given}` on {machine['processor']} ({machine['threads']} torch threads), {record['date']}; "
-        f"python {machine['python']}, {packages}."
+        f"`python examples/digits.py {given}` on {machine['processor']} ({machine['threads']} torch threads), "
+        f"{record['date']}; python {machine['python']}, {packages}."
     )
     return "\n\n".join(parts)
 

@@ -83,7 +83,9 @@ def test_torchdeq_is_silently_wrong_there():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torchdeq = pytest.importorskip("torchdeq")
-        deq = torchdeq.get_deq(f_solver="fixed_point_iter", b_solver="fixed_point_iter", hook_ift=True, f_tol=1e-12, b_tol=1e-12)
+        deq = torchdeq.get_deq(
+            f_solver="fixed_point_iter", b_solver="fixed_point_iter", hook_ift=True, f_tol=1e-12, b_tol=1e-12
+        )
         deq.f_max_iter = deq.b_max_iter = 300
         z = deq(lambda z: f(z, x), torch.zeros_like(x))[0][-1]
         first = grad(z.sum(), x, create_graph=True)[0]

@@ -1,4 +1,4 @@
-"""First-order gradients through a fixed point: right, at any loss scale, whatever f, the state and the caller look like."""
+"""First-order gradients through a fixed point: right, at any loss scale, whatever f and the state look like."""
 
 import copy
 import gc
@@ -87,7 +87,7 @@ def test_gradcheck(solver):
 
 @pytest.mark.parametrize("B, N", [(1, 1), (3, 63), (2, 1000), (1, 4097)])
 def test_odd_sizes(B, N):
-    W, x, c = problem(B, N)
+    _, x, c = problem(B, N)
     z = dq.fixed_point(lambda z, x: 0.7 * torch.sin(z.roll(1, dims=1)) + x, torch.zeros_like(x), (x,), rtol=1e-12).z
     u = torch.autograd.grad((z * c).sum(), x)[0]
     # u solves u = J^T u + c with J^T v = roll(0.7 cos(roll(z)) v, -1)
@@ -315,7 +315,9 @@ def test_f_that_reuses_its_output_buffer():
 def test_f_that_returns_an_expanded_tensor():
     x = torch.randn(4, 1, dtype=F64, requires_grad=True)
     c = torch.randn(4, 6, dtype=F64)
-    z = dq.fixed_point(lambda z, x: (0.5 * z.mean(1, keepdim=True) + x).expand(4, 6), torch.zeros(4, 6, dtype=F64), (x,)).z
+    z = dq.fixed_point(
+        lambda z, x: (0.5 * z.mean(1, keepdim=True) + x).expand(4, 6), torch.zeros(4, 6, dtype=F64), (x,)
+    ).z
     assert torch.allclose(torch.autograd.grad((z * c).sum(), x)[0], 2 * c.sum(1, keepdim=True), rtol=1e-7)
 
 
@@ -512,7 +514,9 @@ def test_empty_batches_and_empty_states(shape):
     assert x.grad.shape == shape
 
 
-@pytest.mark.parametrize("option", [dq.Implicit(solver="broyden", rtol=1e-3), dq.Phantom(2, 0.5), dq.OneStep(), dq.Unroll()])
+@pytest.mark.parametrize(
+    "option", [dq.Implicit(solver="broyden", rtol=1e-3), dq.Phantom(2, 0.5), dq.OneStep(), dq.Unroll()]
+)
 def test_options_pickle_copy_and_cannot_be_changed(option):
     assert pickle.loads(pickle.dumps(option)) == option == copy.deepcopy(option)
     with pytest.raises(AttributeError):
@@ -529,8 +533,16 @@ def test_options_pickle_copy_and_cannot_be_changed(option):
         (lambda: dq.Phantom(steps=0), ValueError, "steps must be at least 1, got 0"),
         (lambda: dq.Phantom(steps=1.5), TypeError, "steps must be an int, got float"),
         (lambda: dq.Phantom(damping=1.5), ValueError, r"damping must be in \(0, 1\], got 1.5"),
-        (lambda: dq.fixed_point(torch.cos, torch.ones(1, 1), backward="ift"), ValueError, "backward must be .* got 'ift'"),
-        (lambda: dq.fixed_point(torch.cos, torch.ones(1, 1), backward=dq.Implicit), TypeError, "got the class Implicit"),
+        (
+            lambda: dq.fixed_point(torch.cos, torch.ones(1, 1), backward="ift"),
+            ValueError,
+            "backward must be .* got 'ift'",
+        ),
+        (
+            lambda: dq.fixed_point(torch.cos, torch.ones(1, 1), backward=dq.Implicit),
+            TypeError,
+            "got the class Implicit",
+        ),
         (lambda: dq.fixed_point(torch.cos, torch.ones(1, 1), backward=True), TypeError, "got bool"),
     ],
 )

@@ -64,7 +64,9 @@ def test_penalty_without_gradients_trees_and_complex_numbers():
 
 def rotations(n, radius):
     angles = torch.rand(n // 2, dtype=F64, generator=generator()) * 3
-    blocks = [torch.tensor([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]], dtype=F64) for a in angles.tolist()]
+    blocks = [
+        torch.tensor([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]], dtype=F64) for a in angles.tolist()
+    ]
     return radius * torch.block_diag(*blocks)
 
 

@@ -63,7 +63,9 @@ def test_start_has_the_dtype_and_the_structure_of_x():
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("backward", [None, dq.Implicit(solver="broyden"), dq.Phantom(3), dq.OneStep(), dq.Unroll()], ids=str)
+@pytest.mark.parametrize(
+    "backward", [None, dq.Implicit(solver="broyden"), dq.Phantom(3), dq.OneStep(), dq.Unroll()], ids=str
+)
 def test_gradients_in_training_and_in_evaluation_mode(mode, backward):
     deq, x = dq.DEQ(Cell(), backward=backward), torch.randn(4, 6, requires_grad=True)
     getattr(deq, mode)()

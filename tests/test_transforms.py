@@ -141,7 +141,9 @@ def test_options_keep_working_inside(compact):
 
     def run(x):
         options = {"trace": True, "callback": lambda k, state: seen.append(k), "compact": compact}
-        sol = dq.fixed_point(lambda z, x: torch.tanh(z @ W + x), torch.zeros(3, 5, dtype=F64), (x,), rtol=1e-10, **options)
+        sol = dq.fixed_point(
+            lambda z, x: torch.tanh(z @ W + x), torch.zeros(3, 5, dtype=F64), (x,), rtol=1e-10, **options
+        )
         assert sol.trace.shape == (sol.nfe, 3) and seen[-1] == sol.nfe
         return (sol.z * c).sum()
 

@@ -142,7 +142,9 @@ def test_options_it_cannot_honour_raise(option):
 
 def test_throw_carries_the_solution():
     with pytest.raises(dq.ConvergenceError) as caught:
-        dq.fixed_point(lambda z: -z + 1, torch.zeros(2, 2), solver="picard", max_iter=4, backward=dq.Unroll(), throw=True)
+        dq.fixed_point(
+            lambda z: -z + 1, torch.zeros(2, 2), solver="picard", max_iter=4, backward=dq.Unroll(), throw=True
+        )
     assert caught.value.solution.nfe == 4
 
 

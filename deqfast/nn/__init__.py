@@ -78,7 +78,9 @@ class DEQ(nn.Module):
             return init(x)
         leaves = pytree.tree_leaves(x)
         if not leaves or not all(isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()) for t in leaves):
-            raise TypeError("x must be a floating tensor or a tree of them to start from zeros; give z0 or cell.init(x)")
+            raise TypeError(
+                "x must be a floating tensor or a tree of them for a start from zeros; give z0 or cell.init"
+            )
         return pytree.tree_map(torch.zeros_like, x)
 
     def extra_repr(self) -> str:

@@ -1,12 +1,13 @@
 """C++ kernels on CPU tensors, called through the extension module ``deqfast._C``.
 
-A plan holds the workspace's addresses for one solve; a step passes only where f's output lies. The module never sees a
-tensor, so one wheel serves every torch version; this file is the only one that calls ``data_ptr``, and always on tensors
-that somebody keeps alive.
+A plan holds the workspace's addresses for one solve; a step passes only where f's output lies. The module never sees
+a tensor, so one wheel serves every torch version; addresses are taken here and in the state's short step only, always
+of tensors that somebody keeps alive.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +17,11 @@ from torch import Tensor
 from .layout import Layout, Leaf
 from .workspace import AndersonWorkspace, BroydenWorkspace, Workspace
 
-_C: Any
 _IMPORT_ERROR = ""
+_C: Any = None
 try:
-    from deqfast import _C
+    _C = importlib.import_module("deqfast._C")
 except ImportError as error:  # a pure-Python install, or a module built for another Python
-    _C = None
     _IMPORT_ERROR = str(error)
 
 HUGE_PAGE_MIN_BYTES = 4 << 20

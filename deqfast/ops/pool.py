@@ -1,8 +1,8 @@
 """Large history buffers, kept for the next solve.
 
-Touching fresh memory for the first time costs as much as several steps of a large solve, and a training loop solves the
-same problem twice a batch. So the histories of finished solves wait here, up to ``DEQFAST_POOL_MB`` (default 256, 0 turns
-it off) in all. What a buffer holds is never read before it is written, so reuse does not change a bit.
+Touching fresh memory for the first time costs as much as several steps of a large solve, and a training loop solves
+the same problem twice a batch. So the histories of finished solves wait here, up to ``DEQFAST_POOL_MB`` (default 256,
+0 turns it off) in all. What a buffer holds is never read before it is written, so reuse does not change a bit.
 """
 
 from __future__ import annotations

@@ -201,10 +201,11 @@ def anderson_step(
         d_f = (r.f - r.gather(f_prev, f_prev_rows)) * unit
         adding = going & ~reset
         where = index[adding]
+        columns = [d_f]
         if ws.own_residual is None:
-            columns = (d_f, d_f - (r.x - x_prev) * unit)
+            columns.append(d_f - (r.x - x_prev) * unit)
         else:
-            columns = (d_f,)
+            assert ws.own_columns is not None and ws.own_previous is not None
             ws.own_columns[where, slot[where]] = ((r.g - ws.own_previous) * unit)[adding]
         for which, column in enumerate(columns):
             codes, scales = encode(ws, column)
@@ -212,7 +213,7 @@ def anderson_step(
             ws.scales[which, where, slot[where]] = scales[adding]
         is_new[where, slot[where]] = True
     columns_f = decode(ws, 0)
-    columns_g = decode(ws, 1) if ws.own_residual is None else ws.own_columns
+    columns_g = decode(ws, 1) if ws.own_columns is None else ws.own_columns
     valid = (q > 0) | is_new
     columns_f = torch.where(valid[..., None], columns_f, 0)
     columns_g = torch.where(valid[..., None], columns_g, 0)
@@ -335,7 +336,7 @@ def broyden_step(ws: BroydenWorkspace, f: list[Tensor], f_rows: Tensor | None = 
     for j in range(int(count.max()) if B else 0):
         s_j = torch.where((j < count)[:, None], ws.history[:, j], 0)
         ratio = (s_j * z).sum(1) / torch.where(j < count, ws.norms[:, j], 1)
-        last = j + 1 == count
+        last = count == j + 1
         denominator = torch.where(last, 1 - ratio, denominator)
         if j + 1 < ws.memory:
             s_next = torch.where((j + 1 < count)[:, None], ws.history[:, j + 1], 0)

@@ -160,6 +160,7 @@ class AndersonWorkspace(Workspace):
         self.own_residual = rows
 
     def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that a later step reads, by name."""
         names = ["history", "scales", "matrix", "gram", "norms", "ages"]
         if self.own_residual is not None:
             names += ["own_residual", "own_columns"]
@@ -196,6 +197,7 @@ class BroydenWorkspace(Workspace):
         self.gram = torch.empty(B, side, side, dtype=acc, device=device)  # s_i . s_j, i >= j
 
     def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that a later step reads, by name."""
         return super().tensors() | {name: getattr(self, name) for name in ("history", "norms", "gram")}
 
 
