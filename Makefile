@@ -82,6 +82,7 @@ bench: build ## Run the benchmarks; results go to bench/results/
 
 bench-report: venv ## Write the tables of the documentation from bench/results/
 	$(BIN)/python -m bench.report
+	$(BIN)/python docs/make_readme.py
 
 # The instrumented module goes into a copy of the package, so the one in deqfast/ stays as it is. libstdc++ is preloaded
 # because AddressSanitizer looks for __cxa_throw at start; leaks are not looked for, the interpreter has its own; pytest
@@ -109,10 +110,11 @@ check-aarch64: ## Compile the CPU kernels for aarch64 (needs a cross compiler)
 	    -DDEQFAST_ISA=baseline -DDEQFAST_HAS_BASELINE -Icsrc/include -c $$source -o /dev/null || exit 1; \
 	done
 
-format: venv ## Format Python and C++ in place
+format: venv ## Format Python and C++ in place, write the API reference
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+	$(BIN)/python docs/make_api.py
 
 clean: ## Remove builds and caches; the environments stay
 	rm -rf build dist out deqfast.egg-info deqfast/kernels deqfast/_C.*.so .coverage .mypy_cache .pytest_cache .ruff_cache

@@ -168,7 +168,7 @@ def frontier(
                 continue
             seen.add(node)
             if type(node) is _accumulate_grad:
-                leaves.append(node.variable)
+                leaves.append(node.variable)  # type: ignore[union-attr]
             elif node._sequence_nr() < start:
                 elsewhere = True
             else:

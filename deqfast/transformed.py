@@ -109,7 +109,7 @@ class _Pullback:
 def _attach_in_functorch(
     f: Callable[..., Any], args: tuple[Any, ...], layout: Layout, leaves: list[Tensor], options: LinearOptions
 ) -> list[Tensor]:
-    fz, vjp = torch.func.vjp(lambda z: f(z, *args), layout.unflatten([t.clone() for t in leaves]))
+    fz, vjp = torch.func.vjp(lambda z: f(z, *args), layout.unflatten([t.clone() for t in leaves]))  # type: ignore[misc]
     pullback = _Pullback(vjp, layout, leaves, options)
     return list(_Attach.apply(pullback, *layout.flatten(fz, "f(z)")))
 

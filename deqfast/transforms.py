@@ -29,7 +29,7 @@ ONE_TRANSFORM = "{} through a fixed point is not supported; use torch.autograd.g
 
 def nested() -> bool:
     """Whether one torch.func transform surrounds another."""
-    return in_functorch() and _functorch.maybe_current_level() > 1
+    return in_functorch() and (_functorch.maybe_current_level() or 0) > 1
 
 
 def in_jvp() -> bool:
@@ -113,7 +113,7 @@ class _Once(torch.autograd.Function):
     """The identity on its first input; whoever differentiates it is told why that would be wrong."""
 
     @staticmethod
-    def forward(t: Tensor, *depends_on: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(t: Tensor, *depends_on: Tensor) -> Tensor:
         return t.clone()
 
     @staticmethod

@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import deqfast as dq
 
@@ -497,6 +498,35 @@ def test_compacted_solve_has_the_same_gradients():
     plain = torch.autograd.grad((solve(x, W).z * c).sum(), x)[0]
     z = dq.fixed_point(lambda z, x: tanh_map(z, x, W), torch.zeros_like(x), (x,), rtol=1e-12, compact=True).z
     assert relative_error(torch.autograd.grad((z * c).sum(), x)[0], plain) < 1e-9
+
+
+def test_fixed_point_inside_a_fixed_point():
+    W, x, c = problem()
+    V = (0.5 * W.detach().T).requires_grad_()
+
+    def outer(backward):
+        def f(z, x, W, V):
+            start = torch.zeros_like(z)
+            inner = dq.fixed_point(lambda y, z, V: torch.sin(y @ V + z), start, (z, V), rtol=1e-13, backward=backward)
+            return torch.tanh(0.5 * inner.z @ W + x)
+
+        z = dq.fixed_point(f, torch.zeros_like(x), (x, W, V), rtol=1e-13, max_iter=200, backward=backward).z
+        first = torch.autograd.grad((z * c).sum(), (x, W, V), create_graph=True)
+        return *first, *torch.autograd.grad(sum(g.square().sum() for g in first), (x, W, V))
+
+    for got, expected in zip(outer(dq.Implicit()), outer(dq.Phantom(100)), strict=True):
+        assert relative_error(got, expected) < 1e-8
+
+
+def test_checkpointed_f():
+    W, x, c = problem()
+
+    def f(z, x, W):
+        return torch.utils.checkpoint.checkpoint(tanh_map, z, x, W, use_reentrant=False)
+
+    got = torch.autograd.grad((solve(x, W, f=f).z * c).sum(), (x, W))
+    for g, expected in zip(got, by_inverse(x, W, c), strict=True):
+        assert relative_error(g, expected) < 1e-9
 
 
 def test_root_has_gradients():

@@ -42,6 +42,7 @@ def bind(ws: Workspace) -> Callable[[list[Tensor], list[Tensor] | None, Tensor |
     For a state of one contiguous real tensor it has an attribute ``dense``, the same for outputs of f that are such
     tensors too: (cur, address of f's output, address of the previous one or 0) -> samples still running.
     """
+    _C.cpu_isa()  # a wrong DEQFAST_CPU_ISA is said here, before f is evaluated
     plan = _plan(ws)
     layout = ws.layout
     leaf = layout.leaves[0]

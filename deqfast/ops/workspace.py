@@ -210,4 +210,4 @@ def tile(t: Tensor, tiles: int) -> Tensor:
 
 def untile(t: Tensor, B: int) -> Tensor:
     """(tiles, ..., 16) to (B, ...)."""
-    return t.movedim(-1, 1).reshape(-1, *t.shape[1:-1])[:B]
+    return t.movedim(-1, 1).reshape(t.shape[0] * TILE, *t.shape[1:-1])[:B]
