@@ -14,7 +14,7 @@ from .implicit import Implicit, OneStep, Phantom
 from .jacobian import jacobian_penalty, spectral_radius
 from .linear import GradientWarning
 from .nn import DEQ
-from .ops import library as _library  # registers torch.ops.deqfast
+from .ops import library as _library  # noqa: F401  registers torch.ops.deqfast
 from .picard import Picard
 from .solution import ConvergenceError, Solution
 from .solve import fixed_point, root

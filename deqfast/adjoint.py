@@ -315,12 +315,11 @@ def _closed_over_leaves(attachment: Attachment, graph: Graph, start: int, cut: l
             "differentiating a fixed point twice needs every tensor that f uses and that was itself computed with "
             "gradients; f closes over one: pass it through args= instead"
         )
-    for t in leaves:
-        if not any(t is known for known in attachment.inputs):
-            raise RuntimeError("f used other parameters when it was evaluated again for the double backward")
-        if t._backward_hooks:
-            raise RuntimeError(
-                "differentiating a fixed point twice would run the hooks on a parameter that f closes over twice; "
-                "remove them, or pass the parameter through args="
-            )
+    # A leaf that was not there the first time is one that f makes itself, the start of an inner solve for example.
+    leaves = [t for t in leaves if any(t is known for known in attachment.inputs)]
+    if any(t._backward_hooks for t in leaves):
+        raise RuntimeError(
+            "differentiating a fixed point twice would run the hooks on a parameter that f closes over twice; "
+            "remove them, or pass the parameter through args="
+        )
     return leaves

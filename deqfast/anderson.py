@@ -20,7 +20,7 @@ import torch
 
 from .ops.layout import Layout
 from .ops.workspace import HISTORY_DTYPES, AndersonWorkspace
-from .state import Solver
+from .state import Solver, check_number
 
 _TEST_SPACE = {"mixed": 2.0, 1: 1.0, 2: 0.0}
 
@@ -60,10 +60,13 @@ class Anderson(Solver):
             raise ValueError(f"m must be at least 1, got {self.m}; for no history use dq.Picard()")
         if isinstance(self.type, bool) or self.type not in _TEST_SPACE:
             raise ValueError(f"type must be 'mixed', 1 or 2, got {self.type!r}")
+        check_number("mixing", self.mixing)
         if not 0 < self.mixing <= 1:
             raise ValueError(f"mixing must be in (0, 1], got {self.mixing}")
-        if self.ridge is not None and not 0 <= self.ridge < 1:
-            raise ValueError(f"ridge must be in [0, 1), got {self.ridge}")
+        if self.ridge is not None:
+            check_number("ridge", self.ridge)
+            if not 0 <= self.ridge < 1:
+                raise ValueError(f"ridge must be in [0, 1), got {self.ridge}")
         if self.history_dtype is not None and self.history_dtype not in HISTORY_DTYPES:
             raise ValueError(f"history_dtype must be None or one of {HISTORY_DTYPES}, got {self.history_dtype}")
         if self.evict not in ("least_useful", "oldest"):

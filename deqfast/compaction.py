@@ -65,9 +65,11 @@ class Compactor:
             self._shrink(running, size)
         if self._chosen is None:
             return self.state.z, self.args
-        leaves = pytree.tree_leaves(self.state.z)
-        z = self.state.layout.unflatten([t.index_select(0, self._chosen) for t in leaves])
-        return z, self._args_now
+        layout = self.state.layout
+        some = layout.empty(self._batch)  # keeps the memory format, which index_select alone would not
+        for out, t in zip(some, pytree.tree_leaves(self.state.z), strict=True):
+            torch.index_select(t, 0, self._chosen, out=out)
+        return layout.unflatten(some), self._args_now
 
     def step(self, fz: Any) -> bool:
         """Feed f's output back; returns whether the solve is done."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .ops.layout import Layout
 from .ops.workspace import AndersonWorkspace
-from .state import Solver
+from .state import Solver, check_number
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Picard(Solver):
     damping: float = 1.0
 
     def __post_init__(self) -> None:
+        check_number("damping", self.damping)
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must be in (0, 1], got {self.damping}")
 

@@ -24,14 +24,19 @@ from .status import Status
 DEFAULT_RTOL = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 
+def check_number(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a real number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
 def check_stopping(
     rtol: float | None, atol: float, max_iter: int | None, dtype: torch.dtype
 ) -> tuple[float, float, int]:
     """Validated (rtol, atol, max_iter); rtol None becomes the default of the dtype, max_iter None becomes 0."""
     rtol = DEFAULT_RTOL[dtype] if rtol is None else rtol
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        check_number(name, value)
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and not negative, got {value}")
     if max_iter is None:

@@ -135,12 +135,13 @@ def draw_accuracy(axes, shown: list, colours: dict[str, str]) -> None:
         ours = order == 0
         axes.plot(seconds, right, color=colours[run.name], linewidth=2.4 if ours else 1.4, zorder=10 - order)
         axes.plot(seconds[-1], right[-1], "o", color=colours[run.name], markersize=7 if ours else 5, zorder=11 - order)
-    axes.set_xlim(0, None)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_ylim(80, 100)
     axes.set_yticks(range(80, 101, 5))
     axes.set_title("Accuracy against training time")
-    subtitle(axes, "unseen digits read correctly, %; a dot ends each training")
-    axes.set_xlabel("seconds of training (epochs times the median epoch)")
+    subtitle(axes, "unseen digits read correctly, %, after every epoch; a dot ends each training")
+    axes.set_xlabel("seconds of training, logarithmic (epochs times the median epoch)")
 
 
 def draw_seconds(axes, shown: list, colours: dict[str, str]) -> None:

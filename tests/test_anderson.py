@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
@@ -17,11 +16,9 @@ from problems import (
     problem,
     pull,
     rows_of,
-    run,
     same_bits,
 )
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 import deqfast as dq
 from deqfast.ops.reference import decode
@@ -128,7 +125,7 @@ def check_step(solver: dq.Anderson, state_dtype: torch.dtype, B: int, N: int, ba
 
 
 def assert_columns(state: SolverState, oracle: SolverState, going: Tensor) -> None:
-    """The stored columns are the float64 ones rounded to the history dtype: one unit in the last place apart at most."""
+    """The stored columns are the float64 ones rounded to the history dtype, to one unit in the last place."""
     dtype, acc = state.ws.history.dtype, EPS[state.layout.acc]
     ulp = {torch.int8: 2.0**-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}.get(dtype, 2 * acc)
     used = (untile(oracle.ws.norms, oracle.layout.B)[:, 0] > 0) & going[:, None]
@@ -356,7 +353,11 @@ def test_options_are_immutable_values():
 
 
 def test_history_of_the_default_takes_two_bytes_a_number_of_narrow_states():
-    for dtype, expected in ((torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16), (torch.float64, torch.float64)):
+    for dtype, expected in (
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.bfloat16),
+        (torch.float64, torch.float64),
+    ):
         state = dq.Anderson(m=3).init(torch.zeros(2, 50, dtype=dtype))
         assert state.ws.history.dtype == expected
         assert state.ws.history.shape == (2, 2, 3, 50)

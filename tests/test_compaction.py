@@ -52,7 +52,13 @@ def test_f_sees_batches_that_shrink_by_halves_and_hold_every_running_sample(solv
     p = problem(33, 8, slowest=0.98)
     f, running = Counted(pull), [33]
     sol = solve(
-        p, f, solver=solver, compact=True, rtol=1e-5, max_iter=300, backend=backend,
+        p,
+        f,
+        solver=solver,
+        compact=True,
+        rtol=1e-5,
+        max_iter=300,
+        backend=backend,
         callback=lambda k, state: running.append(int(state.running.sum())) or False,
     )
     sizes = {33, 17, 9, 5, 3, 2, 1}

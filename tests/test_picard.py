@@ -75,8 +75,10 @@ def test_damping_solves_a_map_that_overshoots(backend):
     z0 = torch.zeros(2, 3, dtype=torch.float64)
     plain = dq.fixed_point(f, z0, solver=dq.Picard(), backend=backend)
     damped = dq.fixed_point(f, z0, solver=dq.Picard(damping=0.5), backend=backend)
-    assert plain.status.tolist() == [dq.Status.MAX_ITER] * 2 or plain.status.tolist() == [dq.Status.DIVERGED] * 2 or (
-        plain.status.tolist() == [dq.Status.STALLED] * 2
+    assert (
+        plain.status.tolist() == [dq.Status.MAX_ITER] * 2
+        or plain.status.tolist() == [dq.Status.DIVERGED] * 2
+        or (plain.status.tolist() == [dq.Status.STALLED] * 2)
     )
     assert bool(damped.converged.all())
     assert torch.allclose(damped.z, torch.full_like(z0, 0.4), rtol=1e-7, atol=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import io
 import pickle
 import weakref
@@ -16,6 +15,7 @@ from problems import (
     BACKENDS,
     EVERY_SOLVER,
     ONE_OF_EACH,
+    SOME_SOLVERS,
     assert_same_solution,
     problem,
     pull,
@@ -33,8 +33,10 @@ Pair = namedtuple("Pair", ["hidden", "cell"])
 
 def same_state(a: dq.SolverState, b: dq.SolverState) -> bool:
     """Whether two states stand at the same point, bit for bit."""
-    return a.nfe == b.nfe and a.done == b.done and all(
-        same_bits(getattr(a, name), getattr(b, name)) for name in ("z", "status", "steps", "residual")
+    return (
+        a.nfe == b.nfe
+        and a.done == b.done
+        and all(same_bits(getattr(a, name), getattr(b, name)) for name in ("z", "status", "steps", "residual"))
     )
 
 
@@ -109,7 +111,7 @@ CLEAN_TWINS = {
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("solver", EVERY_SOLVER)
+@pytest.mark.parametrize("solver", SOME_SOLVERS)
 @pytest.mark.parametrize("make", CLEAN_TWINS.values(), ids=CLEAN_TWINS)
 def test_whatever_memory_f_returns_the_answer_is_that_of_a_clean_f(make, solver, backend):
     p = problem(5, 33)
@@ -166,19 +168,21 @@ def test_leaf_that_f_passes_through_is_read_like_its_copy(solver, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("solver", EVERY_SOLVER)
-@pytest.mark.parametrize("max_iter", [1, 2, 3, 4, 5, 6])
-@pytest.mark.parametrize("view", [lambda z: z.T, lambda z: z[:, :1].expand(6, 6), lambda z: z.as_strided((6, 6), (0, 6))])
-def test_view_of_z_is_read_before_z_is_written(view, max_iter, solver, backend):
+@pytest.mark.parametrize("solver", SOME_SOLVERS)
+@pytest.mark.parametrize(
+    "view", [lambda z: z.T, lambda z: z[:, :1].expand(6, 6), lambda z: z.as_strided((6, 6), (0, 6))]
+)
+def test_view_of_z_is_read_before_z_is_written(view, solver, backend):
     """Rows of the view belong to several samples, so that one sample's rest must not change what another reads."""
     z0 = torch.randn(6, 6)
-    options = {"solver": solver, "rtol": 0.0, "max_iter": max_iter, "trace": True, "backend": backend}
-    sol = dq.fixed_point(view, z0, backward="none", **options)
-    assert_same_solution(sol, dq.fixed_point(lambda z: view(z).clone(), z0, backward="none", **options))
+    for max_iter in range(1, 7):
+        options = {"solver": solver, "rtol": 0.0, "max_iter": max_iter, "trace": True, "backend": backend}
+        sol = dq.fixed_point(view, z0, backward="none", **options)
+        assert_same_solution(sol, dq.fixed_point(lambda z: view(z).clone(), z0, backward="none", **options))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("solver", EVERY_SOLVER)
+@pytest.mark.parametrize("solver", SOME_SOLVERS)
 @pytest.mark.parametrize("call", [2, 3, 5])
 def test_z_changed_in_place_at_a_later_call_raises(call, solver, backend):
     p = problem(5, 33, slowest=0.99)
@@ -228,7 +232,10 @@ def test_channels_last_state_stays_channels_last(solver, backend):
     assert bool(sol.converged.all())
     for memory_format in (torch.contiguous_format, torch.channels_last):
         other = dq.fixed_point(
-            lambda z, *args: pull(z, *args).contiguous(memory_format=memory_format), z0, p.args, **options  # noqa: B023
+            lambda z, *args, to=memory_format: pull(z, *args).contiguous(memory_format=to),
+            z0,
+            p.args,
+            **options,
         )
         assert_same_solution(sol, other)
 
@@ -270,7 +277,7 @@ TREES = {
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("solver", EVERY_SOLVER)
+@pytest.mark.parametrize("solver", SOME_SOLVERS)
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 def test_tree_is_solved_as_its_leaves_side_by_side(tree, solver, backend):
     p, q = problem(6, 9, dtype=torch.float64), problem(6, 2, 3, dtype=torch.float64, seed=1)
@@ -310,8 +317,11 @@ def test_complex_state_is_solved_as_its_real_and_imaginary_parts(solver, dtype, 
     p = problem(4, 7, dtype=dtype)
     options = {"solver": solver, "rtol": 1e-5, "backend": backend, "backward": "none"}
     sol = dq.fixed_point(pull, p.z0, p.args, **options)
-    x, rate = torch.view_as_real(p.x), p.rate
-    real = dq.fixed_point(lambda z: pull(torch.view_as_complex(z), p.x, rate).view(4, 7).view(dtype) * 1 if False else torch.view_as_real(pull(torch.view_as_complex(z), p.x, rate)), torch.zeros_like(x), **options)  # noqa: E501
+
+    def as_real(z):
+        return torch.view_as_real(pull(torch.view_as_complex(z), *p.args))
+
+    real = dq.fixed_point(as_real, torch.view_as_real(p.z0).clone(), **options)
     assert torch.equal(sol.steps, real.steps)
     assert same_bits(torch.view_as_real(sol.z), real.z)
     conjugated = dq.fixed_point(lambda z, *args: pull(z, *args).conj().resolve_conj().conj(), p.z0, p.args, **options)
@@ -322,8 +332,8 @@ def test_complex_state_is_solved_as_its_real_and_imaginary_parts(solver, dtype, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("solver", EVERY_SOLVER)
-@pytest.mark.parametrize("at", [0, 1, 2, 4])
+@pytest.mark.parametrize("solver", SOME_SOLVERS)
+@pytest.mark.parametrize("at", [0, 1, 4])
 @pytest.mark.parametrize(
     "trouble", ["f raises", "Ctrl-C in f", "wrong shape", "wrong dtype", "wrong structure", "wrong device"]
 )
@@ -368,10 +378,45 @@ def test_f_that_spoils_z_and_then_raises_leaves_the_first_iterate_intact(solver,
 
 def test_residual_of_your_own_is_for_type_2_anderson_alone():
     for solver in (dq.Anderson(), dq.Anderson(type=1), dq.Broyden(), dq.Picard()):
-        state = solver.init(torch.zeros(2, 3))
-        with pytest.raises(ValueError, match="residual"):
+        state = solver.init(torch.zeros(2, 3), backend="reference")
+        with pytest.raises(ValueError, match="residual needs"):
             state.step(torch.ones(2, 3), residual=torch.ones(2, 4))
         assert state.nfe == 0
+
+
+def test_residual_of_your_own_is_given_always_or_never():
+    z, r = torch.ones(2, 3), torch.ones(2, 4)
+    state = dq.Anderson(type=2).init(z, backend="reference")
+    state.step(0.5 * z, residual=r)
+    for wrong, error in (
+        (None, ValueError),
+        (torch.ones(3, 4), ValueError),
+        (torch.ones(2, 5), ValueError),
+        (1, TypeError),
+    ):
+        with pytest.raises(error, match="residual must"):
+            state.step(0.5 * z, residual=wrong)
+    assert state.nfe == 1
+    other = dq.Anderson(type=2).init(z, backend="reference")
+    other.step(0.5 * z)
+    with pytest.raises(ValueError, match="every step of a solve or at none"):
+        other.step(0.5 * z, residual=r)
+
+
+def test_residual_in_another_space_steers_as_the_same_residual_does():
+    """An orthogonal change of space keeps every product that the least-squares problem is made of."""
+    p = problem(4, 12, dtype=torch.float64, slowest=0.8)
+    Q = torch.linalg.qr(torch.randn(20, 12, dtype=torch.float64))[0]
+    solver = dq.Anderson(m=4, type=2)
+    states = [solver.init(p.z0, rtol=1e-7, max_iter=60, backend="reference") for _ in range(2)]
+    while not states[0].done:
+        f = [pull(s.z, *p.args) for s in states]
+        states[0].step(f[0])
+        states[1].step(f[1], residual=(f[1] - states[1].z) @ Q.T)
+    plain, steered = states
+    assert steered.done
+    assert torch.equal(plain.steps, steered.steps)
+    assert bool(((plain.z - steered.z).norm(dim=1) <= 1e-6 * plain.z.norm(dim=1)).all())
 
 
 def test_step_of_a_finished_state_changes_nothing():
@@ -387,7 +432,7 @@ def test_step_of_a_finished_state_changes_nothing():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("solver", EVERY_SOLVER)
-@pytest.mark.parametrize("at", [0, 1, 2, 7])
+@pytest.mark.parametrize("at", [0, 1, 7])
 @pytest.mark.parametrize("how", ["state_dict", "torch.save", "pickle", "deepcopy"])
 def test_saved_solve_goes_on_bit_for_bit(how, at, solver, backend):
     p = problem(5, 33, slowest=0.97)
@@ -506,7 +551,9 @@ def test_failed_load_leaves_the_state_as_it_was():
     assert same_state(state, before)
 
 
-@pytest.mark.parametrize("value", [dq.Anderson(m=3, type=2), dq.Broyden(memory=4), dq.Picard(damping=0.5), dq.Status.STALLED])
+@pytest.mark.parametrize(
+    "value", [dq.Anderson(m=3, type=2), dq.Broyden(memory=4), dq.Picard(damping=0.5), dq.Status.STALLED]
+)
 def test_options_pickle_and_copy_to_equal_values(value):
     assert pickle.loads(pickle.dumps(value)) == value
     assert copy.deepcopy(value) == value
@@ -527,7 +574,7 @@ def test_solution_pickles_and_copies(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("solver", EVERY_SOLVER)
+@pytest.mark.parametrize("solver", SOME_SOLVERS)
 def test_own_loop_with_gradients_on_keeps_no_graph(solver, backend):
     p = problem(4, 6)
     weight = torch.tensor(0.5, requires_grad=True)
@@ -539,7 +586,6 @@ def test_own_loop_with_gradients_on_keeps_no_graph(solver, backend):
         kept.append(weakref.ref(h))
         assert not state.z.requires_grad
     del h
-    gc.collect()
     assert [ref() is None for ref in kept] == [True] * 6
 
 
