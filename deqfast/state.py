@@ -153,6 +153,8 @@ class SolverState:
         """Whether the next step may take the short way."""
         self._plain = (
             self._dense is not None
+            and self.layout.single
+            and not self._z0  # the first step settles whether f leaves its input and output alone
             and not (self._copy_f or self._copy_z)
             and (not self._uses_previous or (bool(self._origin) and self._previous_is_plain()))
         )
@@ -173,6 +175,8 @@ class SolverState:
         x = ws.x[ws.cur]
         if self._plain:
             return x[0]
+        if self._z0 and self._z_changed():  # by a call of f that did not end in a step
+            self._restore_z()
         return self.layout.unflatten([t.clone() for t in x] if self._copy_z else x)
 
     @property
@@ -290,10 +294,8 @@ class SolverState:
             return True
         ws = self.ws
         leaves = [t.detach() if t.requires_grad else t for t in leaves]
-        for x, version in zip(ws.x[ws.cur], self._x_versions[ws.cur], strict=True):
-            if _version(x) != version:
-                leaves = self._undo_change_of_z(leaves)
-                break
+        if self._z_changed():
+            leaves = self._undo_change_of_z(leaves)
         previous = self._previous
         if self._uses_previous:
             leaves, previous = self._settle(leaves, previous)
@@ -344,11 +346,18 @@ class SolverState:
                 "return a new tensor from f, or clone z inside it"
             )
         leaves = [t.clone() for t in leaves]
+        self._restore_z()
+        return leaves
+
+    def _z_changed(self) -> bool:
+        cur = self.ws.cur
+        return any(_version(x) != v for x, v in zip(self.ws.x[cur], self._x_versions[cur], strict=True))
+
+    def _restore_z(self) -> None:
         for x, t in zip(self.ws.x[self.ws.cur], self._z0, strict=True):
             x.copy_(t)
         self._note_versions()
         self._copy_z = True
-        return leaves
 
     def answer(self, returns: str = "best") -> tuple[list[Tensor], Tensor]:
         """Leaves of the returned iterate and its (B,) relative residual; samples still running are read, not moved."""
@@ -378,7 +387,14 @@ class SolverState:
             tensors[f"previous.{i}"] = t.clone()
         if self._previous_rows is not None:
             tensors["previous_rows"] = self._previous_rows.clone()
-        return {"options": self.options, "nfe": self.nfe, "running": self._running, "tensors": tensors}
+        return {
+            "options": repr(self.options),
+            "nfe": self.nfe,
+            "running": self._running,
+            "copies_f": self._copy_f,
+            "copies_z": self._copy_z,
+            "tensors": tensors,
+        }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue where ``saved`` stopped.
@@ -386,7 +402,7 @@ class SolverState:
         Raises:
             ValueError: it was saved by a solver with other options or a state of another shape or dtype.
         """
-        if saved["options"] != self.options:
+        if saved["options"] != repr(self.options):
             raise ValueError(f"state_dict was saved by {saved['options']}, this state belongs to {self.options}")
         tensors = saved["tensors"]
         if "own_residual" in tensors and isinstance(self.ws, AndersonWorkspace):
@@ -408,6 +424,7 @@ class SolverState:
         self._previous_rows = None if rows is None else rows.clone()
         self._origin, self._origin_versions, self._origin_storages = [], [], []
         self._z0 = []
+        self._copy_f, self._copy_z = saved["copies_f"], saved["copies_z"]
         self.nfe = saved["nfe"]
         self._running = saved["running"]
         self._bind()

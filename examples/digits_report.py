@@ -93,8 +93,8 @@ def residual_sentence(tight, rival) -> str:
     ]
     worst = ", ".join(f"{a.max():.0e} against {b.max():.0e} ({name})" for a, b, name in pairs)
     return (
-        "deqfast stops every sample at the tolerance; torchdeq goes on with all until the slowest is done, so its medians"
-        f" are lower. {tight.name}: {ratio(rival, tight):.1f}x, worst residual {worst}."
+        "deqfast stops every sample at the tolerance; torchdeq goes on with all until the slowest is done, so its "
+        f"medians are lower. {tight.name}: {ratio(rival, tight):.1f}x, worst residual {worst}."
     )
 
 

@@ -58,7 +58,7 @@ def test_penalty_without_gradients_trees_and_complex_numbers():
     with torch.no_grad():
         assert not dq.jacobian_penalty(torch.tanh, torch.randn(2, 3)).requires_grad
     z = (torch.randn(2, 3, dtype=F64), torch.randn(2, 2, dtype=torch.complex128))
-    got = dq.jacobian_penalty(lambda z: (2 * z[0], 3j * z[1]), z, probes=3000, generator=generator())
+    got = dq.jacobian_penalty(lambda z: (2 * z[0], 3j * z[1]), z, probes=1200, generator=generator())
     assert abs(float(got) / ((4 * 3 + 9 * 4) / 7) - 1) < 0.05
 
 
@@ -94,9 +94,9 @@ def test_spectral_radius(name):
 
 
 def test_spectral_radius_of_a_larger_matrix_is_close():
-    for seed in range(3):
-        A = torch.randn(300, 300, dtype=F64, generator=generator(seed)) / 300**0.5
-        got = dq.spectral_radius(lambda z: z @ A.T, torch.randn(2, 300, dtype=F64), generator=generator())  # noqa: B023
+    for seed in range(2):
+        A = torch.randn(120, 120, dtype=F64, generator=generator(seed)) / 120**0.5
+        got = dq.spectral_radius(lambda z: z @ A.T, torch.randn(2, 120, dtype=F64), generator=generator())  # noqa: B023
         assert (got / torch.linalg.eigvals(A).abs().max() - 1).abs().max() < 0.05
 
 
