@@ -77,6 +77,8 @@ class Solution:
         """
         if self.trace is None:
             raise ValueError("there is no trace to plot: solve with trace=True")
+        if self.trace.numel() == 0:
+            raise ValueError("the trace is empty: the solve made no evaluation")
         try:
             import matplotlib.pyplot as plt
         except ImportError as error:

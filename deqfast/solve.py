@@ -122,6 +122,10 @@ def _shifted(g: Callable[..., Any], z: Any, *args: Any) -> Any:
     expected, got = pytree.tree_structure(z), pytree.tree_structure(value)
     if expected != got:
         raise TypeError(f"g(z) must have the structure of z0, expected {expected}, got {got}")
+    for t, v in zip(pytree.tree_leaves(z), pytree.tree_leaves(value), strict=True):
+        if not isinstance(v, Tensor) or v.shape != t.shape:
+            shape = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
+            raise ValueError(f"g(z) must have the shape of z0, expected {tuple(t.shape)}, got {shape}")
     return pytree.tree_map(torch.add, z, value)
 
 
@@ -198,7 +202,7 @@ def _run(
                 if bar is not None:
                     bar.update()
                     bar.set_postfix_str(f"{int(state.running.sum())} running", refresh=False)
-                if callback is not None and callback(state.nfe, state):
+                if callback is not None and state.show(callback):
                     break
     finally:
         if bar is not None:

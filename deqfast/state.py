@@ -375,6 +375,15 @@ class SolverState:
             ]
         return leaves, residual.clone()
 
+    def show(self, callback: Callable[[int, SolverState], bool | None]) -> bool:
+        """Call ``callback(nfe, self)``, with every iterate it asks for a copy; returns whether it said stop."""
+        kept = self._copy_z, self._plain
+        self._copy_z, self._plain = True, False
+        try:
+            return bool(callback(self.nfe, self))
+        finally:
+            self._copy_z, self._plain = kept
+
     def evaluated(self) -> Any:
         """A copy of the iterate at which f was last evaluated, structured like z0."""
         ws = self.ws

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -217,19 +216,9 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def warn_if_busy() -> None:
-    """Say before measuring that the times will not be worth much."""
-    load, cpus = os.getloadavg()[0], os.cpu_count() or 1
-    if load > 0.5 * cpus:
-        print(
-            f"Other work keeps this machine busy (load {load:.1f} on {cpus} CPUs): expect longer times and ratios off."
-        )
-
-
 def main() -> None:
     args = parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    warn_if_busy()
     data = load_data(args.seed, args.device)
     runs = make_runs(args)
     train(runs, data, args)

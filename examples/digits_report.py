@@ -74,6 +74,11 @@ def remarks(runs: list) -> list[str]:
             f"{evaluations_sentence(ours, rival)} {accuracy_sentence(ours, rival)}"
         )
         sentences.append(residual_sentence(runs[1], rival))
+    low, high = quartiles(ours.epoch_s)
+    if high > 1.5 * low:
+        sentences.append(
+            "The same epoch took very different times: other work is on this machine, and seconds mean little."
+        )
     return sentences
 
 

@@ -428,9 +428,10 @@ def test_zero_fixed_point_is_approached_and_met_by_an_absolute_tolerance(solver,
     sol = dq.fixed_point(lambda z: z / 2, z0, solver=solver, max_iter=60, backend=backend, backward="none")
     assert bool(torch.isfinite(sol.z).all())
     assert bool((sol.z.norm(dim=1) <= z0.norm(dim=1)).all())
-    # ||f(z) - z|| = ||f(z)||: the relative residual of every nonzero z is 1.
-    assert bool((sol.converged == (sol.z == 0).all(dim=1)).all())
-    assert set(sol.residual.tolist()) <= {0.0, 1.0}
+    # ||f(z) - z|| = ||f(z)||: the relative residual is 1 as long as halving is exact.
+    halved_exactly = sol.z.abs().amax(dim=1) > 1e-30
+    assert bool((sol.residual[halved_exactly] == 1).all())
+    assert not bool(sol.converged[halved_exactly].any())
     sol = dq.fixed_point(lambda z: z / 2, z0, solver=solver, atol=1e-6, max_iter=60, backend=backend, backward="none")
     assert bool(sol.converged.all())
     assert bool((sol.z.norm(dim=1) <= 2e-6).all())

@@ -57,7 +57,13 @@ def bind(ws: Workspace, backend: str) -> Step:
     """The update of this workspace's solver on the backend that ``choose`` gave."""
     if backend == "native":
         return native.bind(ws)
-    if isinstance(ws, AndersonWorkspace):
-        return lambda f, f_prev, f_rows, f_prev_rows: reference.anderson_step(ws, f, f_prev, f_rows, f_prev_rows)
-    assert isinstance(ws, BroydenWorkspace)
-    return lambda f, _f_prev, f_rows, _f_prev_rows: reference.broyden_step(ws, f, f_rows)
+    device = ws.layout.device.type
+
+    def step(f: list[Tensor], f_prev: list[Tensor] | None, f_rows: Tensor | None, f_prev_rows: Tensor | None) -> int:
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            if isinstance(ws, AndersonWorkspace):
+                return reference.anderson_step(ws, f, f_prev, f_rows, f_prev_rows)
+            assert isinstance(ws, BroydenWorkspace)
+            return reference.broyden_step(ws, f, f_rows)
+
+    return step

@@ -119,6 +119,8 @@ class Layout:
                 raise TypeError(f"tensors of {name} must share one precision, got {first.dtype} and {t.dtype}")
             if t.device != first.device:
                 raise ValueError(f"tensors of {name} must be on one device, got {first.device} and {t.device}")
+        if first.is_meta:
+            raise ValueError(f"{name} must hold data, got a tensor on device meta")
         self.leaves = [Leaf(t) for t in leaves]
         self.B = int(first.shape[0])
         self.N = sum(leaf.n for leaf in self.leaves)
