@@ -283,6 +283,8 @@ class SolverState:
             self._origin_versions = [fz._version]
             self._origin_storages = [storage]
         else:
+            if fz.untyped_storage().data_ptr() in self._x_storages:
+                return False
             self._running = dense(cur, fz.data_ptr(), 0)
         ws.cur = 1 - cur
         self.nfe += 1
@@ -299,6 +301,8 @@ class SolverState:
         previous = self._previous
         if self._uses_previous:
             leaves, previous = self._settle(leaves, previous)
+        elif any(s in self._x_storages for s in _storages(leaves)):
+            leaves = [t.clone() for t in leaves]  # a view of z: rows that stop are overwritten while others read it
         self._running = self._update(leaves, previous, rows, self._previous_rows)
         if self._uses_previous:
             self._previous, self._previous_rows = leaves, rows
