@@ -47,7 +47,9 @@ def solve_linear(
         # Of the final statuses CONVERGED is the least: one reduction tells whether all are.
         if layout.B and layout.N and options.rtol > 0 and int(state.status.max()) != Status.CONVERGED:
             _warn(state, known)
-        return state.answer()[0]
+        leaves = state.answer()[0]
+        state.release()
+        return leaves
 
 
 def _warn(state: SolverState, known: list[Tensor]) -> None:

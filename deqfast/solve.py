@@ -99,6 +99,8 @@ def fixed_point(
             inner, plain = outside.inside(f), transforms.values(args)
             state, rows = _run(inner, plain, problem, start, atol, returns, compact, trace, callback, progress)
     solution = conclude(state, returns, rows)
+    if callback is None:  # which may have kept the state
+        state.release()
     if gradient is not None and problem.differentiated:
         problem.copy_z = state.copies_z
         solution.z = gradient.attach(problem, solution.z)

@@ -141,7 +141,7 @@ class SolverState:
         self._bind()
 
     def _bind(self) -> None:
-        self._update = ops.bind(self.ws, self.backend)
+        self._update: ops.Step = ops.bind(self.ws, self.backend)
         self._x_storages = _storages([*self.ws.x[0], *self.ws.x[1]])
         self._note_versions()
         first = self.layout.leaves[0]
@@ -393,6 +393,13 @@ class SolverState:
         ws = self.ws
         return self.layout.unflatten([t.clone() for t in ws.x[1 - ws.cur if self.nfe else ws.cur]])
 
+    def release(self) -> None:
+        """Give the history back for the next solve; answers can still be read, steps no longer made."""
+        self._running = 0
+        self._plain = False
+        self._update, self._dense = _released, None
+        self.ws.release()
+
     def state_dict(self) -> dict[str, Any]:
         """Copies of everything a later step reads; ``load_state_dict`` of a state of the same shape takes it up."""
         tensors = {name: t.clone() for name, t in self.ws.tensors().items()}
@@ -463,6 +470,10 @@ def _rebuild(
     state = cls(options, z, **settings)
     state.load_state_dict(saved)
     return state
+
+
+def _released(*_: object) -> int:
+    raise RuntimeError("this solve has ended and its history was given back")
 
 
 def _where(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ import hypothesis
 import pytest
 import torch
 
+from deqfast.ops import pool
+
 # No deadline: CI shares two cores. Derandomised: a red build is red again.
 hypothesis.settings.register_profile("deqfast", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("deqfast")
@@ -30,5 +32,6 @@ def poisoned_memory():
     """torch.empty and its kin return NaN (or the largest integer), so that a read of unwritten memory shows."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
+    pool.clear()
     yield
     torch.use_deterministic_algorithms(False)

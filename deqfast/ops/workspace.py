@@ -84,13 +84,16 @@ class Workspace:
         self.ints = torch.zeros(16, padded, dtype=torch.int32, device=device)
         self.reals = torch.zeros(8, padded, dtype=layout.acc, device=device)
         self.reals.select(0, Real.BEST).fill_(math.inf)
+        self.history: Tensor
         self.buffer: Tensor | None = None  # what the history lies in, if it is worth keeping for another solve
         self.own_residual: Tensor | None = None  # the caller's, in place of f(z) - z (Anderson, Type II)
 
     def release(self) -> None:
         """Give the history up; statistics and iterates stay, but no further step can be made."""
-        pool.give(self.buffer)
-        self.buffer = None
+        if self.buffer is not None:
+            self.history = self.history.new_empty(0)
+            pool.give(self.buffer)
+            self.buffer = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that a later step reads, by name, for saving."""
