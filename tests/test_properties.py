@@ -39,7 +39,7 @@ def sizes_for(backend: str) -> list[int]:
 # ---- company ----
 
 
-@pytest.mark.parametrize("backend", ["native"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("solver", EVERY_SOLVER)
 def test_sample_is_the_same_alone_in_any_part_and_any_order(solver, backend):
     for N in sizes_for(backend):
@@ -50,7 +50,7 @@ def test_sample_is_the_same_alone_in_any_part_and_any_order(solver, backend):
             assert_same_samples(solve(p.rows(part), **options), slice(None), sol, part)
 
 
-@pytest.mark.parametrize("backend", ["native"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("solver", ["anderson", "anderson-2", "anderson-int8", "broyden", "picard"])
 def test_large_sample_is_the_same_alone_and_with_any_number_of_threads(solver, backend):
     p = problem(3, LARGE, slowest=0.9)

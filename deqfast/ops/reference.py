@@ -31,6 +31,7 @@ DIVERGENCE = 10.0
 STALL_FRACTION = 3
 STALL_MIN_STEPS = 10
 MIN_DENOMINATOR = 1e-4
+CHUNK = 8192  # numbers whose sum torch does not split
 
 
 class _Rows:
@@ -63,7 +64,7 @@ def _scatter(ws: Workspace, leaves: list[Tensor], rows: Tensor, where: Tensor) -
 
 def _row_norm(t: Tensor) -> Tensor:
     """Euclidean norm of each row in float64: no square of a finite float32 overflows or vanishes there."""
-    return torch.linalg.vector_norm(t.double(), dim=1)
+    return _sum(t.double().square()).sqrt()
 
 
 def _measure(ws: Workspace, r: _Rows) -> tuple[Tensor, Tensor]:
@@ -230,24 +231,24 @@ def anderson_step(
     old_gram = old_gram.tril() + old_gram.tril(-1).mT
     new_g = (columns_g * is_new[..., None]).sum(1)
     new_w = (test * is_new[..., None]).sum(1)
-    new_q_norm = new_g.norm(dim=1)
-    new_w_norm = new_w.norm(dim=1)
+    new_q_norm = _sum(new_g.square()).sqrt()
+    new_w_norm = _sum(new_w.square()).sqrt()
     q = torch.where(is_new, new_q_norm[:, None], q)
     w = torch.where(is_new, new_w_norm[:, None], w)
     usable = (q > 0) & (w > 0) & torch.isfinite(q) & torch.isfinite(w)
     q = torch.where(valid & usable, q, 0)
     valid = q > 0
     safe_q, safe_w = torch.where(valid, q, 1), torch.where(valid, w, 1)
-    gram_row = torch.einsum("bn,bmn->bm", new_g, columns_g) / (new_q_norm[:, None] * safe_q)
-    row = torch.einsum("bn,bmn->bm", new_w, columns_g) / (new_w_norm[:, None] * safe_q)
-    col = torch.einsum("bn,bmn->bm", new_g, test) / (new_q_norm[:, None] * safe_w)
+    gram_row = _products(columns_g, new_g) / (new_q_norm[:, None] * safe_q)
+    row = _products(columns_g, new_w) / (new_w_norm[:, None] * safe_q)
+    col = _products(test, new_g) / (new_q_norm[:, None] * safe_w)
     new_row, new_col = is_new[:, :, None], is_new[:, None, :]
     gram = torch.where(new_row, gram_row[:, None, :], torch.where(new_col, gram_row[:, :, None], old_gram))
     matrix = torch.where(new_row, row[:, None, :], torch.where(new_col, col[:, :, None], old_matrix))
     both = valid[:, :, None] & valid[:, None, :]
     eye = torch.eye(m, dtype=r.acc, device=q.device)
     gram = torch.where(both, gram, eye)
-    rhs = torch.where(valid, -torch.einsum("bmn,bn->bm", test, g) / safe_w, 0)
+    rhs = torch.where(valid, -_products(test, g) / safe_w, 0)
     ages = torch.where(is_new, steps[:, None], ages)
 
     if ws.test_space == 0:
@@ -266,7 +267,7 @@ def anderson_step(
 
     weighted = columns_f if ws.mixing == 1 else columns_f - (1 - ws.mixing) * columns_g
     base = r.f if ws.mixing == 1 else r.x + ws.mixing * r.g
-    x_new = base - torch.einsum("bm,bmn->bn", gamma, weighted) / torch.where(unit > 0, unit, 1)
+    x_new = base - _combine(gamma, weighted) / torch.where(unit > 0, unit, 1)
     overflowed = _finish(ws, x_new, r.f, going)
     ints(Int.STEP_FALLBACKS).add_(overflowed.int())
     q = torch.where((failed | overflowed)[:, None], 0, q)
@@ -278,6 +279,28 @@ def anderson_step(
         _write(ws.matrix, matrix, going, ws.tiles)
     _choose_slot(ws, q > 0, gram, y, ages, going)
     return int((ints(Int.STATUS) == Status.RUNNING).sum())
+
+
+def _sum(t: Tensor) -> Tensor:
+    """(B, N) to (B,), in an order that depends on N alone: torch may split one long row over threads."""
+    if t.shape[1] <= CHUNK:
+        return t.sum(dim=1)
+    whole = t.shape[1] // CHUNK * CHUNK
+    chunks = t[:, :whole].reshape(t.shape[0], -1, CHUNK).sum(dim=2)
+    return chunks.sum(dim=1) + t[:, whole:].sum(dim=1)
+
+
+def _products(columns: Tensor, v: Tensor) -> Tensor:
+    """(B, m) dot products of (B, m, N) with (B, N); not as matrix products, whose order of summation depends on B."""
+    return torch.stack([_sum(column * v) for column in columns.unbind(1)], dim=1)
+
+
+def _combine(weights: Tensor, columns: Tensor) -> Tensor:
+    """(B, N) sum of (B, m, N) columns with (B, m) weights."""
+    total = torch.zeros_like(columns[:, 0])
+    for weight, column in zip(weights.unbind(1), columns.unbind(1), strict=True):
+        total += weight[:, None] * column
+    return total
 
 
 def _write(target: Tensor, value: Tensor, where: Tensor, tiles: int) -> None:
@@ -319,8 +342,8 @@ def broyden_step(ws: BroydenWorkspace, f: list[Tensor], f_rows: Tensor | None = 
         first = going & (count == 1) & (scale == 0)
         s = torch.where(first[:, None], ws.history[:, 0], 0)
         s_norm = torch.where(first, ws.norms[:, 0], 1)
-        s_dot_g = (s * g).sum(1)
-        y_norm = s_norm - 2 * s_dot_g + g.square().sum(1)
+        s_dot_g = _sum(s * g)
+        y_norm = s_norm - 2 * s_dot_g + _sum(g.square())
         measured = ((s_norm - s_dot_g) / y_norm).clamp(0.2, 5.0)
         measured = torch.where(torch.isfinite(measured), measured, 1)
         scale.copy_(torch.where(first, measured, scale))
@@ -335,7 +358,7 @@ def broyden_step(ws: BroydenWorkspace, f: list[Tensor], f_rows: Tensor | None = 
     denominator = torch.ones_like(scale)
     for j in range(int(count.max()) if B else 0):
         s_j = torch.where((j < count)[:, None], ws.history[:, j], 0)
-        ratio = (s_j * z).sum(1) / torch.where(j < count, ws.norms[:, j], 1)
+        ratio = _sum(s_j * z) / torch.where(j < count, ws.norms[:, j], 1)
         last = count == j + 1
         denominator = torch.where(last, 1 - ratio, denominator)
         if j + 1 < ws.memory:
@@ -352,10 +375,10 @@ def broyden_step(ws: BroydenWorkspace, f: list[Tensor], f_rows: Tensor | None = 
     keep = going & ~overflowed
     where = torch.arange(B, device=g.device)[keep]
     ws.history[where, count[keep]] = step[keep]
-    norms = step.square().sum(1)
+    norms = _sum(step.square())
     ws.norms[where, count[keep]] = norms[keep]
     if ws.gram.shape[1]:
-        products = torch.einsum("bmn,bn->bm", torch.where(torch.isfinite(ws.history), ws.history, 0), step)
+        products = _products(torch.where(torch.isfinite(ws.history), ws.history, 0), step)
         ws.gram[where, count[keep]] = products[keep]
     new_count = torch.where(overflowed, 0, count + 1).int()
     ints(Int.COUNT).copy_(torch.where(going, new_count, ints(Int.COUNT)))
