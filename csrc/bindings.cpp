@@ -106,6 +106,7 @@ class Plan {
     }
 
     int64_t step(int cur, bool has_previous, Address f_rows, Address f_prev_rows, int phase) {
+        check_phase(phase);
         args.f_rows = pointer<int32_t>(f_rows);
         args.f_prev_rows = pointer<int32_t>(f_prev_rows);
         for (size_t i = 0; i < leaves_.size(); ++i) {
@@ -125,6 +126,7 @@ class Plan {
 
     virtual ~Plan() = default;
     virtual void set_previous(bool) {}
+    virtual void check_phase(int) const {}
 
     void reserve(int64_t scratch_bytes, int64_t products, bool split) {
         args.scratch_bytes = scratch_bytes;
@@ -164,6 +166,10 @@ class AndersonPlan final : public Plan<deqfast::AndersonArgs, &deqfast::cpu::Ker
 
    protected:
     void set_previous(bool has_previous) override { args.has_previous = has_previous; }
+    void check_phase(int phase) const override {
+        if (phase != deqfast::kStep && args.m > 0 && !args.gram)
+            throw std::invalid_argument("a workspace that keeps no small matrices takes whole steps only");
+    }
 };
 
 class BroydenPlan final : public Plan<deqfast::BroydenArgs, &deqfast::cpu::KernelTable::broyden_step> {

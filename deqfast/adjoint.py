@@ -24,7 +24,8 @@ from .linear import LinearOptions, solve_linear
 from .ops.layout import Layout
 from .transforms import forbid
 
-_accumulate_grad = type(torch.zeros((), requires_grad=True).view(()).grad_fn.next_functions[0][0])  # type: ignore
+with torch.inference_mode(False), torch.enable_grad():  # whatever mode surrounds the import
+    _accumulate_grad = type(torch.zeros((), requires_grad=True).view(()).grad_fn.next_functions[0][0])  # type: ignore
 _current_sequence_nr = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
 
 

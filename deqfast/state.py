@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -121,6 +122,7 @@ class SolverState:
         self.layout = Layout(z0) if layout is None else layout
         rtol, atol, limit = check_stopping(rtol, atol, max_iter, self.layout.dtype)
         self.backend = ops.choose(backend, self.layout.device)
+        self._backend_asked_for = backend
         self.ws: Workspace = options.workspace(self.layout, rtol=rtol, atol=atol, max_iter=limit, keep_best=keep_best)
         self.nfe = 0
         self._uses_previous = options.uses_previous
@@ -216,7 +218,8 @@ class SolverState:
             fz: f(state.z), structured like z0. It is read in place and kept until the next step.
             residual: a residual of your own, a tensor or tree of tensors (B, ...), possibly in another space than z:
                 the weights minimise it and a sample stops at ||residual|| <= atol + rtol ||f(z)||. Type II Anderson
-                without mixing, on backend="reference"; give it at every step or at none.
+                without mixing; give it at every step or at none. Runs on the reference backend: with backend="auto"
+                the first residual moves the state there, and ``backend`` says so.
 
         Raises:
             TypeError, ValueError: ``fz`` has another structure, shape, dtype or device, or ``residual`` cannot be used;
@@ -232,10 +235,9 @@ class SolverState:
         ws = self.ws
         if not isinstance(ws, AndersonWorkspace) or ws.test_space != 0 or ws.mixing != 1 or ws.m == 0:
             raise ValueError(f"residual needs dq.Anderson(type=2) with mixing=1, got {self.options}")
-        if self.backend != "reference":
-            raise ValueError(f"residual needs a state with backend='reference', got backend={self.backend!r}")
         if residual is None or (self.nfe and not self._own_residual):
             raise ValueError("residual must be given at every step of a solve or at none")
+        self._check_serves_residual()
         layout = Layout(residual, "residual")
         if layout.B != self.layout.B:
             raise ValueError(
@@ -245,9 +247,21 @@ class SolverState:
         if ws.own_residual is not None and rows.shape != ws.own_residual.shape:
             raise ValueError(f"residual must keep its size, expected {ws.own_residual.shape[1]}, got {rows.shape[1]}")
         leaves = self.layout.flatten(fz, "f(z)")
-        ws.set_residual(rows)
-        self._own_residual = True
+        self._serve_residual(rows)
         return self.advance(leaves, None)
+
+    def _check_serves_residual(self) -> None:
+        free = self._backend_asked_for == "auto" and not os.environ.get("DEQFAST_BACKEND")
+        if self.backend != "reference" and not free:
+            raise ValueError(f"residual needs backend='auto' or 'reference', got backend={self.backend!r}")
+
+    def _serve_residual(self, rows: Tensor) -> None:
+        assert isinstance(self.ws, AndersonWorkspace)
+        if self.backend != "reference":
+            self.backend = "reference"
+            self._update, self._dense, self._plain = ops.bind(self.ws, self.backend), None, False
+        self.ws.set_residual(rows)
+        self._own_residual = True
 
     def _step_plain(self, fz: Tensor) -> bool:
         """``advance`` for one contiguous tensor that needs no copy; False, with nothing done, where it might.
@@ -425,9 +439,9 @@ class SolverState:
         if saved["options"] != repr(self.options):
             raise ValueError(f"state_dict was saved by {saved['options']}, this state belongs to {self.options}")
         tensors = saved["tensors"]
-        if "own_residual" in tensors and isinstance(self.ws, AndersonWorkspace):
-            self.ws.set_residual(torch.empty_like(tensors["own_residual"]))
-            self._own_residual = True
+        if "own_residual" in tensors:
+            self._check_serves_residual()
+            self._serve_residual(torch.empty_like(tensors["own_residual"]))
         own = self.ws.tensors()
         for name, t in own.items():
             got = tensors.get(name)

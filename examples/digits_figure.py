@@ -140,7 +140,7 @@ def draw_accuracy(axes, shown: list, colours: dict[str, str]) -> None:
     axes.set_ylim(80, 100)
     axes.set_yticks(range(80, 101, 5))
     axes.set_title("Accuracy against training time")
-    subtitle(axes, "unseen digits read correctly, %, after every epoch; a dot ends each training")
+    subtitle(axes, "unseen digits read correctly, %, after every epoch")
     axes.set_xlabel("seconds of training, logarithmic (epochs times the median epoch)")
 
 

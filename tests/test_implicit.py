@@ -3,6 +3,8 @@
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
@@ -598,3 +600,16 @@ def test_error_of_f_in_the_attaching_evaluation_passes_through():
 
     with pytest.raises(KeyError, match="mine"):
         dq.fixed_point(f, torch.zeros_like(x), (x,))
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
+def test_gradients_do_not_depend_on_the_mode_that_surrounded_the_import(mode):
+    code = f"""
+import torch
+with torch.{mode}():
+    import deqfast as dq
+w = torch.tensor([[0.5]], requires_grad=True)
+dq.fixed_point(lambda z: w * z + 1, torch.zeros(1, 1), rtol=1e-6).z.sum().backward()
+print(round(w.grad.item(), 3))
+"""
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "4.0"

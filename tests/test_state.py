@@ -27,6 +27,7 @@ from problems import (
 from torch.utils import _pytree as pytree
 
 import deqfast as dq
+from deqfast.ops import native
 
 Pair = namedtuple("Pair", ["hidden", "cell"])
 
@@ -423,6 +424,33 @@ def test_residual_in_another_space_steers_as_the_same_residual_does():
     assert steered.done
     assert torch.equal(plain.steps, steered.steps)
     assert bool(((plain.z - steered.z).norm(dim=1) <= 1e-6 * plain.z.norm(dim=1)).all())
+
+
+@pytest.mark.skipif(native._C is None, reason="the extension is not built")
+def test_residual_of_your_own_moves_an_automatic_state_to_the_reference_and_no_other(monkeypatch):
+    monkeypatch.delenv("DEQFAST_BACKEND", raising=False)
+    p = problem(4, 12, slowest=0.8)
+    solver = dq.Anderson(m=4, type=2)
+    chosen = solver.init(p.z0, rtol=1e-5, max_iter=60)
+    asked = solver.init(p.z0, rtol=1e-5, max_iter=60, backend="reference")
+    assert chosen.backend == "native"
+    while not asked.done:
+        for state in (chosen, asked):
+            fz = pull(state.z, *p.args)
+            state.step(fz, residual=2 * (fz - state.z))
+    assert chosen.backend == "reference"
+    assert same_state(chosen, asked)
+    resumed = solver.init(p.z0, rtol=1e-5, max_iter=60)
+    resumed.load_state_dict(chosen.state_dict())
+    assert resumed.backend == "reference"
+    fixed = solver.init(p.z0, backend="native")
+    with pytest.raises(ValueError, match="residual needs backend='auto' or 'reference', got backend='native'"):
+        fixed.step(p.z0, residual=p.z0)
+    with pytest.raises(ValueError, match="residual needs backend"):
+        fixed.load_state_dict(chosen.state_dict())
+    monkeypatch.setenv("DEQFAST_BACKEND", "native")
+    with pytest.raises(ValueError, match="residual needs backend"):
+        solver.init(p.z0).step(p.z0, residual=p.z0)
 
 
 def test_step_of_a_finished_state_changes_nothing():

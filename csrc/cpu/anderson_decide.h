@@ -26,11 +26,18 @@ struct Lanes {
     A next_slot[kTile], count[kTile], full[kTile], failed[kTile];
 };
 
+// Every product of the columns, row-major with stride m, where the small matrices are not kept: then nothing is
+// entered.
+template <class A>
+struct AllProducts {
+    const Vec<A>*matrix, *gram;  // W_i . dG_j; dG_i . dG_j, i >= j
+};
+
 // `products` is (products, 16), `gamma` (m, 16); `work` holds anderson_work(m) registers. Handles lanes [lane, lane +
-// L).
+// L). With `all`, products (kRhs) covers the new column too.
 template <class A>
 __attribute__((noinline)) void decide(const AndersonArgs& a, const Tile<A>& t, Lanes<A>& lanes, int lane,
-                                      const A* products, A* gamma, Vec<A>* work) {
+                                      const A* products, A* gamma, Vec<A>* work, const AllProducts<A>* all) {
     using V = Vec<A>;
     using Ints = typename VectorOf<int32_t, kLanes<A>>::type;
     const int m = a.m;
@@ -67,39 +74,56 @@ __attribute__((noinline)) void decide(const AndersonArgs& a, const Tile<A>& t, L
     const auto new_valid = adding & new_usable;
     const V new_rq = select(new_valid, one / new_q, zero), new_rw = select(new_valid, one / new_w, zero);
     V *row = extra, *col = row + m, *gram_row = col + m;
-    for (int j = 0; j < n; ++j) {
-        const auto is_new = adding & (slot == splat<A>(A(j)));
-        const V rhs =
-            select(is_new, get(products, type2 ? kVG : kWG), get(products, kHeadProducts + j * kColumnProducts + kRhs));
-        y[j] = select(q[j] > zero, type2 ? rhs * rq[j] : -rhs * rw[j], zero);
-        gram_row[j] =
-            select(is_new, get(products, kQQ), get(products, kHeadProducts + j * kColumnProducts + kGramRow)) *
-            (new_rq * rq[j]);
-        if (type2) continue;
-        const V own = get(products, kWV);
-        row[j] = select(is_new, own, get(products, kHeadProducts + j * kColumnProducts + kRow)) * (new_rw * rq[j]);
-        col[j] = select(is_new, own, get(products, kHeadProducts + j * kColumnProducts + kCol)) * (new_rq * rw[j]);
-    }
     const V ridge = splat<A>(A(a.ridge));
-    for (int i = 0; i < n; ++i) {
-        const auto new_i = adding & (slot == splat<A>(A(i)));
-        const auto valid_i = q[i] > zero;
-        for (int j = 0; j <= i; ++j) {
-            const auto new_j = adding & (slot == splat<A>(A(j)));
-            V entry = get(t.gram, i * m + j);
-            entry = select(new_i, gram_row[j], select(new_j, gram_row[i], entry));
-            put(t.gram, i * m + j, entry);
-            const V kept = select(valid_i & (q[j] > zero), entry, i == j ? one : zero);
-            h[i * m + j] = i == j ? kept + ridge : kept;
+    const auto product = [&](int j, AndersonColumnProduct which) {
+        return get(products, kHeadProducts + j * kColumnProducts + which);
+    };
+    const auto set_rhs = [&](int j, V rhs) { y[j] = select(q[j] > zero, type2 ? rhs * rq[j] : -rhs * rw[j], zero); };
+    if (all) {
+        for (int i = 0; i < n; ++i) {
+            const auto valid_i = q[i] > zero;
+            set_rhs(i, product(i, kRhs));
+            for (int j = 0; j <= i; ++j) {
+                const V entry = all->gram[i * m + j] * (rq[i] * rq[j]);
+                const V kept = select(valid_i & (q[j] > zero), entry, i == j ? one : zero);
+                h[i * m + j] = i == j ? kept + ridge : kept;
+            }
+            if (type2) continue;
+            for (int j = 0; j < n; ++j) {
+                const V entry = all->matrix[i * m + j] * (rw[i] * rq[j]);
+                e[i * m + j] = select(valid_i & (q[j] > zero), i == j ? ridge - entry : -entry, i == j ? one : zero);
+            }
         }
-        if (type2) continue;
+    } else {
         for (int j = 0; j < n; ++j) {
-            const auto new_j = adding & (slot == splat<A>(A(j)));
-            V entry = get(t.matrix, i * m + j);
-            entry = select(new_i, row[j], select(new_j, col[i], entry));
-            put(t.matrix, i * m + j, entry);
-            const auto valid = valid_i & (q[j] > zero);
-            e[i * m + j] = select(valid, i == j ? ridge - entry : -entry, i == j ? one : zero);
+            const auto is_new = adding & (slot == splat<A>(A(j)));
+            set_rhs(j, select(is_new, get(products, type2 ? kVG : kWG), product(j, kRhs)));
+            gram_row[j] = select(is_new, get(products, kQQ), product(j, kGramRow)) * (new_rq * rq[j]);
+            if (type2) continue;
+            const V own = get(products, kWV);
+            row[j] = select(is_new, own, product(j, kRow)) * (new_rw * rq[j]);
+            col[j] = select(is_new, own, product(j, kCol)) * (new_rq * rw[j]);
+        }
+        for (int i = 0; i < n; ++i) {
+            const auto new_i = adding & (slot == splat<A>(A(i)));
+            const auto valid_i = q[i] > zero;
+            for (int j = 0; j <= i; ++j) {
+                const auto new_j = adding & (slot == splat<A>(A(j)));
+                V entry = get(t.gram, i * m + j);
+                entry = select(new_i, gram_row[j], select(new_j, gram_row[i], entry));
+                put(t.gram, i * m + j, entry);
+                const V kept = select(valid_i & (q[j] > zero), entry, i == j ? one : zero);
+                h[i * m + j] = i == j ? kept + ridge : kept;
+            }
+            if (type2) continue;
+            for (int j = 0; j < n; ++j) {
+                const auto new_j = adding & (slot == splat<A>(A(j)));
+                V entry = get(t.matrix, i * m + j);
+                entry = select(new_i, row[j], select(new_j, col[i], entry));
+                put(t.matrix, i * m + j, entry);
+                const auto valid = valid_i & (q[j] > zero);
+                e[i * m + j] = select(valid, i == j ? ridge - entry : -entry, i == j ? one : zero);
+            }
         }
     }
 

@@ -27,7 +27,7 @@ constexpr bool kScaled = std::is_same<H, F16>::value || std::is_same<H, int8_t>:
 template <class A>
 struct Scratch {
     A *x, *f, *x_prev, *f_prev, *g, *w, *v, *out;
-    Vec<A>*sums, *work, *short_sample;
+    Vec<A>*sums, *work, *short_sample, *tiny;
     A *products, *gamma, *rows;
     double* sample;
     int* columns;
@@ -53,6 +53,7 @@ struct Scratch {
         carve(own.ages, m * kTile);
         carve(short_sample, 8 * kShortN);
         carve(rows, kTile * kShortN);
+        carve(tiny, 5 * kTinyN * kTinyN);
     }
 };
 
@@ -114,13 +115,14 @@ class AndersonSample {
 
     // gamma of samples b0 ... b0 + count - 1. Where other threads may be writing the tile's other lanes, a lone sample
     // works on a copy of its own, in lane 0.
-    void solve_lanes(int64_t b0, int count, bool whole, Lanes<A>& lanes, Scratch<A>& s) {
+    void solve_lanes(int64_t b0, int count, bool whole, Lanes<A>& lanes, Scratch<A>& s,
+                     const AllProducts<A>* all = nullptr) {
         const Tile<A> shared = tile(b0 / kTile);
         const int lane0 = int(b0 % kTile), first_lane = whole ? lane0 : 0;
         const Tile<A>& t = whole ? shared : s.own;
         if (!whole) copy_lane(shared, lane0, s.own, 0);
         for (int lane = first_lane / kLanes<A> * kLanes<A>; lane < first_lane + count; lane += kLanes<A>)
-            decide<A>(a, t, lanes, lane, s.products, s.gamma, s.work);
+            decide<A>(a, t, lanes, lane, s.products, s.gamma, s.work, all);
         if (!whole) copy_lane(s.own, 0, shared, lane0);
         for (int i = 0; i < count; ++i) {
             const int lane = first_lane + i;

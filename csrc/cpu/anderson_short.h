@@ -137,7 +137,7 @@ class AndersonShort : protected AndersonSample<A, H> {
             head[kFF] += scaled_f * scaled_f;
             head[kGG] += t.g[n] * t.g[n];
         });
-        if (a.m > 0)
+        if (a.gram)
             for (int i = 0; i < L; ++i) {
                 const int64_t b = b0 + (i < count ? i : 0);
                 t.d_f[i] = column(0, b, 0);
@@ -160,7 +160,7 @@ class AndersonShort : protected AndersonSample<A, H> {
                 head[kWV] += t.w[n] * v;
             });
             H* columns[L];
-            for (int which = 0; which < 2; ++which) {
+            for (int which = 0; a.gram && which < 2; ++which) {
                 point<L>(columns, nowhere, adding, [&](int i) { return column(which, b0 + i, int(slot_of[i])); });
                 strips_out<H>(columns, which ? t.v : t.d_f_new);
             }
@@ -169,16 +169,89 @@ class AndersonShort : protected AndersonSample<A, H> {
             std::fill_n(t.v, N, V{});
         }
         const A* norms = a.m ? tile(b0 / kTile).norms + t.lane0 : nullptr;
-        for (int j = 0; j < a.m; ++j) {
+        const auto older = [&](int j) {
             const auto old = (read<V>(norms + j * kTile) > splat<A>(0)) & (slots != splat<A>(A(j)));
-            if (const uint32_t use = bits(old) & looking) short_products(t, j, use, c, s);
+            return bits(old) & looking;
+        };
+        const Tiny tiny(s.tiny);
+        if (a.gram) {
+            for (int j = 0; j < a.m; ++j)
+                if (const uint32_t use = older(j)) short_products(t, j, use, c, s);
+        } else if (a.m > 0) {
+            for (int j = 0; j < a.m; ++j) tiny_column(t, j, older(j), adding, slots, c, tiny);
+            tiny_products(t, tiny, s);
         }
         for (int p = 0; p < kHeadProducts; ++p) write(s.products + p * kTile + t.lane0, head[p]);
         Lanes<A> lanes;
         const uint32_t going = short_verdict(t, head[kFF], head[kGG], looking, running, slot_of, lanes, s);
         if (!going) return;
-        if (a.m > 0) solve_lanes(b0, count, true, lanes, s);
-        short_mix(t, going, select(lanes_of<A>(going), read<V>(real_row(kUnit) + b0), splat<A>(1)), s);
+        const AllProducts<A> all{tiny.matrix, tiny.gram};
+        if (a.m > 0) solve_lanes(b0, count, true, lanes, s, a.gram ? nullptr : &all);
+        short_mix(t, tiny, going, select(lanes_of<A>(going), read<V>(real_row(kUnit) + b0), splat<A>(1)), s);
+    }
+
+    // ---- up to kTinyN numbers: the small matrices would be larger than the history that they are made of ----
+
+    // All columns of a group, the new one among them, padded with zeros to kTinyN numbers, and their products.
+    struct Tiny {
+        V *d_f, *d_g, *w, *gram, *matrix;
+        explicit Tiny(V* base)
+            : d_f(base),
+              d_g(base + kTinyN * kTinyN),
+              w(base + 2 * kTinyN * kTinyN),
+              gram(base + 3 * kTinyN * kTinyN),
+              matrix(base + 4 * kTinyN * kTinyN) {}
+    };
+
+    H* tiny_history(int which, int64_t b, int j) const {
+        const int64_t tiles = (a.B + kTile - 1) / kTile;
+        return static_cast<H*>(a.history) + ((which * tiles + b / kTile) * a.m + j) * a.N * kTile + b % kTile;
+    }
+
+    // Column j as it will be used: the older lanes, the new ones, zeros elsewhere; writes the new ones.
+    void tiny_column(const Short& t, int j, uint32_t use, uint32_t adding, V slots, V c, const Tiny& tiny) const {
+        V *d_f = tiny.d_f + j * kTinyN, *d_g = tiny.d_g + j * kTinyN, *w = tiny.w + j * kTinyN;
+        H *from_f = tiny_history(0, t.b0, j), *from_g = tiny_history(1, t.b0, j);
+        const auto old = lanes_of<A>(use), is_new = lanes_of<A>(adding) & (slots == splat<A>(A(j)));
+        const bool writes = any(is_new);
+        const V zero = splat<A>(0);
+        int n = 0;
+        for (; n < a.N; ++n, from_f += kTile, from_g += kTile) {
+            const V f = select(is_new, t.d_f_new[n], load<A>(from_f, Whole{}));
+            const V g = select(is_new, t.v[n], load<A>(from_g, Whole{}));
+            if (writes) {
+                store<A>(from_f, f, Whole{});
+                store<A>(from_g, g, Whole{});
+            }
+            d_f[n] = select(old | is_new, f, zero);
+            d_g[n] = select(old | is_new, g, zero);
+            w[n] = d_f[n] - c * d_g[n];
+        }
+        for (; n < kTinyN; ++n) d_f[n] = d_g[n] = w[n] = zero;
+    }
+
+    static V tiny_dot(const V* u, const V* v) {
+        V even = u[0] * v[0], odd = u[1] * v[1];
+        for (int n = 2; n < kTinyN; n += 2) {
+            even += u[n] * v[n];
+            odd += u[n + 1] * v[n + 1];
+        }
+        return even + odd;
+    }
+
+    __attribute__((noinline)) void tiny_products(const Short& t, const Tiny& tiny, Scratch<A>& s) const {
+        const int m = a.m;
+        V g[kTinyN], row[kTinyN];
+        for (int n = 0; n < kTinyN; ++n) g[n] = n < a.N ? t.g[n] : splat<A>(0);
+        for (int i = 0; i < m; ++i) {
+            const V* test = type2 ? tiny.d_g : tiny.w;
+            for (int n = 0; n < kTinyN; ++n) row[n] = tiny.d_g[i * kTinyN + n];
+            for (int j = 0; j <= i; ++j) tiny.gram[i * m + j] = tiny_dot(row, tiny.d_g + j * kTinyN);
+            for (int n = 0; n < kTinyN; ++n) row[n] = test[i * kTinyN + n];
+            write(s.products + (kHeadProducts + i * kColumnProducts + kRhs) * kTile + t.lane0, tiny_dot(row, g));
+            if (type2) continue;
+            for (int j = 0; j < m; ++j) tiny.matrix[i * m + j] = tiny_dot(row, tiny.d_g + j * kTinyN);
+        }
     }
 
     uint32_t short_verdict(const Short& t, V ff, V gg, uint32_t ordinary, uint32_t running, const A* slot_of,
@@ -233,7 +306,7 @@ class AndersonShort : protected AndersonSample<A, H> {
         write(products + kCol * kTile, col);
     }
 
-    void short_mix(const Short& t, uint32_t going, V unit, Scratch<A>& s) {
+    void short_mix(const Short& t, const Tiny& tiny, uint32_t going, V unit, Scratch<A>& s) {
         constexpr int L = kLanes<A>;
         const Leaf& leaf = a.leaves[0];
         const int N = int(a.N);
@@ -244,8 +317,15 @@ class AndersonShort : protected AndersonSample<A, H> {
             const V gamma = read<V>(s.gamma + j * kTile + t.lane0);
             const uint32_t use = bits(gamma != splat<A>(0)) & going;
             if (!use) continue;
-            const H* rows[L];
             const V weight = gamma / unit;
+            if (!a.gram) {
+                for (int n = 0; n < N; ++n) {
+                    out[n] -= weight * tiny.d_f[j * kTinyN + n];
+                    if (beta != 1) out[n] += (1 - beta) * weight * tiny.d_g[j * kTinyN + n];
+                }
+                continue;
+            }
+            const H* rows[L];
             point_column(rows, t.d_f, t.zeros, use, j * a.N);
             strips<H>(rows, [&](int n, V value) { out[n] -= weight * value; });
             if (beta == 1) continue;
@@ -290,10 +370,14 @@ class AndersonShort : protected AndersonSample<A, H> {
         if (leaf.f.dense && !a.f_rows)
             fetch(static_cast<const char*>(leaf.f.data) + b0 * a.N * size_of(leaf.f.dtype), state);
         if (m == 0) return;
-        for (int which = 0; which < 2; ++which) fetch(column(which, b0, 0), count * m * a.N * int64_t(sizeof(H)));
+        for (int which = 0; which < 2; ++which)
+            if (a.gram)
+                fetch(column(which, b0, 0), count * m * a.N * int64_t(sizeof(H)));
+            else
+                fetch(tiny_history(which, b0, 0), kTile * m * a.N * int64_t(sizeof(H)));
         const Tile<A> t = tile(b0 / kTile);
-        if (!type2) fetch(t.matrix, m * m * kTile * int64_t(sizeof(A)));
-        fetch(t.gram, m * m * kTile * int64_t(sizeof(A)));
+        if (a.gram && !type2) fetch(t.matrix, m * m * kTile * int64_t(sizeof(A)));
+        if (a.gram) fetch(t.gram, m * m * kTile * int64_t(sizeof(A)));
         fetch(t.norms, 2 * m * kTile * int64_t(sizeof(A)));
     }
 };

@@ -10,7 +10,7 @@ Arguments, with B samples of N numbers in leaves, m columns (read off ``history`
     f, f_prev              f at x and at x_prev (absent at the first step); leaves (B', ...)
     f_rows, f_prev_rows    (B,) int32, sample -> row of f, -1 for a sample that f no longer sees; absent: all rows
     x, x_prev, saved       leaves (B, ...), mutated: iterate, the one before, an earlier best one
-    history                Anderson (2, B, m, N), Broyden (B, memory, N), mutated
+    history                Anderson (2, B, m, N), of tiny samples (2, tiles, m, N, 16); Broyden (B, memory, N); mutated
     scales ... ages        small matrices and norms, as ``AndersonWorkspace`` and ``BroydenWorkspace`` describe them
     ints, reals            per-sample statistics, rows as in ``workspace.Int`` and ``workspace.Real``, mutated
     rtol ... keep_best     stopping rule; max_iter 0: no limit
@@ -39,6 +39,8 @@ from .workspace import (
     AndersonWorkspace,
     BroydenWorkspace,
     Workspace,
+    history_shape,
+    keeps_products,
 )
 
 __all__ = ["ANDERSON_SCHEMA", "BROYDEN_SCHEMA", "arguments"]
@@ -110,18 +112,20 @@ def _anderson_step(
 ) -> Tensor:
     ws = AndersonWorkspace.__new__(AndersonWorkspace)
     layout = _share(ws, x, x_prev, saved, ints, reals, rtol, atol, max_iter, keep_best)
-    if history.dim() != 4 or history.dtype not in HISTORY_DTYPES:
+    if history.dim() not in (4, 5) or history.dtype not in HISTORY_DTYPES:
         raise ValueError(f"history: expected (2, B, m, N) of {HISTORY_DTYPES}, got {_is(history)}")
     m, acc = history.shape[2], layout.acc
+    ws.keeps_products = keeps_products(layout, history.dtype)
+    kept = m if ws.keeps_products else 0
     if history.dtype == torch.float64 and acc != torch.float64:
         raise ValueError(f"history: torch.float64 needs a float64 state, got {layout.dtype}")
     scaled = history.dtype in SCALED_DTYPES
     blocks = sum(math.ceil(leaf.n / BLOCK) for leaf in layout.leaves) if scaled else 0
-    side = m if test_space else 0
-    _expect("history", history, (2, layout.B, m, layout.N), history.dtype)
+    side = kept if test_space else 0
+    _expect("history", history, history_shape(layout, m, history.dtype), history.dtype)
     _expect("scales", scales, (2, layout.B, m, blocks), torch.float32)
     _expect("matrix", matrix, (ws.tiles, side, side, TILE), acc)
-    _expect("gram", gram, (ws.tiles, m, m, TILE), acc)
+    _expect("gram", gram, (ws.tiles, kept, kept, TILE), acc)
     _expect("norms", norms, (ws.tiles, 2, m, TILE), acc)
     _expect("ages", ages, (ws.tiles, m, TILE), torch.int32)
     ws.m, ws.test_space, ws.mixing, ws.ridge, ws.evict_least_useful = m, test_space, mixing, ridge, evict_least_useful

@@ -161,7 +161,7 @@ def encode(ws: AndersonWorkspace, column: Tensor) -> tuple[Tensor, Tensor]:
 
 def decode(ws: AndersonWorkspace, which: int) -> Tensor:
     """(B, m, N) columns in the accumulation dtype, as stored (rounded)."""
-    columns = ws.history[which].to(ws.layout.acc)
+    columns = ws.columns(which).to(ws.layout.acc)
     if ws.history.dtype in SCALED_DTYPES:
         for i, (a, b) in enumerate(_block_bounds(ws)):
             columns[..., a:b] *= ws.scales[which][..., i, None].to(columns.dtype)
@@ -210,7 +210,10 @@ def anderson_step(
             ws.own_columns[where, slot[where]] = ((r.g - ws.own_previous) * unit)[adding]
         for which, column in enumerate(columns):
             codes, scales = encode(ws, column)
-            ws.history[which, where, slot[where]] = codes[adding]
+            stored = ws.columns(which)
+            stored[where, slot[where]] = codes[adding]
+            if not ws.keeps_products:
+                ws.history[which].copy_(tile(stored, ws.tiles))
             ws.scales[which, where, slot[where]] = scales[adding]
         is_new[where, slot[where]] = True
     columns_f = decode(ws, 0)
@@ -226,9 +229,6 @@ def anderson_step(
     else:
         test = columns_f - ws.test_space * columns_g
 
-    old_gram = untile(ws.gram, B)
-    old_matrix = untile(ws.matrix, B) if ws.test_space else torch.zeros_like(old_gram)
-    old_gram = old_gram.tril() + old_gram.tril(-1).mT
     new_g = (columns_g * is_new[..., None]).sum(1)
     new_w = (test * is_new[..., None]).sum(1)
     new_q_norm = _sum(new_g.square()).sqrt()
@@ -239,12 +239,20 @@ def anderson_step(
     q = torch.where(valid & usable, q, 0)
     valid = q > 0
     safe_q, safe_w = torch.where(valid, q, 1), torch.where(valid, w, 1)
-    gram_row = _products(columns_g, new_g) / (new_q_norm[:, None] * safe_q)
-    row = _products(columns_g, new_w) / (new_w_norm[:, None] * safe_q)
-    col = _products(test, new_g) / (new_q_norm[:, None] * safe_w)
-    new_row, new_col = is_new[:, :, None], is_new[:, None, :]
-    gram = torch.where(new_row, gram_row[:, None, :], torch.where(new_col, gram_row[:, :, None], old_gram))
-    matrix = torch.where(new_row, row[:, None, :], torch.where(new_col, col[:, :, None], old_matrix))
+    if ws.keeps_products:
+        gram_row = _products(columns_g, new_g) / (new_q_norm[:, None] * safe_q)
+        row = _products(columns_g, new_w) / (new_w_norm[:, None] * safe_q)
+        col = _products(test, new_g) / (new_q_norm[:, None] * safe_w)
+        new_row, new_col = is_new[:, :, None], is_new[:, None, :]
+        gram = untile(ws.gram, B)
+        gram = gram.tril() + gram.tril(-1).mT
+        gram = torch.where(new_row, gram_row[:, None, :], torch.where(new_col, gram_row[:, :, None], gram))
+        matrix = untile(ws.matrix, B) if ws.test_space else gram
+        matrix = torch.where(new_row, row[:, None, :], torch.where(new_col, col[:, :, None], matrix))
+    else:
+        every_g = columns_g[:, None]
+        gram = (columns_g[:, :, None] * every_g).sum(3) / (safe_q[:, :, None] * safe_q[:, None])
+        matrix = (test[:, :, None] * every_g).sum(3) / (safe_w[:, :, None] * safe_q[:, None])
     both = valid[:, :, None] & valid[:, None, :]
     eye = torch.eye(m, dtype=r.acc, device=q.device)
     gram = torch.where(both, gram, eye)
@@ -274,9 +282,10 @@ def anderson_step(
 
     _write(ws.norms, torch.stack([q, w], dim=1), going, ws.tiles)
     _write(ws.ages, ages, going, ws.tiles)
-    _write(ws.gram, gram, going, ws.tiles)
-    if ws.test_space:
-        _write(ws.matrix, matrix, going, ws.tiles)
+    if ws.keeps_products:
+        _write(ws.gram, gram, going, ws.tiles)
+        if ws.test_space:
+            _write(ws.matrix, matrix, going, ws.tiles)
     _choose_slot(ws, q > 0, gram, y, ages, going)
     return int((ints(Int.STATUS) == Status.RUNNING).sum())
 

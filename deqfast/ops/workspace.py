@@ -17,6 +17,7 @@ from . import pool
 from .layout import Layout
 
 TILE = 16
+TINY = 8  # numbers a sample up to which the small matrices are larger than the history they are made of
 BLOCK = 1024  # history numbers that share one scale (float16, int8)
 
 HISTORY_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -113,12 +114,25 @@ class Workspace:
         return self.reals.select(0, row).narrow(0, 0, self.layout.B)
 
 
+def keeps_products(layout: Layout, history_dtype: torch.dtype) -> bool:
+    """Whether Anderson keeps small matrices; if not, its history lies in tiles as they do."""
+    return layout.N > TINY or len(layout.leaves) > 1 or history_dtype in SCALED_DTYPES
+
+
+def history_shape(layout: Layout, m: int, history_dtype: torch.dtype) -> tuple[int, ...]:
+    """The shape of Anderson's history for ``m`` columns."""
+    if keeps_products(layout, history_dtype):
+        return 2, layout.B, m, layout.N
+    return 2, math.ceil(layout.B / TILE), m, layout.N, TILE
+
+
 class AndersonWorkspace(Workspace):
     """History (2, B, m, N) of differences of f and of the residual, and their small matrices.
 
     Columns are stored in units of the sample (times ``Real.UNIT``, a power of two), rounded to ``history.dtype``;
     float16 and int8 carry a power-of-two scale per block of 1024 numbers. A column whose residual difference has norm
-    0 in ``norms`` is empty.
+    0 in ``norms`` is empty. The history of tiny samples lies in tiles too, (2, tiles, m, N, 16), and their matrices are
+    formed anew at every step: reading and writing them would cost more than that.
     """
 
     def __init__(
@@ -143,17 +157,23 @@ class AndersonWorkspace(Workspace):
         self.ridge = ridge
         self.evict_least_useful = evict_least_useful
         device, acc, tiles = layout.device, layout.acc, self.tiles
-        self.history, self.buffer = pool.empty((2, layout.B, m, layout.N), history_dtype, device)
+        self.keeps_products = keeps_products(layout, history_dtype)
+        self.history, self.buffer = pool.empty(history_shape(layout, m, history_dtype), history_dtype, device)
         blocks = sum(math.ceil(leaf.n / BLOCK) for leaf in layout.leaves) if history_dtype in SCALED_DTYPES else 0
         self.scales = torch.empty(2, layout.B, m, blocks, dtype=torch.float32, device=device)
-        side = m if test_space else 0  # Type II needs the Gram matrix alone
+        kept = m if self.keeps_products else 0
+        side = kept if test_space else 0  # Type II needs the Gram matrix alone
         self.matrix = torch.empty(tiles, side, side, TILE, dtype=acc, device=device)  # normalised W^T dG
-        self.gram = torch.empty(tiles, m, m, TILE, dtype=acc, device=device)  # normalised dG^T dG, lower triangle
+        self.gram = torch.empty(tiles, kept, kept, TILE, dtype=acc, device=device)  # normalised dG^T dG, lower triangle
         self.norms = torch.zeros(tiles, 2, m, TILE, dtype=acc, device=device)  # ||dG_j||, ||W_j||
         self.ages = torch.zeros(tiles, m, TILE, dtype=torch.int32, device=device)  # step that wrote the column
         # With a residual of the caller's own: the one before, and its differences (B, m, any) instead of history[1].
         self.own_previous: Tensor | None = None
         self.own_columns: Tensor | None = None
+
+    def columns(self, which: int) -> Tensor:
+        """(B, m, N) columns as stored, without their scales: a view, or for tiny samples a copy."""
+        return self.history[which] if self.keeps_products else untile(self.history[which], self.layout.B)
 
     def set_residual(self, rows: Tensor) -> None:
         """Measure convergence and solve for the weights with (B, any) ``rows`` at the next step."""

@@ -13,11 +13,11 @@ struct AndersonArgs : SolveArgs {
     bool evict_least_useful = true;
     bool has_previous = false;  // f_prev is there: a new column can be made
     DType history_dtype = DType::bf16;
-    void* history = nullptr;  // (2, B, m, N): dF, dG
+    void* history = nullptr;  // (2, B, m, N): dF, dG; without gram (2, tiles, m, N, 16)
     float* scales = nullptr;  // (2, B, m, blocks), float16 and int8 only
     int64_t blocks = 0;
     void* matrix = nullptr;   // (tiles, m, m, 16): W_i . dG_j / (w_i q_j)
-    void* gram = nullptr;     // (tiles, m, m, 16): dG_i . dG_j / (q_i q_j), i >= j
+    void* gram = nullptr;     // (tiles, m, m, 16): dG_i . dG_j / (q_i q_j), i >= j; null: both are formed anew
     void* norms = nullptr;    // (tiles, 2, m, 16): q_j = ||dG_j||, w_j = ||W_j||; q_j = 0: empty column
     int32_t* ages = nullptr;  // (tiles, m, 16)
 };
@@ -32,7 +32,8 @@ inline int64_t anderson_scratch_bytes(int m_columns, int64_t number) {
                           + (products + 2 * m * m + 8 * m) * registers           // sums, small solve
                           + (products + m + 2 * m * m + 2 * m) * kTile * number  // products, gamma, one tile
                           + m * kTile * 4 + products * 8 + m * 4                 // ages, sums of a sample, columns
-                          + (8 + kTile) * kShortN * registers;                   // short samples: registers, rows
+                          + (8 + kTile) * kShortN * registers                    // short samples: registers, rows
+                          + 5 * kTinyN * kTinyN * registers;                     // their columns and products
     return (bytes + 32 * 64 + 63) / 64 * 64;
 }
 

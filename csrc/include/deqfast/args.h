@@ -9,6 +9,7 @@ constexpr int kTile = 16;         // samples whose small matrices lie interleave
 constexpr int kBlock = 1024;      // history numbers that share one scale; also what a kernel handles at a time
 constexpr int kChunk = 8 * 1024;  // numbers whose products are added up in one accumulator
 constexpr int kShortN = 32;       // samples up to this are handled kLanes at a time, one a lane
+constexpr int kTinyN = 8;         // samples up to this have their small matrices formed anew at every step
 constexpr int kMaxDims = 16;
 
 enum class DType : int { f64, f32, bf16, f16, i8 };
