@@ -6,7 +6,9 @@ TORCH_MIN ?= torch==2.9.0
 VENV ?= .venv
 VENV_MIN ?= .venv-min
 PYTEST_ARGS ?=
-SANITIZE_TESTS ?= tests -k native
+# Everything instrumented takes an hour: SANITIZE_TESTS="tests -k native".
+SANITIZE_TESTS ?= tests/test_memory.py
+SANITIZE_ISAS ?= avx512 avx2 baseline
 AARCH64_CXX ?= aarch64-linux-gnu-g++
 
 BIN := $(VENV)/bin
@@ -78,6 +80,7 @@ test-min-torch: build $(VENV_MIN)/.deps ## Run the tests on the oldest supported
 bench: build ## Run the benchmarks; results go to bench/results/
 	@mkdir -p bench/results
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/$$(date +%Y-%m-%d)-cpu.json $(PYTEST_ARGS)
+	$(BIN)/python -m bench.breakdown --out bench/results/$$(date +%Y-%m-%d)-breakdown.json
 	$(BIN)/python -m bench.convergence --out bench/results/$$(date +%Y-%m-%d)-convergence.json
 
 bench-report: venv ## Write the tables of the documentation from bench/results/
@@ -101,7 +104,10 @@ sanitize: venv ## Run the native tests under AddressSanitizer and UndefinedBehav
 	cxx=$$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' build/sanitize/CMakeCache.txt); \
 	export PYTHONPATH=$(abspath $(SITE)) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
 	export LD_PRELOAD="$$($$cxx -print-file-name=libasan.so) $$($$cxx -print-file-name=libubsan.so) $$($$cxx -print-file-name=libstdc++.so)"; \
-	$(BIN)/pytest -p no:cacheprovider --capture=sys -m "not slow" $(SANITIZE_TESTS)
+	for isa in $(SANITIZE_ISAS); do \
+	  DEQFAST_CPU_ISA=$$isa $(BIN)/python -c "import torch, deqfast._C as c; c.cpu_isa()" 2> /dev/null || { echo "$$isa does not run here"; continue; }; \
+	  DEQFAST_CPU_ISA=$$isa $(BIN)/pytest -p no:cacheprovider --capture=sys -m "not slow" $(SANITIZE_TESTS) || exit 1; \
+	done
 
 check-aarch64: ## Compile the CPU kernels for aarch64 (needs a cross compiler)
 	@command -v $(AARCH64_CXX) > /dev/null || { echo "$(AARCH64_CXX) not found; Debian: g++-aarch64-linux-gnu" >&2; exit 1; }

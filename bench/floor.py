@@ -11,13 +11,15 @@ The first step is plain iteration: read x and f, write x.
 from __future__ import annotations
 
 
+def step_bytes(numbers: int, columns: int, h: int, *, mixed: bool = False, s: int = 4) -> int:
+    """Floor of one Anderson step that makes a column and ends with `columns` in use."""
+    return numbers * (5 * s + (3 if mixed else 2) * columns * h)
+
+
 def anderson_bytes(numbers: int, evaluations: int, m: int, h: int, *, mixed: bool = False, s: int = 4) -> int:
     """Floor of a whole Anderson solve on `numbers` = B N state numbers."""
-    passes = 3 if mixed else 2
-    total = 3 * s
-    for k in range(1, evaluations):
-        total += 5 * s + passes * min(k, m) * h
-    return numbers * total
+    steps = (step_bytes(numbers, min(k, m), h, mixed=mixed, s=s) for k in range(1, evaluations))
+    return numbers * 3 * s + sum(steps)
 
 
 def broyden_bytes(numbers: int, evaluations: int, h: int = 4, s: int = 4) -> int:

@@ -20,18 +20,18 @@ Results = Mapping[str, Any]
 CROWDED = 0.15  # cores in other programs' hands above which times are not to be trusted
 
 
-def newest(folder: Path) -> tuple[Results | None, Results | None]:
-    """(speed, convergence) records: the newest full run of each kind, else the newest quick one."""
-    speed: list[tuple[bool, float, Results]] = []
-    convergence: list[tuple[bool, float, Results]] = []
+def newest(folder: Path) -> tuple[Results | None, Results | None, Results | None]:
+    """(speed, convergence, breakdown) records: the newest full run of each kind, else the newest quick one."""
+    found: dict[str, list[tuple[bool, str, Results]]] = {"speed": [], "convergence": [], "breakdown": []}
     for path in folder.glob("*.json"):
-        record, when = json.loads(path.read_text()), path.stat().st_mtime
-        if record.get("kind") == "convergence":
-            convergence.append((not record["quick"], when, record))
-        elif "benchmarks" in record:
-            speed.append((not record["machine_info"].get("quick", False), when, record))
-    last = [max(found, key=lambda entry: entry[:2])[2] if found else None for found in (speed, convergence)]
-    return last[0], last[1]
+        record = json.loads(path.read_text())
+        kind = record.get("kind", "speed" if "benchmarks" in record else None)
+        if kind in found:
+            meta = record["machine_info"] if kind == "speed" else record["meta"]
+            quick = bool(meta.get("quick", record.get("quick", False)))
+            found[kind].append((not quick, meta["date"], record))
+    last = [max(runs, key=lambda run: run[:2])[2] if runs else None for runs in found.values()]
+    return last[0], last[1], last[2]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -150,6 +150,32 @@ _SPEED_NOTE = (
     "bytes of the method (bench/floor.py) over the time without f, divided by the bandwidth of a 256 MB copy in the "
     "same run, for states that leave the cache. *torchdeq / row* is the ratio of medians; a row whose residual is "
     "above twice torchdeq's is not counted as a win. jaxopt runs in an interpreter of its own, not in turns."
+)
+
+
+def breakdown_section(record: Results) -> list[str]:
+    """What one evaluation of an Anderson solve is made of."""
+    rows = []
+    for facts in record["rows"]:
+        parts = ("us", "us_f", "us_step", "us_floor_at_copy_speed", "us_once")
+        rows.append([facts["size"], facts["row"], *(number(facts[part]) for part in parts)])
+    header = [
+        "B x N",
+        "row",
+        "solve / evaluations",
+        "f",
+        "full step",
+        "its floor at copy speed",
+        "solve of one evaluation",
+    ]
+    return ["## Where the time goes", provenance(record["meta"]), _BREAKDOWN_NOTE, table(header, rows)]
+
+
+_BREAKDOWN_NOTE = (
+    "Microseconds. *Full step*: one step with a full history, alone. *Its floor at copy speed*: the bytes of that "
+    "step's floor, at the bandwidth of a copy between buffers as large as what the step touches, in whichever cache "
+    "those fit. *Solve of one evaluation*: workspace, checks, first step and result, paid once a solve. "
+    "[limits.md](limits.md#what-bounds-a-step) says what follows from it."
 )
 
 
@@ -272,7 +298,7 @@ def target_section(speed: Results | None, convergence: Results | None) -> list[s
 
 
 def write(results: Path, out: Path) -> None:
-    speed, convergence = newest(results)
+    speed, convergence, breakdown = newest(results)
     if speed is None and convergence is None:
         raise SystemExit(f"no results in {results}: run `make bench` or `python -m bench.convergence` first")
     quick = [r for r in (speed and speed["machine_info"], convergence) if r and r.get("quick")]
@@ -280,7 +306,8 @@ def write(results: Path, out: Path) -> None:
     parts = ["# Benchmarks", "Written by `python -m bench.report` from the newest results; edit nothing here."]
     if quick:
         parts.append("**Some of these results come from a `--quick` trial and are not measurements.**")
-    metas = [r for r in (speed and speed["machine_info"], convergence and convergence["meta"]) if r]
+    metas = [record["meta"] for record in (convergence, breakdown) if record]
+    metas += [speed["machine_info"]] if speed else []
     if any((meta.get("busy_elsewhere") or 0.0) > CROWDED for meta in metas):
         parts.append(
             "**Other programs were busy during a run below: its times, and what they say of targets, are void.**"
@@ -288,6 +315,8 @@ def write(results: Path, out: Path) -> None:
     parts += target_section(speed, convergence)
     if speed is not None:
         parts += speed_section(speed, img)
+    if breakdown is not None:
+        parts += breakdown_section(breakdown)
     if convergence is not None:
         shown = [method for method in methods.SHOWN if method in convergence["counts"]]
         pictures.performance_profiles(convergence, shown, img / "performance_profiles.png")

@@ -70,7 +70,7 @@ def convergence_block(record: Record) -> list[str]:
 
 def measured(results: Path) -> list[str]:
     """The parts that full runs of the benchmarks give; a quick trial, or times taken on a busy machine, are none."""
-    speed, convergence = report.newest(results) if results.is_dir() else (None, None)
+    speed, convergence, _ = report.newest(results) if results.is_dir() else (None, None, None)
     parts = []
     if speed is not None:
         machine = speed["machine_info"]
