@@ -62,8 +62,9 @@ lint: venv ## Formats, style and types
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 	$(BIN)/mypy deqfast
 
+# Passive: threads that spin while they wait stall tests on machines with more threads than cores.
 test: lint build ## Lint, then run the tests with coverage
-	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
 
 # Plain torch 2.9.0 drags in CUDA libraries: 3 GB to download, 7 GB on disk. It does not import without them, so they are
 # not left out, and this is not part of `test`.

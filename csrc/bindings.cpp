@@ -135,6 +135,10 @@ class Plan {
         args.sums = reinterpret_cast<double*>(sums_.reserve(args.B * products * 8));
         args.partials = reinterpret_cast<double*>(partials_.reserve(args.B * args.chunks * products * 8));
     }
+    // The two halves of a step can be run apart only where what passes between them is kept.
+    static void whole_steps_only() {
+        throw std::invalid_argument("a workspace that keeps no small matrices takes whole steps only");
+    }
     int64_t number() const { return args.dtype == DType::f64 ? 8 : 4; }
 
    private:
@@ -167,8 +171,7 @@ class AndersonPlan final : public Plan<deqfast::AndersonArgs, &deqfast::cpu::Ker
    protected:
     void set_previous(bool has_previous) override { args.has_previous = has_previous; }
     void check_phase(int phase) const override {
-        if (phase != deqfast::kStep && args.m > 0 && !args.gram)
-            throw std::invalid_argument("a workspace that keeps no small matrices takes whole steps only");
+        if (phase != deqfast::kStep && args.m > 0 && !args.gram) whole_steps_only();
     }
 };
 
@@ -182,6 +185,11 @@ class BroydenPlan final : public Plan<deqfast::BroydenArgs, &deqfast::cpu::Kerne
         args.gram = pointer<void>(gram);
         reserve(deqfast::broyden_scratch_bytes(args.N, gram == 0, number()), deqfast::broyden_products(memory),
                 gram != 0);
+    }
+
+   protected:
+    void check_phase(int phase) const override {
+        if (phase != deqfast::kStep && !args.gram) whole_steps_only();
     }
 };
 
@@ -197,7 +205,7 @@ py::class_<P> declare(py::module_& m, const char* name, const char* doc) {
     return plan;
 }
 
-// Asks for huge pages on memory that has not been touched yet: faulting in a large history costs a quarter then.
+// Asks for huge pages on memory that has not been touched yet: faulting in a large history takes less time then.
 void advise_huge_pages(Address address, int64_t bytes) {
 #ifdef __linux__
     constexpr Address huge = Address(2) << 20;

@@ -33,8 +33,8 @@ class Anderson(Solver):
         m: columns of history, at least 1. More columns, fewer evaluations, up to about 20; a sample of fewer than m
             numbers uses as many columns as it has numbers.
         type: "mixed" (default), 1 or 2; 2 is the textbook least-squares form.
-        mixing: beta in (0, 1]; below 1 it cost 3 to 13 % more evaluations on the convergence suite, and helps only
-            maps whose single application overshoots.
+        mixing: beta in (0, 1]; below 1 it usually costs evaluations, and helps only maps whose single application
+            overshoots.
         ridge: regularisation of the normalised small system. Default 1e-4 for mixed and Type I in 32 bits and less,
             1e-6 in float64; Type II 1e-6 and 1e-10.
         history_dtype: what columns are stored in: the state's dtype, torch.float32, bfloat16, float16 or int8 (the
@@ -58,7 +58,7 @@ class Anderson(Solver):
             raise TypeError(f"m must be an int, got {type_name(self.m)}")
         if self.m < 1:
             raise ValueError(f"m must be at least 1, got {self.m}; for no history use dq.Picard()")
-        if isinstance(self.type, bool) or self.type not in _TEST_SPACE:
+        if not any(self.type is known or self.type == known for known in _TEST_SPACE) or self.type is True:
             raise ValueError(f"type must be 'mixed', 1 or 2, got {self.type!r}")
         check_number("mixing", self.mixing)
         if not 0 < self.mixing <= 1:

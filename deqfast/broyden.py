@@ -26,8 +26,8 @@ class Broyden(Solver):
     """Broyden's method, limited memory.
 
     Args:
-        memory: steps kept, at least 2. When it is full the sample forgets them all and starts again: restarting failed
-            less often than sliding. Default min(max_iter, 100).
+        memory: steps kept, at least 2. When it is full the sample forgets them all and starts again. Default
+            min(max_iter, 100).
         scale: H0. "unit": the identity, for forward solves. "first_step": a multiple of it measured on the first
             step (s.y / y.y, within [0.2, 5]), which suits adjoint and other linear solves.
 

@@ -15,7 +15,7 @@ from .broyden import Broyden
 from .linear import LinearOptions
 from .ops.layout import Layout
 from .solution import Solution
-from .state import DEFAULT_RTOL, Solver, check_stopping
+from .state import DEFAULT_RTOL, Solver, check_number, check_stopping
 
 _MODES = "an Implicit, Phantom, OneStep or Unroll, None for Implicit(), or 'none' for no gradient"
 
@@ -138,6 +138,7 @@ class Phantom(Gradient):
             raise TypeError(f"steps must be an int, got {type(self.steps).__name__}")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        check_number("damping", self.damping)
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must be in (0, 1], got {self.damping}")
 

@@ -87,6 +87,7 @@ def spectral_radius(
 
     Raises:
         ValueError, TypeError: vectors or cycles below 1; z or f(z) is not a batch of floating tensors.
+        RuntimeError: in inference mode.
 
     Source: Saad, Numerical Methods for Large Eigenvalue Problems, 2nd ed., SIAM 2011, section 6.2.
     """
@@ -152,8 +153,14 @@ class _Vjp:
     ) -> None:
         if not callable(f):
             raise TypeError(f"f must be callable, got {type(f).__name__}")
+        if not isinstance(args, tuple):
+            raise TypeError(f"args must be a tuple, got {type(args).__name__}; write args=(x,) for one argument")
         self.layout = layout
         self.create_graph = create_graph
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "derivatives of f need a graph, which torch.inference_mode() forbids; use torch.no_grad()"
+            )
         with torch.enable_grad():
             # Views: hooks on a caller's tensor are none of this function's business.
             self.z = [

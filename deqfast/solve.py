@@ -15,7 +15,9 @@ from .anderson import Anderson
 from .broyden import Broyden
 from .compaction import Compactor
 from .implicit import Gradient, Problem, choose_gradient
+from .ops import BACKENDS
 from .ops.layout import Layout
+from .ops.workspace import Int
 from .picard import Picard
 from .solution import ConvergenceError, Solution
 from .state import Solver, SolverState, check_stopping
@@ -75,6 +77,7 @@ def fixed_point(
     chosen = choose_solver(solver)
     gradient = choose_gradient(backward)
     check_options(f, args, max_iter, returns, callback)
+    check_choices(compact, backend, {"trace": trace, "throw": throw, "progress": progress})
     transformed = transforms.active()
     start = transforms.values(z0) if transformed else z0
     layout = Layout(start)
@@ -160,6 +163,22 @@ def check_options(f: Any, args: Any, max_iter: Any, returns: str, callback: Any)
         raise TypeError(f"callback must be callable, got {type(callback).__name__}")
 
 
+FLAGS = ("trace", "throw", "progress")
+
+
+def check_choices(compact: Any, backend: Any, flags: dict[str, Any]) -> None:
+    """Raise TypeError or ValueError for a wrong ``compact``, ``backend`` or flag, naming it."""
+    if compact is not True and compact is not False:
+        leaves = pytree.tree_leaves(compact)
+        if not leaves or not all(isinstance(leaf, bool) for leaf in leaves):
+            raise TypeError(f"compact must be a bool or a tree of bools shaped like args, got {compact!r}")
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of 'auto', {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    for name, value in flags.items():
+        if value is not True and value is not False:
+            raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
 def _run(
     f: Callable[..., Any],
     args: tuple[Any, ...],
@@ -224,21 +243,22 @@ def conclude(state: SolverState, returns: str, rows: list[Tensor] | None) -> Sol
     """The solution a state has reached."""
     leaves, residual = state.answer(returns)
     ws, layout = state.ws, state.layout
-    status = state.status
+    counters = ws.ints.clone()  # a callback may have kept the state, and step it further
+    status = counters[Int.STATUS, : layout.B]
     if layout.N == 0:
-        status = torch.full_like(status, Status.CONVERGED)
+        status.fill_(Status.CONVERGED)
         residual = torch.zeros_like(residual)
     elif not state.done:
-        status = torch.where(status == Status.RUNNING, Status.STOPPED, status).to(torch.int32)
+        status[status == Status.RUNNING] = Status.STOPPED
     trace = None if rows is None else torch.stack(rows) if rows else residual.new_empty(0, layout.B)
     return Solution(
         z=layout.unflatten(leaves),
         converged=status == Status.CONVERGED,
-        steps=state.steps,
+        steps=counters[Int.STEPS, : layout.B],
         residual=residual,
         nfe=state.nfe,
         status=status,
         trace=trace,
         backend=state.backend,
-        counters=ws.ints,
+        counters=counters,
     )

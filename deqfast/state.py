@@ -7,6 +7,7 @@ iterate returned as is, or one changed in place is copied from then on.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
@@ -46,7 +47,12 @@ def check_stopping(
         raise TypeError(f"max_iter must be an int, got {type(max_iter).__name__}")
     if max_iter < 1:
         raise ValueError(f"max_iter must be at least 1, got {max_iter}")
+    if max_iter >= 2**31:
+        raise ValueError(f"max_iter must be below 2**31, got {max_iter}")
     return float(rtol), float(atol), max_iter
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 def _version(t: Tensor) -> int:
@@ -123,7 +129,10 @@ class SolverState:
         rtol, atol, limit = check_stopping(rtol, atol, max_iter, self.layout.dtype)
         self.backend = ops.choose(backend, self.layout.device)
         self._backend_asked_for = backend
-        self.ws: Workspace = options.workspace(self.layout, rtol=rtol, atol=atol, max_iter=limit, keep_best=keep_best)
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING:
+            self.ws: Workspace = options.workspace(
+                self.layout, rtol=rtol, atol=atol, max_iter=limit, keep_best=keep_best
+            )
         self.nfe = 0
         self._uses_previous = options.uses_previous
         self._running = self.layout.B if self.layout.N else 0
@@ -137,9 +146,8 @@ class SolverState:
         self._origin_versions: list[int] = []
         self._origin_storages: list[int] = []
         self._copies: tuple[list[Tensor], list[Tensor]] = ([], [])
-        inference = self.ws.x[0][0].is_inference()
-        self._copy_f = inference
-        self._copy_z = inference
+        self._copy_f = self._copy_z = False
+        self._showing = False  # while a callback looks, every iterate it asks for is a copy
         self._bind()
 
     def _bind(self) -> None:
@@ -175,11 +183,11 @@ class SolverState:
         """The iterate to evaluate f at, structured like z0; valid until the next step."""
         ws = self.ws
         x = ws.x[ws.cur]
-        if self._plain:
+        if self._plain and not self._showing:
             return x[0]
         if self._z0 and self._z_changed():  # by a call of f that did not end in a step
             self._restore_z()
-        return self.layout.unflatten([t.clone() for t in x] if self._copy_z else x)
+        return self.layout.unflatten([t.clone() for t in x] if self._copy_z or self._showing else x)
 
     @property
     def copies_z(self) -> bool:
@@ -350,7 +358,8 @@ class SolverState:
     def _copy(self, leaves: list[Tensor]) -> list[Tensor]:
         buffers = self._copies[self.nfe & 1]
         if not buffers:
-            buffers += self.layout.empty()
+            with torch.inference_mode(False):  # the next step may be made in another mode
+                buffers += self.layout.empty()
         rows = leaves[0].shape[0]
         if rows < self.layout.B:
             buffers = [b[:rows] for b in buffers]
@@ -395,12 +404,11 @@ class SolverState:
 
     def show(self, callback: Callable[[int, SolverState], bool | None]) -> bool:
         """Call ``callback(nfe, self)``, with every iterate it asks for a copy; returns whether it said stop."""
-        kept = self._copy_z, self._plain
-        self._copy_z, self._plain = True, False
+        self._showing = True
         try:
             return bool(callback(self.nfe, self))
         finally:
-            self._copy_z, self._plain = kept
+            self._showing = False
 
     def evaluated(self) -> Any:
         """A copy of the iterate at which f was last evaluated, structured like z0."""
@@ -423,6 +431,7 @@ class SolverState:
             tensors["previous_rows"] = self._previous_rows.clone()
         return {
             "options": repr(self.options),
+            "layout": repr(self.layout),
             "nfe": self.nfe,
             "running": self._running,
             "copies_f": self._copy_f,
@@ -434,21 +443,14 @@ class SolverState:
         """Continue where ``saved`` stopped.
 
         Raises:
-            ValueError: it was saved by a solver with other options or a state of another shape or dtype.
+            ValueError: it was saved by a solver with other options or a state of another structure, shape, memory
+                format or dtype, or something is missing; this state is as before.
         """
-        if saved["options"] != repr(self.options):
-            raise ValueError(f"state_dict was saved by {saved['options']}, this state belongs to {self.options}")
+        self._check_fits(saved)
         tensors = saved["tensors"]
         if "own_residual" in tensors:
-            self._check_serves_residual()
             self._serve_residual(torch.empty_like(tensors["own_residual"]))
-        own = self.ws.tensors()
-        for name, t in own.items():
-            got = tensors.get(name)
-            if got is None or got.shape != t.shape or got.dtype != t.dtype:
-                what = "nothing" if got is None else f"{tuple(got.shape)} {got.dtype}"
-                raise ValueError(f"state_dict entry {name!r}: expected {tuple(t.shape)} {t.dtype}, got {what}")
-        for name, t in own.items():
+        for name, t in self.ws.tensors().items():
             t.copy_(tensors[name])
         previous = [
             tensors[f"previous.{i}"].clone() for i in range(len(self.layout.leaves)) if f"previous.{i}" in tensors
@@ -457,11 +459,31 @@ class SolverState:
         rows = tensors.get("previous_rows")
         self._previous_rows = None if rows is None else rows.clone()
         self._origin, self._origin_versions, self._origin_storages = [], [], []
-        self._z0 = []
+        self._z0 = [] if saved["nfe"] else [t.clone() for t in self.ws.x[self.ws.cur]]
         self._copy_f, self._copy_z = saved["copies_f"], saved["copies_z"]
         self.nfe = saved["nfe"]
         self._running = saved["running"]
         self._bind()
+
+    def _check_fits(self, saved: dict[str, Any]) -> None:
+        for name in ("options", "layout", "nfe", "running", "copies_f", "copies_z", "tensors"):
+            if name not in saved:
+                raise ValueError(f"state_dict has no entry {name!r}")
+        for name, own in (("options", repr(self.options)), ("layout", repr(self.layout))):
+            if saved[name] != own:
+                raise ValueError(f"state_dict was saved with {name} {saved[name]}, this state has {own}")
+        expected = {name: (tuple(t.shape), t.dtype) for name, t in self.ws.tensors().items()}
+        tensors = saved["tensors"]
+        if "own_residual" in tensors:
+            self._check_serves_residual()
+            rows = tensors["own_residual"].shape[1:]
+            expected["own_residual"] = ((self.layout.B, *rows), self.layout.acc)
+            expected["own_columns"] = ((self.layout.B, getattr(self.ws, "m", 0), *rows), self.layout.acc)
+        for name, (shape, dtype) in expected.items():
+            got = tensors.get(name)
+            if got is None or tuple(got.shape) != shape or got.dtype != dtype:
+                what = "nothing" if got is None else f"{tuple(got.shape)} {got.dtype}"
+                raise ValueError(f"state_dict entry {name!r}: expected {shape} {dtype}, got {what}")
 
     def __reduce__(self) -> Any:
         settings = {
@@ -469,7 +491,7 @@ class SolverState:
             "atol": self.ws.atol,
             "max_iter": self.ws.max_iter or None,
             "keep_best": self.ws.keep_best,
-            "backend": self.backend,
+            "backend": self._backend_asked_for,
         }
         return _rebuild, (type(self), self.options, self.evaluated(), settings, self.state_dict())
 

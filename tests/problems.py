@@ -221,7 +221,7 @@ def in_double(saved: dict[str, Any], oracle: SolverState) -> dict[str, Any]:
         elif name in own:
             t = t.to(own[name].dtype)
         tensors[name] = t
-    return {**saved, "tensors": tensors}
+    return {**saved, "tensors": tensors, "layout": repr(oracle.layout)}
 
 
 def double_of(dtype: torch.dtype) -> torch.dtype:

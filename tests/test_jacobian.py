@@ -176,3 +176,15 @@ def test_map_that_does_not_depend_on_z():
 def test_wrong_calls_raise(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("call", [dq.spectral_radius, dq.jacobian_penalty])
+def test_inference_mode_is_refused_not_taken_for_a_map_without_a_jacobian(call):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        call(lambda z: 2 * z, torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("call", [dq.spectral_radius, dq.jacobian_penalty])
+def test_args_that_are_not_a_tuple_are_refused(call):
+    with pytest.raises(TypeError, match=r"args must be a tuple, got Tensor; write args=\(x,\)"):
+        call(lambda z, x: 2 * z + x, torch.ones(2, 3), args=torch.ones(2, 3))

@@ -11,7 +11,7 @@ import deqfast as dq
 from deqfast import ops
 from deqfast.ops import library
 from deqfast.ops.layout import Layout
-from deqfast.ops.workspace import AndersonWorkspace, Workspace, untile
+from deqfast.ops.workspace import AndersonWorkspace, Int, Workspace, untile
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 OPS = {"anderson": torch.ops.deqfast.anderson_step, "broyden": torch.ops.deqfast.broyden_step}
@@ -189,7 +189,7 @@ def test_op_counts_as_a_change_of_what_it_writes_to():
     [
         (0, [torch.zeros(2, 4)], "f must have the shape of z0"),
         (1, [torch.zeros(2, 3, dtype=F64)], "f_prev must have the dtype of z0"),
-        (2, torch.tensor([0, 2], dtype=torch.int32), "f_rows: expected rows below 2, got 2"),
+        (2, torch.tensor([0, 2], dtype=torch.int32), "f_rows: expected rows from -1 to 1, got 0 to 2"),
         (2, torch.tensor([0, 1]), "f_rows: expected contiguous"),
         (5, [torch.zeros(3, 2).T], "x_prev: expected .* with strides"),
         (6, [], "saved: expected 1 tensors as in x, got 0"),
@@ -227,3 +227,20 @@ def test_registering_loads_no_compiler():
         "print([m for m in new if m.startswith(('torch._dynamo', 'torch._inductor', 'sympy', 'triton'))])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+@pytest.mark.parametrize("rows", [[-100000000, 1], [-2, 0], [0, 2], [-1, 1]])
+@pytest.mark.parametrize("solver", [dq.Anderson(m=3), dq.Broyden()])
+def test_rows_that_do_not_lie_in_f_are_refused(solver, rows):
+    state = solver.init(torch.zeros(2, 4), rtol=1e-4)
+    given = library.arguments(state.ws, [torch.ones(2, 4)], f_rows=torch.tensor(rows, dtype=torch.int32))
+    op = torch.ops.deqfast.broyden_step if isinstance(solver, dq.Broyden) else torch.ops.deqfast.anderson_step
+    with pytest.raises(ValueError, match="f_rows: "):
+        op(*given)
+
+
+def test_rows_of_samples_that_have_stopped_may_be_dropped():
+    state = dq.Anderson(m=3).init(torch.zeros(2, 4), rtol=1e-4)
+    state.ws.int_row(Int.STATUS)[0] = dq.Status.CONVERGED
+    given = library.arguments(state.ws, [torch.ones(1, 4)], f_rows=torch.tensor([-1, 0], dtype=torch.int32))
+    assert int(torch.ops.deqfast.anderson_step(*given)) == 1

@@ -178,3 +178,16 @@ def test_threads_share_a_module():
 def test_wrong_options_raise_before_any_work(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"backend": "foo"}, ValueError, "backend must be one of 'auto'"),
+        ({"compact": "foo"}, TypeError, "compact must be a bool"),
+        ({"trace": 1}, TypeError, "trace must be a bool"),
+    ],
+)
+def test_choices_are_checked_when_the_module_is_built(options, error, message):
+    with pytest.raises(error, match=message):
+        dq.DEQ(lambda z, x: z, **options)

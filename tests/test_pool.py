@@ -113,3 +113,10 @@ def test_threads_never_share_a_buffer():
     for t in threads:
         t.join()
     assert all(torch.equal(results[i], expected[i]) for i in range(4))
+
+
+@pytest.mark.parametrize("text", ["abc", "nan", "inf", "-1"])
+def test_wrong_limit_is_said_before_f_is_evaluated(monkeypatch, text):
+    monkeypatch.setenv("DEQFAST_POOL_MB", text)
+    with pytest.raises(ValueError, match=f"DEQFAST_POOL_MB must be .*{text}"):
+        dq.fixed_point(lambda z: 1 / 0, torch.zeros(SHAPE))

@@ -28,12 +28,12 @@ from problems import (
 import deqfast as dq
 from deqfast import Status
 
-SIZES = [1, 5, 31, 32, 33, 64, 1000, 4097]
+SIZES = [1, 5, 8, 9, 31, 32, 33, 64, 1000, 4097]
 LARGE = 70000  # the step is split over threads; Broyden takes its Gram form
 
 
 def sizes_for(backend: str) -> list[int]:
-    return SIZES if backend == "native" else [1, 33, 1000, 4097]
+    return SIZES if backend == "native" else [1, 5, 8, 33, 1000]
 
 
 # ---- company ----

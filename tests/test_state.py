@@ -565,12 +565,12 @@ def test_f_that_changes_z_in_place_may_be_saved_too(solver, backend):
 
 def test_state_dict_of_other_options_or_another_shape_raises():
     state = dq.Anderson(m=3).init(torch.zeros(2, 5))
-    with pytest.raises(ValueError, match=r"saved by Anderson\(m=4.*belongs to Anderson\(m=3"):
+    with pytest.raises(ValueError, match=r"saved with options Anderson\(m=4.*has Anderson\(m=3"):
         state.load_state_dict(dq.Anderson(m=4).init(torch.zeros(2, 5)).state_dict())
     for other in (torch.zeros(3, 5), torch.zeros(2, 6), torch.zeros(2, 5, dtype=torch.float64)):
-        with pytest.raises(ValueError, match=r"state_dict entry '.*': expected .* got"):
+        with pytest.raises(ValueError, match="saved with layout"):
             state.load_state_dict(dq.Anderson(m=3).init(other).state_dict())
-    with pytest.raises(ValueError, match="saved by Broyden"):
+    with pytest.raises(ValueError, match=r"saved with options Broyden\(.*has Anderson"):
         state.load_state_dict(dq.Broyden().init(torch.zeros(2, 5)).state_dict())
 
 
@@ -647,3 +647,103 @@ def test_state_starts_at_a_copy():
     start = z0.clone()
     z0.fill_(0)
     assert torch.equal(state.z, start)
+
+
+# ---- states that do not fit, and copies that must ----
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_saved_state_of_another_memory_format_or_structure_is_refused(backend):
+    image = torch.randn(2, 3, 4, 5)
+    solver = dq.Anderson(m=3)
+    saved = solver.init(image.contiguous(memory_format=torch.channels_last), backend=backend).state_dict()
+    with pytest.raises(ValueError, match="saved with layout"):
+        solver.init(image, backend=backend).load_state_dict(saved)
+    with pytest.raises(ValueError, match="saved with layout"):
+        solver.init({"a": image}, backend=backend).load_state_dict(solver.init({"b": image}).state_dict())
+
+
+@pytest.mark.parametrize("missing", ["options", "layout", "nfe", "running", "copies_f", "copies_z", "tensors"])
+def test_incomplete_saved_state_is_refused_and_changes_nothing(missing):
+    solver = dq.Anderson(m=3)
+    saved = solver.init(torch.ones(2, 3)).state_dict()
+    del saved[missing]
+    state = solver.init(torch.zeros(2, 3))
+    before = copy.deepcopy(state)
+    with pytest.raises(ValueError, match=f"no entry '{missing}'"):
+        state.load_state_dict(saved)
+    assert same_state(state, before)
+
+
+def test_refused_saved_residual_leaves_a_plain_state_plain():
+    solver = dq.Anderson(m=3, type=2)
+    steered = solver.init(torch.ones(2, 3))
+    steered.step(torch.zeros(2, 3), residual=torch.ones(2, 5))
+    saved = steered.state_dict()
+    saved["tensors"]["x.0"] = torch.ones(2, 4)
+    state = solver.init(torch.ones(2, 3))
+    backend = state.backend
+    with pytest.raises(ValueError, match=r"'x\.0'"):
+        state.load_state_dict(saved)
+    assert state.backend == backend
+    state.step(torch.full((2, 3), 0.5))
+    assert state.nfe == 1
+
+
+def test_copy_of_an_automatic_state_is_automatic():
+    z0 = torch.ones(2, 3)
+    state = copy.deepcopy(dq.Anderson(type=2).init(z0))
+    state.step(0.5 * z0, residual=-0.5 * z0)
+    assert copy.deepcopy(state).backend == state.backend == "reference"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_copy_of_a_fresh_state_still_mends_an_f_that_writes_into_z(backend):
+    def f(z):
+        return z.mul_(0.5).add_(1)
+
+    state = copy.deepcopy(dq.Anderson(m=3).init(torch.ones(2, 3), rtol=1e-4, backend=backend))
+    run(state, f)
+    assert bool((state.z - 2).abs().max() < 1e-3)
+
+
+def test_copy_made_in_a_callback_does_not_go_on_copying():
+    copies = []
+    dq.fixed_point(
+        lambda z: 0.5 * z + 1, torch.zeros(2, 3), callback=lambda k, s: copies.append(copy.deepcopy(s)), max_iter=3
+    )
+    assert not any(state.copies_z for state in copies)
+
+
+def test_solution_does_not_follow_a_state_that_a_callback_kept():
+    kept = []
+
+    def stop_at_three(k, state):
+        kept[:] = [state]
+        return k == 3
+
+    def f(z):
+        return 0.9 * z + 1
+
+    sol = dq.fixed_point(f, torch.zeros(2, 3), rtol=1e-7, callback=stop_at_three)
+    found = sol.z.clone(), sol.steps.clone(), sol.status.clone(), {k: v.clone() for k, v in sol.events.items()}
+    run(kept[0], f)
+    assert torch.equal(sol.z, found[0])
+    assert torch.equal(sol.steps, found[1])
+    assert torch.equal(sol.status, found[2])
+    assert all(torch.equal(sol.events[k], v) for k, v in found[3].items())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("solver", ONE_OF_EACH)
+@pytest.mark.parametrize("inside_first", [True, False])
+def test_state_may_go_on_in_or_out_of_inference_mode(solver, backend, inside_first):
+    p = problem(3, 12)
+    with torch.inference_mode(inside_first):
+        state = solver.init(p.z0, rtol=1e-5, max_iter=40, backend=backend)
+        for _ in range(3):
+            state.step(pull(state.z, *p.args))
+    with torch.inference_mode(not inside_first):
+        while not state.done:
+            state.step(pull(state.z, *p.args))
+    assert bool((state.status == dq.Status.CONVERGED).all())

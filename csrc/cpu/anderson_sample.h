@@ -2,22 +2,10 @@
 // and its part in the small solve.
 #pragma once
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "anderson_decide.h"
 #include "sample.h"
 
 namespace deqfast::cpu::DEQFAST_ISA {
-
-inline int thread_index() {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
 
 // A history column's block of numbers and the scale they carry.
 template <class H>

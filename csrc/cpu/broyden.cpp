@@ -3,10 +3,6 @@
 // pass of independent products, a small recursion, one pass of combination. N alone decides.
 #include "deqfast/broyden.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "lanes.h"
 #include "sample.h"
 #include "transpose.h"
@@ -15,14 +11,6 @@ namespace deqfast::cpu::DEQFAST_ISA {
 namespace {
 
 constexpr double kMinDenominator = 1e-4;
-
-inline int thread_index() {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
 
 // Memory of one thread: block buffers, z (chain form), coefficients (Gram form).
 template <class A>

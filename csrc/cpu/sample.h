@@ -1,6 +1,10 @@
 // Reading f's output and the iterates of one sample, block by block, and putting a stopped sample to rest.
 #pragma once
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 
@@ -8,6 +12,14 @@
 #include "simd.h"
 
 namespace deqfast::cpu::DEQFAST_ISA {
+
+inline int thread_index() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
 
 template <class Use>
 inline decltype(auto) with_type(DType dtype, Use&& use) {

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..implicit import choose_gradient
 from ..solution import Solution
-from ..solve import check_options, choose_solver, fixed_point
+from ..solve import FLAGS, check_choices, check_options, choose_solver, fixed_point
 from ..state import check_stopping
 
 __all__ = ["DEQ"]
@@ -54,6 +54,7 @@ class DEQ(nn.Module):
         choose_solver(merged["solver"])
         choose_gradient(merged["backward"])
         check_options(cell, (), merged["max_iter"], merged["returns"], merged["callback"])
+        check_choices(merged["compact"], merged["backend"], {name: merged[name] for name in FLAGS})
         check_stopping(merged["rtol"], merged["atol"], merged["max_iter"], torch.float32)
         self.cell = cell
         self.options = options

@@ -1,7 +1,6 @@
 """The ops: one complete solver update each, on a workspace, by whichever backend serves the device.
 
-A backend is a module with ``why_not(device) -> str | None`` and a ``bind_*`` for each op. Solvers call ``bind`` once a
-solve and never ask which backend answered.
+Solvers ``choose`` a backend and call ``bind`` once a solve; they never ask which one answered.
 """
 
 from __future__ import annotations

@@ -128,6 +128,10 @@ class Layout:
         self.acc = accumulation_dtype(self.dtype)
         self.device = first.device
 
+    def __repr__(self) -> str:
+        leaves = ", ".join(f"{tuple(leaf.shape)} {leaf.dtype} in order {leaf.order}" for leaf in self.leaves)
+        return f"{self._describe()}: {leaves}"
+
     def flatten(self, tree: Any, name: str, batch: int | None = None) -> list[Tensor]:
         """The leaves of ``tree``, checked against this layout; under autocast a narrower float is accepted.
 
@@ -138,7 +142,9 @@ class Layout:
         """
         tensors, spec = ([tree], _LEAF) if isinstance(tree, Tensor) else pytree.tree_flatten(tree)
         if spec != self.spec:
-            raise TypeError(f"{name} must have the structure of z0, expected {self._describe()}, got {_kind(tree)}")
+            hint = "; the keys of a dict must come in z0's order" if isinstance(tree, dict) else ""
+            got = _kind(tree) + hint
+            raise TypeError(f"{name} must have the structure of z0, expected {self._describe()}, got {got}")
         for t, leaf in zip(tensors, self.leaves, strict=True):
             if not isinstance(t, Tensor):
                 raise TypeError(f"{name} must hold tensors, got a {type(t).__name__}")

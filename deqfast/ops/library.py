@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..status import Status
 from . import bind, choose
 from .layout import Layout
 from .workspace import (
@@ -38,6 +39,7 @@ from .workspace import (
     TILE,
     AndersonWorkspace,
     BroydenWorkspace,
+    Int,
     Workspace,
     history_shape,
     keeps_products,
@@ -200,24 +202,30 @@ def _run(
 ) -> Tensor:
     layout = ws.layout
     if layout.B and layout.N:
-        _check_sources(layout, f, f_rows, "f")
+        running_samples = ws.int_row(Int.STATUS) == Status.RUNNING
+        _check_sources(layout, f, f_rows, "f", running_samples)
         if f_prev is not None:
-            _check_sources(layout, f_prev, f_prev_rows, "f_prev")
+            _check_sources(layout, f_prev, f_prev_rows, "f_prev", running_samples)
         running = bind(ws, choose("auto", layout.device))(f, f_prev, f_rows, f_prev_rows)
     else:
         running = 0
     return torch.full((1,), running, dtype=torch.int64, device=layout.device)
 
 
-def _check_sources(layout: Layout, leaves: list[Tensor], rows: Tensor | None, name: str) -> None:
+def _check_sources(layout: Layout, leaves: list[Tensor], rows: Tensor | None, name: str, needed: Tensor) -> None:
+    """``needed``: (B,) bool, samples whose row will be read."""
     if rows is None:
         layout.flatten(leaves, name)
         return
     _expect(f"{name}_rows", rows, (layout.B,), torch.int32)
     batch = leaves[0].shape[0] if leaves and leaves[0].dim() else 0
     layout.flatten(leaves, name, batch)
-    if int(rows.max()) >= batch:
-        raise ValueError(f"{name}_rows: expected rows below {batch}, got {int(rows.max())}")
+    if int(rows.max()) >= batch or int(rows.min()) < -1:
+        raise ValueError(
+            f"{name}_rows: expected rows from -1 to {batch - 1}, got {int(rows.min())} to {int(rows.max())}"
+        )
+    if bool((needed & (rows < 0)).any()):
+        raise ValueError(f"{name}_rows: -1 says that a sample was dropped, got it for one that is running")
 
 
 def _expect(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

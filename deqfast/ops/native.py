@@ -25,6 +25,7 @@ except ImportError as error:  # a pure-Python install, or a module built for ano
     _IMPORT_ERROR = str(error)
 
 HUGE_PAGE_MIN_BYTES = 4 << 20
+MAX_DIMS = 16  # that the kernels walk through; outputs of more are copied
 
 
 def why_not(device: torch.device) -> str | None:
@@ -71,6 +72,7 @@ def _general_step(
     f_prev: list[Tensor] | None,
     f_rows: Tensor | None,
     f_prev_rows: Tensor | None,
+    phase: int | None = None,
 ) -> int:
     alive = []
     for which, leaves in enumerate((f, f_prev or [])):
@@ -78,11 +80,15 @@ def _general_step(
             view = _real_view(t, ws.layout.leaves[i])
             alive.append(view)
             sizes, strides = _coalesce(view.shape[1:], view.stride()[1:])
+            if len(sizes) > MAX_DIMS:
+                view = view.contiguous()
+                alive[-1] = view
+                sizes, strides = [view[0].numel()], [1]
             dense = len(sizes) == 0 or (len(sizes) == 1 and strides[0] == 1)
             plan.source(i, which, view.data_ptr(), _code(view.dtype), view.stride(0), dense, sizes, strides)
     rows = 0 if f_rows is None else f_rows.data_ptr()
     previous_rows = 0 if f_prev_rows is None else f_prev_rows.data_ptr()
-    return plan.step(ws.cur, f_prev is not None, rows, previous_rows, _C.STEP)
+    return plan.step(ws.cur, f_prev is not None, rows, previous_rows, _C.STEP if phase is None else phase)
 
 
 def _real_view(t: Tensor, leaf: Leaf) -> Tensor:

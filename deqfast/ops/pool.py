@@ -7,6 +7,7 @@ the same problem twice a batch. So the histories of finished solves wait here, u
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 
@@ -20,7 +21,14 @@ _free: list[Tensor] = []
 
 def limit() -> int:
     """Bytes that may wait here."""
-    return int(float(os.environ.get("DEQFAST_POOL_MB", "256")) * (1 << 20))
+    text = os.environ.get("DEQFAST_POOL_MB", "256")
+    try:
+        megabytes = float(text)
+    except ValueError:
+        megabytes = math.nan
+    if not 0 <= megabytes < math.inf:
+        raise ValueError(f"DEQFAST_POOL_MB must be a number of megabytes, 0 or more, got {text!r}")
+    return int(megabytes * (1 << 20))
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -30,6 +38,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
         size *= n
     if device.type != "cpu" or size < MIN_BYTES:
         return torch.empty(shape, dtype=dtype, device=device), None
+    limit()  # a wrong one is said here, before f is evaluated
     buffer = None
     with _lock:
         fitting = [t for t in _free if size <= t.numel() <= 2 * size]

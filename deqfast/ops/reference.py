@@ -264,9 +264,7 @@ def anderson_step(
         y = torch.cholesky_solve(rhs[..., None], factor)[..., 0]
         solved = (info == 0) & torch.isfinite(y).all(1)
     else:
-        matrix = torch.where(both, -matrix, eye)
-        y, info = torch.linalg.solve_ex(torch.where(both, matrix + ws.ridge * eye, eye), rhs)
-        matrix = -matrix
+        y, info = torch.linalg.solve_ex(torch.where(both, ws.ridge * eye - matrix, eye), rhs)
         solved = (info == 0) & torch.isfinite(y).all(1)
     failed = going & ~solved
     ints(Int.SOLVE_FALLBACKS).add_(failed.int())

@@ -232,5 +232,5 @@ def tile(t: Tensor, tiles: int) -> Tensor:
 
 
 def untile(t: Tensor, B: int) -> Tensor:
-    """(tiles, ..., 16) to (B, ...)."""
-    return t.movedim(-1, 1).reshape(t.shape[0] * TILE, *t.shape[1:-1])[:B]
+    """(tiles, ..., 16) to (B, ...), dense: strides decide the order in which torch adds up."""
+    return t.movedim(-1, 1).reshape(t.shape[0] * TILE, *t.shape[1:-1])[:B].contiguous()
