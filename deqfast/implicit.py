@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from . import adjoint, transformed, transforms
 from .broyden import Broyden
+from .choose import choose_solver
 from .linear import LinearOptions
 from .ops.layout import Layout
 from .solution import Solution
@@ -94,7 +95,7 @@ class Implicit(Gradient):
 
     def __post_init__(self) -> None:
         if self.solver is not None:
-            _solver(self.solver)
+            choose_solver(self.solver)
         check_stopping(self.rtol, 0.0, self.max_iter, torch.float32)
 
     def attach(self, problem: Problem, z: Any) -> Any:
@@ -107,7 +108,7 @@ class Implicit(Gradient):
         return layout.unflatten(adjoint.attach(problem.f, problem.args, layout, leaves, options, copy_z=problem.copy_z))
 
     def _options(self, problem: Problem) -> LinearOptions:
-        solver = problem.solver if self.solver is None else _solver(self.solver)
+        solver = problem.solver if self.solver is None else choose_solver(self.solver)
         if self.solver is None and isinstance(solver, Broyden) and solver.scale == "unit":
             solver = replace(solver, scale="first_step")
         rtol = problem.rtol if self.rtol is None else self.rtol
@@ -186,9 +187,3 @@ def choose_gradient(backward: Any) -> Gradient | None:
         raise ValueError(f"backward must be {_MODES}, got {backward!r}")
     got = f"the class {backward.__name__}" if isinstance(backward, type) else type(backward).__name__
     raise TypeError(f"backward must be {_MODES}, got {got}")
-
-
-def _solver(solver: Any) -> Solver:
-    from .solve import choose_solver  # solve imports this module
-
-    return choose_solver(solver)

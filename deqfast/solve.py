@@ -11,19 +11,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import transforms
-from .anderson import Anderson
-from .broyden import Broyden
+from .choose import choose_solver
 from .compaction import Compactor
 from .implicit import Gradient, Problem, choose_gradient
 from .ops import BACKENDS
 from .ops.layout import Layout
 from .ops.workspace import Int
-from .picard import Picard
 from .solution import ConvergenceError, Solution
 from .state import Solver, SolverState, check_stopping
 from .status import Status
-
-SOLVERS: dict[str, Callable[[], Solver]] = {"anderson": Anderson, "broyden": Broyden, "picard": Picard}
 
 
 def fixed_point(
@@ -132,21 +128,6 @@ def _shifted(g: Callable[..., Any], z: Any, *args: Any) -> Any:
             shape = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
             raise ValueError(f"g(z) must have the shape of z0, expected {tuple(t.shape)}, got {shape}")
     return pytree.tree_map(torch.add, z, value)
-
-
-def choose_solver(solver: str | Solver) -> Solver:
-    """The solver named or given.
-
-    Raises:
-        ValueError, TypeError: neither a known name nor solver options.
-    """
-    if isinstance(solver, str):
-        if solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {', '.join(map(repr, SOLVERS))}, got {solver!r}")
-        return SOLVERS[solver]()
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver must be a name or an Anderson, Broyden or Picard, got {type(solver).__name__}")
-    return solver
 
 
 def check_options(f: Any, args: Any, max_iter: Any, returns: str, callback: Any) -> None:

@@ -250,3 +250,12 @@ def assert_same_decisions(state: SolverState, oracle: SolverState, best_before: 
         got, expected = state.ws.real_row(row).double(), oracle.ws.real_row(row)
         agrees = ((got - expected).abs() <= tolerance) | stopped | (got == expected)
         assert bool(agrees.all()), f"{row.name}: {got.tolist()} against {expected.tolist()}"
+
+
+def same_state(a: SolverState, b: SolverState) -> bool:
+    """Whether two states stand at the same point, bit for bit."""
+    return (
+        a.nfe == b.nfe
+        and a.done == b.done
+        and all(same_bits(getattr(a, name), getattr(b, name)) for name in ("z", "status", "steps", "residual"))
+    )

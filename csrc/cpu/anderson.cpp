@@ -108,16 +108,10 @@ class AndersonStep : AndersonShort<A, H> {
 
     template <class Work>
     void for_chunks(Work&& work) {
-#pragma omp parallel for num_threads(a.threads) schedule(static) if (a.threads > 1)
-        for (int64_t u = 0; u < a.B * a.chunks; ++u) {
-            const int64_t b = u / a.chunks;
-            if (a.at(kStatus, b) != kRunning) continue;
-            int64_t rest = u % a.chunks;
-            int l = 0;
-            for (; rest >= chunks_of(a.leaves[l].n); ++l) rest -= chunks_of(a.leaves[l].n);
+        over_chunks(a, [&](int64_t b, int l, int64_t begin, int64_t unit) {
             Scratch<A> s(a, thread_index());
-            work(b, l, rest * kChunk, a.partials + u * D, s);
-        }
+            work(b, l, begin, a.partials + unit * D, s);
+        });
     }
 
     void reduce() {

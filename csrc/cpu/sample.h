@@ -134,6 +134,20 @@ inline bool write_block(void* row, DType dtype, int64_t n, int64_t count, const 
     });
 }
 
+// use(sample, leaf, first number, index of the chunk) for every chunk of every running sample, over threads.
+template <class Use>
+inline void over_chunks(const SolveArgs& a, Use&& use) {
+#pragma omp parallel for num_threads(a.threads) schedule(static) if (a.threads > 1)
+    for (int64_t unit = 0; unit < a.B * a.chunks; ++unit) {
+        const int64_t b = unit / a.chunks;
+        if (a.at(kStatus, b) != kRunning) continue;
+        int64_t rest = unit % a.chunks;
+        int l = 0;
+        for (; rest >= chunks_of(a.leaves[l].n); ++l) rest -= chunks_of(a.leaves[l].n);
+        use(b, l, rest * kChunk, unit);
+    }
+}
+
 // Norms of f and of f - x in double: no square of a finite float overflows or vanishes there.
 template <class A>
 __attribute__((noinline)) void scan_norms(const SolveArgs& a, int64_t b, A* buffers, double* f_norm, double* g_norm) {

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..choose import choose_solver
 from ..implicit import choose_gradient
 from ..solution import Solution
-from ..solve import FLAGS, check_choices, check_options, choose_solver, fixed_point
+from ..solve import FLAGS, check_choices, check_options, fixed_point
 from ..state import check_stopping
 
 __all__ = ["DEQ"]
