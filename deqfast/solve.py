@@ -97,8 +97,9 @@ def fixed_point(
         with transforms.Outside() as outside:
             inner, plain = outside.inside(f), transforms.values(args)
             state, rows = _run(inner, plain, problem, start, atol, returns, compact, trace, callback, progress)
-    solution = conclude(state, returns, rows)
-    if callback is None:  # which may have kept the state
+    shared = callback is not None  # it may have kept the state
+    solution = conclude(state, returns, rows, shared)
+    if not shared:
         state.release()
     if gradient is not None and problem.differentiated:
         problem.copy_z = state.copies_z
@@ -220,11 +221,11 @@ def _bar(total: int) -> Any:
     return tqdm(total=total, unit="evaluation", leave=False)
 
 
-def conclude(state: SolverState, returns: str, rows: list[Tensor] | None) -> Solution:
-    """The solution a state has reached."""
+def conclude(state: SolverState, returns: str, rows: list[Tensor] | None, shared: bool) -> Solution:
+    """The solution a state has reached; ``shared``: somebody else may step the state further."""
     leaves, residual = state.answer(returns)
     ws, layout = state.ws, state.layout
-    counters = ws.ints.clone()  # a callback may have kept the state, and step it further
+    counters = ws.ints.clone() if shared else ws.ints
     status = counters[Int.STATUS, : layout.B]
     if layout.N == 0:
         status.fill_(Status.CONVERGED)
