@@ -22,7 +22,7 @@ LOCK = $(if $(FLOCK),$(FLOCK) $(1))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build inplace demo test lint test-min-torch bench bench-report sanitize check-aarch64 format clean
+.PHONY: help venv build inplace demo test lint test-min-torch bench bench-report sanitize check-aarch64 check-cuda format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-16s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -115,6 +115,11 @@ check-aarch64: ## Compile the CPU kernels for aarch64 (needs a cross compiler)
 	for source in csrc/cpu/*.cpp; do \
 	  $(AARCH64_CXX) -std=c++17 -O3 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra -Werror \
 	    -DDEQFAST_ISA=baseline -DDEQFAST_HAS_BASELINE -Icsrc/include -c $$source -o /dev/null || exit 1; \
+	done
+
+check-cuda: ## Compile the CUDA kernels for sm_90 and show what they use (needs nvcc; minutes)
+	for source in csrc/cuda/*.cu; do \
+	  nvcc -std=c++17 -O3 -arch=sm_90 -Xptxas -v -Icsrc/include -c $$source -o /dev/null 2>&1 | grep -E "error|warning|spill|Used" | sort | uniq -c; \
 	done
 
 format: venv ## Format Python and C++ in place, write the API reference

@@ -37,6 +37,6 @@ inline int64_t anderson_scratch_bytes(int m_columns, int64_t number) {
     return (bytes + 32 * 64 + 63) / 64 * 64;
 }
 
-inline int64_t anderson_products(int m) { return kHeadProducts + int64_t(kColumnProducts) * m; }
+DEQFAST_HD inline int64_t anderson_products(int m) { return kHeadProducts + int64_t(kColumnProducts) * m; }
 
 }  // namespace deqfast

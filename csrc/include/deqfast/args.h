@@ -3,6 +3,13 @@
 
 #include <cstdint>
 
+// Functions that a GPU's compiler makes for both sides.
+#ifdef __CUDACC__
+#define DEQFAST_HD __host__ __device__
+#else
+#define DEQFAST_HD
+#endif
+
 namespace deqfast {
 
 constexpr int kTile = 16;         // samples whose small matrices lie interleaved
@@ -79,14 +86,14 @@ struct SolveArgs {
     int64_t chunks = 0;          // chunks a sample
     int64_t* running = nullptr;  // out: samples still running
 
-    int32_t& at(IntRow row, int64_t b) const { return ints[row * padded + b]; }
+    DEQFAST_HD int32_t& at(IntRow row, int64_t b) const { return ints[row * padded + b]; }
     template <class A>
-    A& at(RealRow row, int64_t b) const {
+    DEQFAST_HD A& at(RealRow row, int64_t b) const {
         return static_cast<A*>(reals)[row * padded + b];
     }
 };
 
-inline int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
-inline int64_t chunks_of(int64_t n) { return (n + kChunk - 1) / kChunk; }
+DEQFAST_HD inline int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
+DEQFAST_HD inline int64_t chunks_of(int64_t n) { return (n + kChunk - 1) / kChunk; }
 
 }  // namespace deqfast

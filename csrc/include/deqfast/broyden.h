@@ -13,7 +13,7 @@ struct BroydenArgs : SolveArgs {
     void* gram = nullptr;     // (B, memory, memory): s_i . s_j, i >= j; null: the chain form
 };
 
-inline int64_t broyden_products(int memory) { return 2 + int64_t(memory); }
+DEQFAST_HD inline int64_t broyden_products(int memory) { return 2 + int64_t(memory); }
 
 inline int64_t broyden_scratch_bytes(int64_t N, bool chain, int64_t number) {
     return (4 * (kBlock + kTile) * number + (chain ? N + kTile : 0) * number + 63) / 64 * 64;

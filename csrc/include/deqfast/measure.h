@@ -6,12 +6,6 @@
 
 #include "deqfast/args.h"
 
-#ifdef __CUDACC__
-#define DEQFAST_HD __host__ __device__
-#else
-#define DEQFAST_HD
-#endif
-
 namespace deqfast {
 
 // A sample whose magnitude leaves [1/kUnitRange, kUnitRange] in its unit gets a new unit and forgets its history.

@@ -1,0 +1,92 @@
+// What a block does around the arithmetic of a step: judging the evaluation, saving the best iterate, putting a stopped
+// sample to rest, counting what still runs.
+#pragma once
+
+#include "deqfast/measure.h"
+#include "device.cuh"
+
+namespace deqfast::cuda {
+
+// Device memory that a step needs besides the workspace; zero before the first step but for `counters[0]`.
+struct DeviceWork {
+    int32_t* counters = nullptr;       // samples still running; blocks that have finished this step
+    int32_t* arrivals = nullptr;       // (2, B) blocks of a sample that have reduced, that have mixed
+    int32_t* outcomes = nullptr;       // (B): what was decided for a sample that is split over blocks
+    int32_t* infinite = nullptr;       // (B): some block mixed a number that is not finite
+    double* partials = nullptr;        // (B, products, chunks)
+    void* gamma = nullptr;             // (B, m)
+    volatile int32_t* seen = nullptr;  // host memory: steps finished, samples still running after the last of them
+    void* stream = nullptr;
+};
+
+enum Outcome : int32_t { kGoing = 1, kReset = 2, kSpill = 4, kUseSaved = 8, kGrew = 16, kJudged = 32 };
+
+// By one thread: the verdict on sample b from its squared norms.
+template <class A>
+__device__ inline int32_t judge(const SolveArgs& a, const DeviceWork& work, int64_t b, double ff, double gg) {
+    constexpr double growth_limit = 1.5;
+    const Verdict v = measure<A>(a, b, sqrt(ff), sqrt(gg));
+    if (!v.going) atomicAdd(&work.counters[0], -1);
+    const bool grew =
+        v.going && !v.reset && a.at(kSteps, b) > 1 && a.at<A>(kNorm, b) > A(growth_limit) * A(v.previous_norm);
+    return kJudged | (v.going ? kGoing : 0) | (v.reset ? kReset : 0) | (v.spill ? kSpill : 0) |
+           (v.use_saved ? kUseSaved : 0) | (grew ? kGrew : 0);
+}
+
+template <class S>
+__device__ __forceinline__ S* row_of(void* base, const Leaf& leaf, int64_t b) {
+    return static_cast<S*>(base) + b * leaf.n;
+}
+
+// Numbers [begin, end) of a row; the whole block.
+template <class S>
+__device__ inline void copy_row(S* to, const S* from, int64_t begin, int64_t end) {
+    for (int64_t i = begin + int64_t(threadIdx.x); i < end; i += int64_t(blockDim.x)) to[i] = from[i];
+}
+
+// Keeps the best iterate before it is overwritten; of a stopped sample, puts the answer into both buffers.
+template <class S>
+__device__ inline void spill_and_rest(const Leaf& leaf, int64_t b, int32_t outcome, int64_t begin, int64_t end) {
+    S *x = row_of<S>(leaf.x, leaf, b), *x_prev = row_of<S>(leaf.x_prev, leaf, b),
+      *saved = row_of<S>(leaf.saved, leaf, b);
+    if (outcome & kSpill) copy_row(saved, x_prev, begin, end);
+    if (outcome & kGoing) return;
+    if (outcome & kUseSaved) copy_row(x, saved, begin, end);
+    __syncthreads();
+    copy_row(x_prev, x, begin, end);
+}
+
+inline __device__ void after_step(const SolveArgs& a, int64_t b) {
+    int32_t& best_at = a.at(kBestAt, b);
+    if (best_at == kCurrent) best_at = kPrevious;
+}
+
+// The last of `blocks` blocks to get here tells the host how many samples still run.
+inline __device__ void finish(const DeviceWork& work, int64_t blocks) {
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    __threadfence();
+    if (atomicAdd(&work.counters[1], 1) != int32_t(blocks) - 1) return;
+    work.counters[1] = 0;
+    if (!work.seen) return;
+    work.seen[1] = atomicAdd(&work.counters[0], 0);
+    __threadfence_system();
+    work.seen[0] = work.seen[0] + 1;
+}
+
+// Whether this block is the last of `blocks` to arrive; the whole block calls, and afterwards sees what the others
+// wrote.
+inline __device__ bool last_to_arrive(int32_t* arrivals, int64_t blocks) {
+    __threadfence();
+    __syncthreads();
+    int last = 0;
+    if (threadIdx.x == 0) {
+        last = atomicAdd(arrivals, 1) == int32_t(blocks) - 1;
+        if (last) *arrivals = 0;
+    }
+    last = __syncthreads_or(last);
+    if (last) __threadfence();
+    return last;
+}
+
+}  // namespace deqfast::cuda
