@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 SITE := build/sanitize/site
 PIP_INSTALL = -m pip --disable-pip-version-check install --quiet
 BUILD_DEPS := "scikit-build-core[setuptools]>=1.0,<2" "setuptools>=77" "pybind11>=2.13,<4" cmake ninja
-CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+CXX_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 # Two makes may run at once: the second waits for the first one's build.
 FLOCK := $(shell command -v flock)
 LOCK = $(if $(FLOCK),$(FLOCK) $(1))
