@@ -35,7 +35,7 @@ def torchdeq_evaluations(torchdeq, f, z0, rtol, solver="anderson", **options) ->
 # ---- an absolute ridge: the scale of a problem decides whether it is solved ----
 
 
-def scaled_counts(evaluations) -> None:
+def assert_scaled_counts(evaluations) -> None:
     f, exact = linear(4, 30, norm=0.95, symmetric=True)
     counts = []
     for s in (1e3, 1.0, 1e-3):
@@ -47,15 +47,15 @@ def scaled_counts(evaluations) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("solver", ["anderson", "broyden", dq.Anderson(m=6, type=2), dq.Anderson(m=6, type=1)])
 def test_scale_of_a_problem_does_not_change_the_evaluations(solver, backend):
-    scaled_counts(lambda f, z0, rtol: deqfast_evaluations(f, z0, rtol, backend, solver=solver))
+    assert_scaled_counts(lambda f, z0, rtol: deqfast_evaluations(f, z0, rtol, backend, solver=solver))
 
 
 def test_scale_of_a_problem_changes_torchdeq_evaluations(torchdeq):
     with pytest.raises(AssertionError):
-        scaled_counts(lambda f, z0, rtol: torchdeq_evaluations(torchdeq, f, z0, rtol))
+        assert_scaled_counts(lambda f, z0, rtol: torchdeq_evaluations(torchdeq, f, z0, rtol))
 
 
-def faster_than_plain(evaluations, plain) -> None:
+def assert_faster_than_plain(evaluations, plain) -> None:
     """A float32 problem whose residual soon lies below the ridge."""
     f, exact = linear(4, 30, dtype=torch.float32, norm=0.97, symmetric=True)
     f_small = lambda z: 1e-2 * f(z / 1e-2)  # noqa: E731
@@ -65,7 +65,7 @@ def faster_than_plain(evaluations, plain) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_acceleration_beats_plain_iteration_with_the_defaults(backend):
-    faster_than_plain(
+    assert_faster_than_plain(
         lambda f, z0, rtol: deqfast_evaluations(f, z0, rtol, backend),
         lambda f, z0, rtol: deqfast_evaluations(f, z0, rtol, backend, solver="picard"),
     )
@@ -73,7 +73,7 @@ def test_acceleration_beats_plain_iteration_with_the_defaults(backend):
 
 def test_acceleration_of_torchdeq_loses_that_with_its_defaults(torchdeq):
     with pytest.raises(AssertionError):
-        faster_than_plain(
+        assert_faster_than_plain(
             lambda f, z0, rtol: torchdeq_evaluations(torchdeq, f, z0, rtol),
             lambda f, z0, rtol: torchdeq_evaluations(torchdeq, f, z0, rtol, "fixed_point_iter"),
         )
@@ -98,7 +98,7 @@ def nan_map(calls: list[int]):
     return f
 
 
-def nan_sample_is_contained(solve) -> None:
+def assert_nan_sample_is_contained(solve) -> None:
     calls: list[int] = []
     z = solve(nan_map(calls), torch.zeros(3, 12, dtype=torch.float64))
     assert bool(torch.isfinite(z).all()), "the best iterate is lost"
@@ -111,7 +111,7 @@ def nan_sample_is_contained(solve) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("solver", ["anderson", "broyden", "picard"])
 def test_nan_sample_keeps_its_best_iterate_and_stops_nobody(solver, backend):
-    nan_sample_is_contained(
+    assert_nan_sample_is_contained(
         lambda f, z0: dq.fixed_point(f, z0, solver=solver, rtol=1e-9, max_iter=400, backend=backend, backward="none").z
     )
 
@@ -120,25 +120,27 @@ def test_nan_sample_keeps_its_best_iterate_and_stops_nobody(solver, backend):
 def test_nan_sample_loses_its_best_iterate_in_torchdeq(solver, torchdeq):
     run = torchdeq.solver.get_solver(solver)
     with pytest.raises(AssertionError):
-        nan_sample_is_contained(lambda f, z0: run(f, z0, max_iter=400, tol=1e-9, stop_mode="rel")[0])
+        assert_nan_sample_is_contained(lambda f, z0: run(f, z0, max_iter=400, tol=1e-9, stop_mode="rel")[0])
 
 
 # ---- limited memory ----
 
 
-def limited_memory_converges(evaluations) -> None:
+def assert_limited_memory_converges(evaluations) -> None:
     f, exact = linear(3, 40, norm=0.97, symmetric=True)
     assert evaluations(f, torch.zeros_like(exact), 1e-6) <= 200
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_broyden_with_six_columns_converges(backend):
-    limited_memory_converges(lambda f, z0, rtol: deqfast_evaluations(f, z0, rtol, backend, solver=dq.Broyden(memory=6)))
+    assert_limited_memory_converges(
+        lambda f, z0, rtol: deqfast_evaluations(f, z0, rtol, backend, solver=dq.Broyden(memory=6))
+    )
 
 
 def test_broyden_of_torchdeq_with_six_columns_does_not(torchdeq):
     with pytest.raises((AssertionError, RuntimeError)):
-        limited_memory_converges(
+        assert_limited_memory_converges(
             lambda f, z0, rtol: torchdeq_evaluations(torchdeq, f, z0, rtol, "broyden", LBFGS_thres=6)
         )
 
@@ -174,7 +176,7 @@ def test_finished_samples_still_move_in_torchdeq(torchdeq):
         finished_samples_rest(lambda f, z0: run(f, z0, max_iter=3000, tol=1e-8, stop_mode="rel", tau=0.9))
 
 
-def slow_sample_pays_alone(rows) -> None:
+def assert_slow_sample_pays_alone(rows) -> None:
     f_rate = torch.full((16, 1), 0.1, dtype=torch.float64)
     f_rate[3] = 0.99
     f = Counted(lambda z, rate: rate * z + 1)
@@ -185,13 +187,13 @@ def slow_sample_pays_alone(rows) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_slow_sample_pays_alone(backend):
     options = {"solver": "picard", "rtol": 1e-6, "max_iter": 3000, "backend": backend, "backward": "none"}
-    slow_sample_pays_alone(lambda f, z0, rate: dq.fixed_point(f, z0, (rate,), compact=True, **options))
+    assert_slow_sample_pays_alone(lambda f, z0, rate: dq.fixed_point(f, z0, (rate,), compact=True, **options))
 
 
 def test_all_pay_for_a_slow_sample_in_torchdeq(torchdeq):
     run = torchdeq.solver.get_solver("fixed_point_iter")
     with pytest.raises(AssertionError, match="every evaluation saw every sample"):
-        slow_sample_pays_alone(
+        assert_slow_sample_pays_alone(
             lambda f, z0, rate: run(lambda z: f(z, rate), z0, max_iter=3000, tol=1e-6, stop_mode="rel")
         )
 
@@ -220,7 +222,7 @@ def test_unknown_options_pass_in_torchdeq(torchdeq):
     torchdeq.solver.get_solver("anderson")(lambda z: 0.5 * z + 1, torch.zeros(2, 3), tolerance=1e-3)
 
 
-def tolerance_is_honoured(residual) -> None:
+def assert_tolerance_is_honoured(residual) -> None:
     """residual(tolerance) of a solve that asks for it."""
     loose, tight = residual(1e-1), residual(1e-8)
     assert tight <= 1e-8 < loose <= 1e-1
@@ -236,7 +238,7 @@ def test_tolerance_of_a_call_is_honoured(backend):
         )
         return float(sol.residual.max())
 
-    tolerance_is_honoured(residual)
+    assert_tolerance_is_honoured(residual)
 
 
 def test_tolerance_of_a_call_is_ignored_by_torchdeq(torchdeq):
@@ -246,7 +248,7 @@ def test_tolerance_of_a_call_is_ignored_by_torchdeq(torchdeq):
         return float(info["rel_lowest"].max())
 
     with pytest.raises(AssertionError):
-        tolerance_is_honoured(residual)
+        assert_tolerance_is_honoured(residual)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -267,7 +269,7 @@ def test_configuration_of_the_caller_is_changed_by_torchdeq(torchdeq):
     assert config != {"f_max_iter": 7}
 
 
-def damping_does_not_flatter(residual) -> None:
+def assert_damping_does_not_flatter(residual) -> None:
     """f(z) = z / 2 + 1 at z = 1: f - z = 1/2, whatever the damping."""
     for damping in (1.0, 0.5, 0.1):
         assert residual(damping) == pytest.approx(0.5, rel=1e-12), damping
@@ -283,13 +285,13 @@ def test_damped_iteration_reports_the_residual_of_f(backend):
         )
         return float(sol.residual[0]) * 1.5  # relative to ||f(z)||
 
-    damping_does_not_flatter(residual)
+    assert_damping_does_not_flatter(residual)
 
 
 def test_damped_iteration_of_torchdeq_reports_less(torchdeq):
     run = torchdeq.solver.get_solver("fixed_point_iter")
     z0 = torch.ones(1, 1, dtype=torch.float64)
     with pytest.raises(AssertionError):
-        damping_does_not_flatter(
+        assert_damping_does_not_flatter(
             lambda damping: float(run(lambda z: 0.5 * z + 1, z0, max_iter=1, tau=damping)[2]["abs_lowest"][0])
         )

@@ -1,4 +1,4 @@
-// Small dense solves by a team of threads that share memory: a warp, or one thread alone (then no barrier is needed).
+// Small dense solves by a team of threads that share memory: a warp.
 // Matrices are row-major with row stride m, entries `stride` apart, so that the matrices of a block's threads may lie
 // interleaved. A singular system yields numbers that are not finite: the caller looks.
 #pragma once
@@ -25,19 +25,6 @@ struct WarpTeam {
         }
     }
     static __device__ __forceinline__ bool any(bool v) { return __any_sync(kAll, v); }
-};
-
-struct OneThread {
-    static constexpr int size = 1;
-    static __device__ __forceinline__ int rank() { return 0; }
-    static __device__ __forceinline__ void sync() {}
-    template <class T>
-    static __device__ __forceinline__ T sum(T v) {
-        return v;
-    }
-    template <class A>
-    static __device__ __forceinline__ void largest(A&, int&) {}
-    static __device__ __forceinline__ bool any(bool v) { return v; }
 };
 
 // Numbers in memory that the team shares, `stride` apart.

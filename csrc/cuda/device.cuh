@@ -81,24 +81,6 @@ struct Format<A, int8_t> {
     }
 };
 
-template <class Use>
-__device__ __forceinline__ void with_state_type(DType dtype, Use&& use) {
-    switch (dtype) {
-        case DType::f64:
-            return use(double{});
-        case DType::f32:
-            return use(float{});
-        case DType::bf16:
-            return use(Bf16{});
-        default:
-            return use(F16{});
-    }
-}
-
-__host__ __device__ inline int64_t size_of(DType dtype) {
-    return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2;
-}
-
 // ---- sums ----
 
 __device__ __forceinline__ int lane_of() { return int(threadIdx.x) % kWarpSize; }
