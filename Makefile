@@ -6,6 +6,8 @@ TORCH_MIN ?= torch==2.9.0
 VENV ?= .venv
 VENV_MIN ?= .venv-min
 PYTEST_ARGS ?=
+# CUDA kernels take minutes to compile: without a GPU to run them they are left to check-cuda.
+CUDA ?= $(if $(shell command -v nvidia-smi),auto,off)
 # Everything instrumented takes an hour: SANITIZE_TESTS="tests -k native".
 SANITIZE_TESTS ?= tests/test_memory.py
 SANITIZE_ISAS ?= avx512 avx2 baseline
@@ -44,7 +46,7 @@ venv: $(VENV)/.deps ## Make .venv with torch, the tools and the package (editabl
 build: venv ## Compile what changed and put the module into deqfast/
 	@mkdir -p build/dev
 	@test -f build/dev/build.ninja || $(BIN)/cmake -S . -B build/dev -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
-	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DDEQFAST_WERROR=ON
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DDEQFAST_WERROR=ON -DDEQFAST_CUDA=$(CUDA)
 	$(call LOCK,build/dev/.lock) $(BIN)/cmake --build build/dev
 
 inplace: ## Use the tree without pip: PYTHON's torch is enough, kernels/ is linked into deqfast/
@@ -94,7 +96,7 @@ bench-report: venv ## Write the tables of the documentation from bench/results/
 sanitize: venv ## Run the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@test -f build/sanitize/build.ninja || $(BIN)/cmake -S . -B build/sanitize -G Ninja \
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
-	  -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" -DDEQFAST_SANITIZE=ON -DDEQFAST_INPLACE=OFF
+	  -DDEQFAST_CUDA=off -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" -DDEQFAST_SANITIZE=ON -DDEQFAST_INPLACE=OFF
 	$(BIN)/cmake --build build/sanitize
 	rm -rf $(SITE)
 	mkdir -p $(SITE)

@@ -12,6 +12,10 @@
 #include "deqfast/anderson.h"
 #include "deqfast/broyden.h"
 #include "deqfast/dispatch.h"
+#ifdef DEQFAST_HAS_CUDA
+#include "cuda/runtime.h"
+#include "cuda/work.h"
+#endif
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -37,6 +41,93 @@ class Buffer {
    private:
     std::unique_ptr<char[]> memory_;
 };
+
+#ifdef DEQFAST_HAS_CUDA
+void device_step(const deqfast::AndersonArgs& args, const deqfast::cuda::DeviceWork& work, int phase) {
+    deqfast::cuda::anderson_step(args, work, phase);
+}
+void device_step(const deqfast::BroydenArgs& args, const deqfast::cuda::DeviceWork& work, int phase) {
+    deqfast::cuda::broyden_step(args, work, phase);
+}
+
+// A solve's place on a device: memory beside the workspace, and the way back to the host.
+class Device {
+   public:
+    // B: samples that still run; evaluations: made so far.
+    Device(int index, int64_t B, int64_t evaluations, int lag)
+        : index_(index), lag_(lag), B_(B), evaluations_(evaluations) {}
+
+    template <class Args>
+    int64_t bytes(const Args& args, bool halves) const {
+        return lay_out(args, halves, nullptr, nullptr);
+    }
+    template <class Args>
+    void use(Args& args, bool halves, char* memory) {
+        (void)lay_out(args, halves, memory, &work_);
+        args.sums = work_.sums;
+        halves_ = halves;
+    }
+
+    // Launches, and returns the samples still running `lag` steps before.
+    template <class Args>
+    int64_t step(const Args& args, int phase, void* stream) {
+        if (!work_.counters) throw std::logic_error("a plan on a device was given no memory");
+        if (phase != deqfast::kStep && !halves_) throw std::invalid_argument("this plan takes whole steps only");
+        const deqfast::cuda::OnDevice on(index_);
+        // A captured graph may be replayed when this plan is gone, so that its steps tell nobody.
+        const bool captured = deqfast::cuda::capturing(stream);
+        work_.stream = stream;
+        if (captured) {
+            work_.ring = nullptr;
+        } else if (phase & deqfast::kApply) {
+            if (!counts_) counts_.reset(new deqfast::cuda::Counts);
+            work_.ring = counts_->ring();
+            work_.ring_size = deqfast::cuda::Counts::kEntries;
+            work_.step = counts_->next(stream);
+        }
+        device_step(args, work_, phase);
+        if (phase == deqfast::kReduce) return known_;
+        ++evaluations_;
+        counted_ = captured ? 0 : counted_ + 1;
+        if (args.max_iter && evaluations_ >= args.max_iter) return known_ = 0;
+        if (counted_ > lag_) known_ = counts_->read(lag_).running;
+        return known_;
+    }
+
+    // Samples that stopped without having converged, after the newest step; waits for it.
+    int64_t failed() const { return counted_ > 0 ? counts_->read(0).failed : 0; }
+
+   private:
+    int index_, lag_;
+    int64_t B_, evaluations_, known_ = B_;
+    int64_t counted_ = 0;  // steps in a row that the host is told about
+    bool halves_ = false;
+    deqfast::cuda::DeviceWork work_;
+    std::unique_ptr<deqfast::cuda::Counts> counts_;
+
+    // Gives every array its part of `memory`; returns how much that takes in all.
+    template <class Args>
+    static int64_t lay_out(const Args& args, bool halves, char* memory, deqfast::cuda::DeviceWork* work) {
+        const deqfast::cuda::WorkSizes sizes = work_sizes(args, halves);
+        int64_t at = 0;
+        const auto place = [&](auto* deqfast::cuda::DeviceWork::* array, int64_t bytes) {
+            using T = std::remove_reference_t<decltype(work->*array)>;
+            if (work) work->*array = bytes ? reinterpret_cast<T>(memory + at) : nullptr;
+            at += (bytes + 15) / 16 * 16;
+        };
+        using W = deqfast::cuda::DeviceWork;
+        place(&W::counters, sizes.counters);
+        place(&W::arrivals, sizes.arrivals);
+        place(&W::outcomes, sizes.outcomes);
+        place(&W::infinite, sizes.infinite);
+        place(&W::partials, sizes.partials);
+        place(&W::sums, sizes.sums);
+        place(&W::coefficients, sizes.coefficients);
+        place(&W::z, sizes.z);
+        return at;
+    }
+};
+#endif
 
 // One solve: the workspace's addresses, bound once, so that a step passes only what changes. It borrows every tensor;
 // whoever makes a plan keeps them alive.
@@ -94,7 +185,7 @@ class Plan {
     }
 
     // One leaf, dense, of the state's dtype: only addresses change. f_prev 0: there is none.
-    int64_t step_dense(int cur, Address f, Address f_prev) {
+    int64_t step_dense(int cur, Address f, Address f_prev, Address stream) {
         for (deqfast::Source* s : {&leaves_[0].f, &leaves_[0].f_prev}) {
             s->dtype = args.dtype;
             s->batch_stride = leaves_[0].n;
@@ -102,10 +193,11 @@ class Plan {
         }
         leaves_[0].f.data = pointer<void>(f);
         leaves_[0].f_prev.data = pointer<void>(f_prev);
-        return step(cur, f_prev != 0, 0, 0, deqfast::kStep);
+        return step(cur, f_prev != 0, 0, 0, deqfast::kStep, stream);
     }
 
-    int64_t step(int cur, bool has_previous, Address f_rows, Address f_prev_rows, int phase) {
+    // Returns the samples still running; on a device those of an earlier step, see Device.
+    int64_t step(int cur, bool has_previous, Address f_rows, Address f_prev_rows, int phase, Address stream) {
         check_phase(phase);
         args.f_rows = pointer<int32_t>(f_rows);
         args.f_prev_rows = pointer<int32_t>(f_prev_rows);
@@ -114,11 +206,32 @@ class Plan {
             leaves_[i].x_prev = x_[i][1 - cur];
         }
         set_previous(has_previous);
+#ifdef DEQFAST_HAS_CUDA
+        if (device_) {
+            py::gil_scoped_release release;
+            return device_->step(args, phase, pointer<void>(stream));
+        }
+#endif
+        (void)stream;
         const auto& table = deqfast::cpu::kernels();
         py::gil_scoped_release release;
         (table.*kernel)(args, phase);
         return running_;
     }
+
+#ifdef DEQFAST_HAS_CUDA
+    // Before `method`: the kernels of a device will be used. Then `device_bytes` of zeroed memory, whose first number
+    // is how many samples run.
+    void on_device(int index, int64_t B, int64_t evaluations, int lag) {
+        device_.reset(new Device(index, B, evaluations, lag));
+    }
+    int64_t device_bytes(bool halves) const { return device_->bytes(args, halves); }
+    void use(Address memory, bool halves) { device_->use(args, halves, pointer<char>(memory)); }
+    int64_t failed() const {
+        py::gil_scoped_release release;
+        return device_->failed();
+    }
+#endif
 
    protected:
     Args args;
@@ -129,6 +242,9 @@ class Plan {
     virtual void check_phase(int) const {}
 
     void reserve(int64_t scratch_bytes, int64_t products, bool split) {
+#ifdef DEQFAST_HAS_CUDA
+        if (device_) return;
+#endif
         args.scratch_bytes = scratch_bytes;
         args.scratch = scratch_.reserve(scratch_bytes * args.threads);
         if (!split) return;
@@ -144,6 +260,9 @@ class Plan {
    private:
     std::vector<deqfast::Leaf> leaves_;
     std::vector<std::array<void*, 2>> x_;
+#ifdef DEQFAST_HAS_CUDA
+    std::unique_ptr<Device> device_;
+#endif
     Buffer scratch_, sums_, partials_;
     int64_t running_ = 0;
 };
@@ -200,8 +319,14 @@ py::class_<P> declare(py::module_& m, const char* name, const char* doc) {
     plan.def("bind", &P::bind, "B"_a, "dtype"_a, "leaves"_a, "ints"_a, "reals"_a, "padded"_a, "rtol"_a, "atol"_a,
              "max_iter"_a, "keep_best"_a, "threads"_a);
     plan.def("source", &P::source);
-    plan.def("step_dense", &P::step_dense);
-    plan.def("step", &P::step);
+    plan.def("step_dense", &P::step_dense, "cur"_a, "f"_a, "f_prev"_a, "stream"_a = 0);
+    plan.def("step", &P::step, "cur"_a, "has_previous"_a, "f_rows"_a, "f_prev_rows"_a, "phase"_a, "stream"_a = 0);
+#ifdef DEQFAST_HAS_CUDA
+    plan.def("on_device", &P::on_device);
+    plan.def("device_bytes", &P::device_bytes);
+    plan.def("use", &P::use);
+    plan.def("failed", &P::failed);
+#endif
     return plan;
 }
 
@@ -229,6 +354,13 @@ py::dict build_info() {
     info["build_type"] = DEQFAST_BUILD_TYPE;
     info["isas"] = deqfast::cpu::isas_built();
     info["openmp"] = openmp;
+#ifdef DEQFAST_HAS_CUDA
+    info["cuda"] = DEQFAST_CUDA_TOOLKIT;
+    info["cuda_archs"] = DEQFAST_CUDA_ARCHS;
+#else
+    info["cuda"] = py::none();
+    info["cuda_archs"] = py::none();
+#endif
     info["pybind11"] = PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(
         PYBIND11_VERSION_MINOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_PATCH);
     return info;
@@ -242,6 +374,10 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "cpu_isa", [] { return std::string(deqfast::cpu::kernels().name); },
         "Name of the instruction set whose kernels run on this machine; ValueError if DEQFAST_CPU_ISA names none.");
+#ifdef DEQFAST_HAS_CUDA
+    m.def("cuda_why_not", &deqfast::cuda::why_not,
+          "Why the CUDA kernels of this module cannot run on the device of this index, empty if they can.");
+#endif
     m.def("advise_huge_pages", &advise_huge_pages, "Ask for huge pages on untouched memory (Linux; else nothing).");
 
     py::enum_<DType>(m, "DType")

@@ -56,13 +56,12 @@ class Compactor:
 
     def inputs(self) -> tuple[Any, tuple[Any, ...]]:
         """The iterate and args for the samples that f has to see now."""
-        running = self.state.running
-        alive = int(running.sum())
+        alive = self.state.known_running
         size = self._batch
         while size > 1 and (size + 1) // 2 >= alive:
             size = (size + 1) // 2
         if size < self._batch:
-            self._shrink(running, size)
+            self._shrink(self.state.running, size)
         if self._chosen is None:
             return self.state.z, self.args
         layout = self.state.layout

@@ -44,8 +44,7 @@ def solve_linear(
         )
         while not state.done:
             state.step(f(state.z))
-        # Of the final statuses CONVERGED is the least: one reduction tells whether all are.
-        if layout.B and layout.N and options.rtol > 0 and int(state.status.max()) != Status.CONVERGED:
+        if layout.B and layout.N and options.rtol > 0 and state.failed():
             _warn(state, known)
         leaves = state.answer()[0]
         state.release()

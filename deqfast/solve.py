@@ -204,7 +204,7 @@ def _run(
                     rows.append(torch.where(state.steps == state.nfe, state.residual, float("nan")))
                 if bar is not None:
                     bar.update()
-                    bar.set_postfix_str(f"{int(state.running.sum())} running", refresh=False)
+                    bar.set_postfix_str(f"{state.known_running} running", refresh=False)
                 if callback is not None and state.show(callback):
                     break
     finally:
@@ -231,7 +231,7 @@ def conclude(state: SolverState, returns: str, rows: list[Tensor] | None, shared
         status.fill_(Status.CONVERGED)
         residual = torch.zeros_like(residual)
     elif not state.done:
-        status[status == Status.RUNNING] = Status.STOPPED
+        status.masked_fill_(status == Status.RUNNING, Status.STOPPED)
     trace = None if rows is None else torch.stack(rows) if rows else residual.new_empty(0, layout.B)
     return Solution(
         z=layout.unflatten(leaves),

@@ -130,9 +130,15 @@ class SolverState:
         self.backend = ops.choose(backend, self.layout.device)
         self._backend_asked_for = backend
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING:
-            self.ws: Workspace = options.workspace(
-                self.layout, rtol=rtol, atol=atol, max_iter=limit, keep_best=keep_best
-            )
+            try:
+                self.ws: Workspace = options.workspace(
+                    self.layout, rtol=rtol, atol=atol, max_iter=limit, keep_best=keep_best
+                )
+            except torch.OutOfMemoryError as error:
+                raise torch.OutOfMemoryError(
+                    f"no room for the history of {options} for {self.layout.B} samples of {self.layout.N} numbers: keep "
+                    f"fewer columns, Anderson's in a narrower history_dtype, or solve a smaller batch. {error}"
+                ) from error
         self.nfe = 0
         self._uses_previous = options.uses_previous
         self._running = self.layout.B if self.layout.N else 0
@@ -151,12 +157,13 @@ class SolverState:
         self._bind()
 
     def _bind(self) -> None:
-        self._update: ops.Step = ops.bind(self.ws, self.backend)
+        self._update: ops.Step = ops.bind(self.ws, self.backend, self.nfe)
         self._x_storages = _storages([*self.ws.x[0], *self.ws.x[1]])
         self._note_versions()
         first = self.layout.leaves[0]
         self._dense: Callable[[int, int, int], int] | None = getattr(self._update, "dense", None)
         self._shape, self._dtype = first.shape, first.dtype
+        self._device_index = -1 if self.layout.device.type == "cpu" else self.layout.device.index
         self._look_plain()
 
     def _look_plain(self) -> None:
@@ -196,8 +203,21 @@ class SolverState:
 
     @property
     def done(self) -> bool:
-        """True when no sample is running any more."""
+        """True when no sample is known to run any more.
+
+        On a GPU that becomes known up to two steps late, without waiting for the device; surplus steps change nothing.
+        """
         return self._running == 0
+
+    @property
+    def known_running(self) -> int:
+        """How many samples still ran when the host last heard: exact on a CPU, else that many or fewer run now."""
+        return self._running
+
+    def failed(self) -> int:
+        """How many samples ended without having converged; waits for the device, and knows nothing under capture."""
+        count = getattr(self._update, "failed", None)
+        return int((self.status > Status.CONVERGED).sum()) if count is None else int(count())
 
     @property
     def running(self) -> Tensor:
@@ -267,7 +287,7 @@ class SolverState:
         assert isinstance(self.ws, AndersonWorkspace)
         if self.backend != "reference":
             self.backend = "reference"
-            self._update, self._dense, self._plain = ops.bind(self.ws, self.backend), None, False
+            self._update, self._dense, self._plain = ops.bind(self.ws, self.backend, self.nfe), None, False
         self.ws.set_residual(rows)
         self._own_residual = True
 
@@ -284,7 +304,7 @@ class SolverState:
             or fz.dtype is not self._dtype
             or fz.shape != self._shape
             or fz.requires_grad
-            or not fz.is_cpu
+            or (not fz.is_cpu if self._device_index < 0 else fz.get_device() != self._device_index)
             or not fz.is_contiguous()
             or fz.is_inference()
             or fz.is_neg()
@@ -433,7 +453,7 @@ class SolverState:
             "options": repr(self.options),
             "layout": repr(self.layout),
             "nfe": self.nfe,
-            "running": self._running,
+            "running": self._running and int(self.running.sum()),
             "copies_f": self._copy_f,
             "copies_z": self._copy_z,
             "tensors": tensors,

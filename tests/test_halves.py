@@ -12,7 +12,7 @@ SIZES = {"anderson": [(3, 40), (17, 33), (2, 5000)], "broyden": [(2, 70000)]}
 
 
 def in_halves(state):
-    plan = native._plan(state.ws)
+    plan, state.memory = native._plan(state.ws, halves=True)
 
     def update(*sources):
         native._general_step(plan, state.ws, *sources, native._C.REDUCE)

@@ -52,10 +52,10 @@ def choose(backend: str, device: torch.device) -> str:
     return asked
 
 
-def bind(ws: Workspace, backend: str) -> Step:
-    """The update of this workspace's solver on the backend that ``choose`` gave."""
+def bind(ws: Workspace, backend: str, evaluations: int = 0) -> Step:
+    """The update of this workspace's solver on the backend that ``choose`` gave, after so many evaluations."""
     if backend == "native":
-        return native.bind(ws)
+        return native.bind(ws, evaluations)
     device = ws.layout.device.type
 
     def step(f: list[Tensor], f_prev: list[Tensor] | None, f_rows: Tensor | None, f_prev_rows: Tensor | None) -> int:

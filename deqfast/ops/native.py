@@ -1,12 +1,17 @@
-"""C++ kernels on CPU tensors, called through the extension module ``deqfast._C``.
+"""C++ kernels on CPU tensors and CUDA kernels on CUDA tensors, called through the extension module ``deqfast._C``.
 
 A plan holds the workspace's addresses for one solve; a step passes only where f's output lies. The module never sees
 a tensor, so one wheel serves every torch version; addresses are taken here and in the state's short step only, always
 of tensors that somebody keeps alive.
+
+A step on a GPU is launched on torch's current stream and not waited for. What it returns is the count of running
+samples ``LAG`` steps before, which the device has left in host memory by then or will in a moment: the host stays ahead
+of the device by that many evaluations of f, and makes up to that many more than the samples need.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..status import Status
 from .layout import Layout, Leaf
-from .workspace import AndersonWorkspace, BroydenWorkspace, Workspace
+from .workspace import AndersonWorkspace, BroydenWorkspace, Int, Workspace
 
 _IMPORT_ERROR = ""
 _C: Any = None
@@ -24,6 +30,9 @@ try:
 except ImportError as error:  # a pure-Python install, or a module built for another Python
     _IMPORT_ERROR = str(error)
 
+# A build for tests runs the CUDA kernels on CPU tensors, block after block.
+EMULATED = _C is not None and _C.build_info()["cuda"] == "emulated"
+LAG = 2  # steps
 HUGE_PAGE_MIN_BYTES = 4 << 20
 MAX_DIMS = 16  # that the kernels walk through; outputs of more are copied
 
@@ -32,22 +41,39 @@ def why_not(device: torch.device) -> str | None:
     """Why the native kernels cannot serve ``device``, or None when they can."""
     if _C is None:
         return f"the extension module deqfast._C is not built ({_IMPORT_ERROR})"
-    if device.type != "cpu":
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
         return f"deqfast._C has no kernels for device type {device.type!r}"
-    return None
+    if torch.version.hip is not None:
+        return "deqfast._C has no kernels for AMD GPUs"
+    if EMULATED or _C.build_info()["cuda"] is None:
+        return "deqfast._C was built without CUDA kernels; build it where nvcc is, with DEQFAST_CUDA=on"
+    return _why_not_cuda(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def bind(ws: Workspace) -> Callable[[list[Tensor], list[Tensor] | None, Tensor | None, Tensor | None], int]:
+@functools.cache
+def _why_not_cuda(index: int) -> str | None:
+    return _C.cuda_why_not(index) or None
+
+
+def bind(
+    ws: Workspace, evaluations: int = 0
+) -> Callable[[list[Tensor], list[Tensor] | None, Tensor | None, Tensor | None], int]:
     """The update of this workspace's solver; the closure keeps the workspace alive for the plan.
 
-    For a state of one contiguous real tensor it has an attribute ``dense``, the same for outputs of f that are such
-    tensors too: (cur, address of f's output, address of the previous one or 0) -> samples still running.
+    ``evaluations`` is how many the solve has made.
+
+    The update has an attribute ``failed``: () -> samples that stopped without having converged, known once none runs.
+    For a state of one contiguous real tensor it has an attribute ``dense`` too, the same for outputs of f that are such
+    tensors: (cur, address of f's output, address of the previous one or 0) -> samples still running.
     """
     _C.cpu_isa()  # a wrong DEQFAST_CPU_ISA is said here, before f is evaluated
-    plan = _plan(ws)
+    plan, memory = _plan(ws, evaluations)
     layout = ws.layout
     leaf = layout.leaves[0]
     plain = len(layout.leaves) == 1 and leaf.plain
+    stream = _stream_of(layout.device)
 
     def is_plain(leaves: list[Tensor] | None, rows: Tensor | None) -> bool:
         if leaves is None:
@@ -57,12 +83,29 @@ def bind(ws: Workspace) -> Callable[[list[Tensor], list[Tensor] | None, Tensor |
 
     def update(f: list[Tensor], f_prev: list[Tensor] | None, f_rows: Tensor | None, f_prev_rows: Tensor | None) -> int:
         if plain and is_plain(f, f_rows) and is_plain(f_prev, f_prev_rows):
-            return plan.step_dense(ws.cur, f[0].data_ptr(), 0 if f_prev is None else f_prev[0].data_ptr())
+            return dense(ws.cur, f[0].data_ptr(), 0 if f_prev is None else f_prev[0].data_ptr())
         return _general_step(plan, ws, f, f_prev, f_rows, f_prev_rows)
 
+    if stream is None:
+        dense = plan.step_dense
+        update.failed = lambda: int((ws.int_row(Int.STATUS) > Status.CONVERGED).sum())  # type: ignore[attr-defined]
+    else:
+
+        def dense(cur: int, f: int, f_prev: int) -> int:
+            return plan.step_dense(cur, f, f_prev, stream())
+
+        update.failed = plan.failed  # type: ignore[attr-defined]
+        update.memory = memory  # type: ignore[attr-defined]
     if plain:
-        update.dense = plan.step_dense  # type: ignore[attr-defined]
+        update.dense = dense  # type: ignore[attr-defined]
     return update
+
+
+def _stream_of(device: torch.device) -> Callable[[], int] | None:
+    """What gives torch's current stream on ``device`` as a number; None on a CPU."""
+    if device.type != "cuda":
+        return (lambda: 0) if EMULATED else None
+    return functools.partial(torch._C._cuda_getCurrentRawStream, device.index)
 
 
 def _general_step(
@@ -88,7 +131,15 @@ def _general_step(
             plan.source(i, which, view.data_ptr(), _code(view.dtype), view.stride(0), dense, sizes, strides)
     rows = 0 if f_rows is None else f_rows.data_ptr()
     previous_rows = 0 if f_prev_rows is None else f_prev_rows.data_ptr()
-    return plan.step(ws.cur, f_prev is not None, rows, previous_rows, _C.STEP if phase is None else phase)
+    stream = _stream_of(ws.layout.device)
+    return plan.step(
+        ws.cur,
+        f_prev is not None,
+        rows,
+        previous_rows,
+        _C.STEP if phase is None else phase,
+        0 if stream is None else stream(),
+    )
 
 
 def _real_view(t: Tensor, leaf: Leaf) -> Tensor:
@@ -123,8 +174,10 @@ def _code(dtype: torch.dtype) -> Any:
     }[dtype]
 
 
-def _plan(ws: Workspace) -> Any:
+def _plan(ws: Workspace, evaluations: int = 0, halves: bool = False) -> tuple[Any, Tensor | None]:
+    """The plan of a workspace, and the device memory it works in beside that; ``halves``: not for whole steps only."""
     layout = ws.layout
+    on_device = EMULATED or layout.device.type == "cuda"
     plan = _C.AndersonPlan() if isinstance(ws, AndersonWorkspace) else _C.BroydenPlan()
     plan.bind(
         B=layout.B,
@@ -139,6 +192,8 @@ def _plan(ws: Workspace) -> Any:
         keep_best=ws.keep_best,
         threads=torch.get_num_threads(),
     )
+    if on_device:
+        plan.on_device(layout.device.index or 0, layout.B, evaluations, 0 if EMULATED else LAG)
     if isinstance(ws, AndersonWorkspace):
         for large in (ws.history, ws.matrix, ws.gram):
             _advise(large)
@@ -160,7 +215,18 @@ def _plan(ws: Workspace) -> Any:
         assert isinstance(ws, BroydenWorkspace)
         _advise(ws.history)
         plan.method(ws.memory, ws.scale_first, ws.history.data_ptr(), ws.norms.data_ptr(), ws.gram.data_ptr())
-    return plan
+    return plan, _device_memory(plan, ws, evaluations, halves) if on_device else None
+
+
+def _device_memory(plan: Any, ws: Workspace, evaluations: int, halves: bool) -> Tensor:
+    memory = torch.zeros(plan.device_bytes(halves), dtype=torch.uint8, device=ws.layout.device)
+    running = memory[:4].view(torch.int32)
+    if evaluations:
+        running.copy_((ws.int_row(Int.STATUS) == Status.RUNNING).sum())
+    else:
+        running.fill_(ws.layout.B)
+    plan.use(memory.data_ptr(), halves)
+    return memory
 
 
 def _leaves(ws: Workspace, layout: Layout) -> list[tuple[int, int, int, int]]:
@@ -172,5 +238,5 @@ def _leaves(ws: Workspace, layout: Layout) -> list[tuple[int, int, int, int]]:
 
 def _advise(t: Tensor) -> None:
     size = t.numel() * t.element_size()
-    if size >= HUGE_PAGE_MIN_BYTES:
+    if size >= HUGE_PAGE_MIN_BYTES and t.device.type == "cpu":
         _C.advise_huge_pages(t.data_ptr(), size)
