@@ -4,17 +4,15 @@
 //   block   N <= kBlockMaxN: a block a sample, everything in one launch;
 //   split   larger: a block a chunk. The last block of a sample to arrive adds up the chunks in order, solves, and a
 //           second launch mixes.
-// Takes dense f of the state's dtype, and workspaces that keep their small matrices.
+// Takes workspaces that keep their small matrices.
 #include "anderson_sample.cuh"
 #include "launch.cuh"
+#include "split.cuh"
 
 namespace deqfast::cuda {
 namespace {
 
-constexpr int64_t kBlockMaxN = 16384;
 constexpr int kThreads = 256, kScaledThreads = 128;  // 128 * 8 numbers share one scale
-constexpr int64_t kSplitChunk = 4096;
-constexpr int kMaxLeaves = 16;
 
 // ---- a block a sample ----
 
@@ -46,18 +44,24 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
 
 // ---- a block a chunk ----
 
-// The chunk that a block works on.
-template <int leaves>
-struct Chunk {
-    int leaf = 0;
-    int64_t begin;
-
-    __device__ Chunk(const Params<leaves>& p, int64_t index) {
-        for (; index >= chunks_in(p.leaf[leaf].n); ++leaf) index -= chunks_in(p.leaf[leaf].n);
-        begin = index * kSplitChunk;
+// By one warp: the verdict and the weights of a sample that is split over blocks, for those that mix it.
+template <class A, class S, class H, int leaves>
+__device__ void judge_and_decide(const Params<leaves>& p, int64_t b, Step<A, S, H, leaves>& step) {
+    const AndersonArgs& a = p.a;
+    const int slot = step.new_slot();
+    int32_t outcome = 0;
+    if (lane_of() == 0) {
+        outcome = judge<A>(a, p.work, b, step.shared().sums[kFF], step.shared().sums[kGG]);
+        p.work.outcomes[b] = outcome;
     }
-    static __host__ __device__ int64_t chunks_in(int64_t n) { return (n + kSplitChunk - 1) / kSplitChunk; }
-};
+    outcome = __shfl_sync(kAll, outcome, 0);
+    __syncwarp();
+    if (!(outcome & kGoing) || a.m == 0) return;
+    step.decide(slot, outcome);
+    __syncwarp();
+    for (int j = lane_of(); j < a.m; j += kWarpSize)
+        static_cast<A*>(p.work.coefficients)[b * a.m + j] = step.shared().gamma[j];
+}
 
 template <class A, class S, class H, int leaves>
 __global__ void __launch_bounds__(kThreads) reduce_kernel(const __grid_constant__ Params<leaves> p) {
@@ -67,31 +71,33 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const __grid_constant_
     if (a.at(kStatus, b) != kRunning) return;
     Step<A, S, H, leaves> step(p, b, memory);
     const int D = int(anderson_products(a.m)), slot = step.new_slot(), n = step.open(slot);
-    const Chunk<leaves> chunk(p, blockIdx.x);
+    const Chunk chunk(p, blockIdx.x);
     step.reduce(chunk.leaf, chunk.begin, kSplitChunk, slot, n);
     step.close();
     double* partials = p.work.partials + b * D * chunks;
     for (int d = int(threadIdx.x); d < D; d += int(blockDim.x))
         partials[d * chunks + blockIdx.x] = step.shared().sums[d];
     if (!last_to_arrive(&p.work.arrivals[b], chunks)) return;
-    for (int d = warp_of(); d < D; d += int(blockDim.x) / kWarpSize) {
-        double sum = 0;
-        for (int64_t c = lane_of(); c < chunks; c += kWarpSize) sum += __ldcg(&partials[d * chunks + c]);
-        sum = warp_sum(sum);
-        if (lane_of() == 0) step.shared().sums[d] = sum;
+    add_chunks(partials, chunks, D, step.shared().sums);
+    if (!(p.phase & kApply)) {
+        for (int d = int(threadIdx.x); d < D; d += int(blockDim.x)) a.sums[b * D + d] = step.shared().sums[d];
+    } else if (warp_of() == 0) {
+        judge_and_decide(p, b, step);
     }
-    __syncthreads();
-    DEQFAST_BLOCK_SHARED int32_t outcome;
-    if (threadIdx.x == 0) {
-        outcome = judge<A>(a, p.work, b, step.shared().sums[kFF], step.shared().sums[kGG]);
-        p.work.outcomes[b] = outcome;
-    }
-    __syncthreads();
-    if (!(outcome & kGoing) || a.m == 0 || warp_of() != 0) return;
-    step.decide(slot, outcome);
+}
+
+// Between the halves: one warp a sample.
+template <class A, class S, class H, int leaves>
+__global__ void __launch_bounds__(kWarpSize) decide_kernel(const __grid_constant__ Params<leaves> p) {
+    DEQFAST_SHARED(memory);
+    const AndersonArgs& a = p.a;
+    const int64_t b = blockIdx.x;
+    if (a.at(kStatus, b) != kRunning) return;
+    Step<A, S, H, leaves> step(p, b, memory);
+    const int D = int(anderson_products(a.m));
+    for (int d = lane_of(); d < D; d += kWarpSize) step.shared().sums[d] = a.sums[b * D + d];
     __syncwarp();
-    for (int j = lane_of(); j < a.m; j += kWarpSize)
-        static_cast<A*>(p.work.gamma)[b * a.m + j] = step.shared().gamma[j];
+    judge_and_decide(p, b, step);
 }
 
 template <class A, class S, class H, int leaves>
@@ -103,9 +109,9 @@ __global__ void __launch_bounds__(kThreads) mix_kernel(const __grid_constant__ P
     if (outcome & kJudged) {
         Step<A, S, H, leaves> step(p, b, memory);
         for (int j = int(threadIdx.x); j < a.m; j += int(blockDim.x))
-            step.shared().gamma[j] = static_cast<const A*>(p.work.gamma)[b * a.m + j];
+            step.shared().gamma[j] = static_cast<const A*>(p.work.coefficients)[b * a.m + j];
         __syncthreads();
-        const Chunk<leaves> chunk(p, blockIdx.x);
+        const Chunk chunk(p, blockIdx.x);
         const Leaf& leaf = p.leaf[chunk.leaf];
         const int64_t end = min(chunk.begin + kSplitChunk, leaf.n);
         spill_and_rest<S>(leaf, b, outcome, chunk.begin, end);
@@ -127,68 +133,65 @@ __global__ void __launch_bounds__(kThreads) mix_kernel(const __grid_constant__ P
 }
 
 template <class A, class S, class H, int leaves>
-void run(const AndersonArgs& a, const DeviceWork& work) {
+void run(const AndersonArgs& a, const DeviceWork& work, int phase) {
     Params<leaves> p;
     p.a = a;
     p.work = work;
+    p.phase = phase;
     for (int l = 0; l < a.n_leaves; ++l) p.leaf[l] = a.leaves[l];
     p.a.leaves = nullptr;
     int threads = kScaled<H> ? kScaledThreads : kThreads;
     if (!kScaled<H>)
         while (threads > kWarpSize && a.N <= threads / 2 * kItems) threads /= 2;
     const int64_t shared = Shared<A>::bytes(a.m, threads / kWarpSize);
-    if (a.N <= kBlockMaxN)
+    if (a.N <= kBlockMaxN && phase == kStep)
         return launch(sample_kernel<A, S, H, leaves>, dim3(unsigned(a.B)), threads, shared, work.stream, p);
-    int64_t chunks = 0;
-    for (int l = 0; l < a.n_leaves; ++l) chunks += Chunk<leaves>::chunks_in(a.leaves[l].n);
-    const dim3 grid(unsigned(chunks), unsigned(a.B));
-    launch(reduce_kernel<A, S, H, leaves>, grid, threads, shared, work.stream, p);
-    launch(mix_kernel<A, S, H, leaves>, grid, threads, shared, work.stream, p);
+    const dim3 grid(unsigned(split_chunks(a)), unsigned(a.B));
+    if (phase & kReduce) launch(reduce_kernel<A, S, H, leaves>, grid, threads, shared, work.stream, p);
+    if (phase == kApply)
+        launch(decide_kernel<A, S, H, leaves>, dim3(unsigned(a.B)), kWarpSize, Shared<A>::bytes(a.m, 1), work.stream,
+               p);
+    if (phase & kApply) launch(mix_kernel<A, S, H, leaves>, grid, threads, shared, work.stream, p);
 }
 
 template <class A, class S, class H>
-void with_leaves(const AndersonArgs& a, const DeviceWork& work) {
-    if (a.n_leaves == 1) return run<A, S, H, 1>(a, work);
-    if (a.n_leaves <= kMaxLeaves) return run<A, S, H, kMaxLeaves>(a, work);
-    throw std::invalid_argument("z0: the CUDA kernels take at most " + std::to_string(kMaxLeaves) + " tensors, got " +
-                                std::to_string(a.n_leaves));
+void with_leaves(const AndersonArgs& a, const DeviceWork& work, int phase) {
+    if (a.n_leaves == 1) return run<A, S, H, 1>(a, work, phase);
+    return run<A, S, H, kMaxLeaves>(a, work, phase);
 }
 
 template <class A, class S>
-void with_history(const AndersonArgs& a, const DeviceWork& work) {
+void with_history(const AndersonArgs& a, const DeviceWork& work, int phase) {
+    check_leaves<S>(a);
     switch (a.history_dtype) {
         case DType::f64:
-            if constexpr (sizeof(A) == 8) return with_leaves<A, S, double>(a, work);
+            if constexpr (sizeof(A) == 8) return with_leaves<A, S, double>(a, work, phase);
             break;
         case DType::f32:
-            return with_leaves<A, S, float>(a, work);
+            return with_leaves<A, S, float>(a, work, phase);
         case DType::bf16:
-            return with_leaves<A, S, Bf16>(a, work);
+            return with_leaves<A, S, Bf16>(a, work, phase);
         case DType::f16:
-            return with_leaves<A, S, F16>(a, work);
+            return with_leaves<A, S, F16>(a, work, phase);
         case DType::i8:
-            return with_leaves<A, S, int8_t>(a, work);
+            return with_leaves<A, S, int8_t>(a, work, phase);
     }
     throw std::invalid_argument("history_dtype: float64 needs a float64 state");
 }
 
 }  // namespace
 
-void anderson_step(const AndersonArgs& a, const DeviceWork& work) {
+void anderson_step(const AndersonArgs& a, const DeviceWork& work, int phase) {
     if (a.m > 0 && !a.gram) throw std::invalid_argument("the CUDA kernels need a workspace that keeps small matrices");
-    for (int l = 0; l < a.n_leaves; ++l)
-        for (const Source* s : {&a.leaves[l].f, &a.leaves[l].f_prev})
-            if (s->data && (!s->dense || s->dtype != a.dtype))
-                throw std::invalid_argument("the CUDA kernels read dense outputs of f in the dtype of z0");
     switch (a.dtype) {
         case DType::f64:
-            return with_history<double, double>(a, work);
+            return with_history<double, double>(a, work, phase);
         case DType::f32:
-            return with_history<float, float>(a, work);
+            return with_history<float, float>(a, work, phase);
         case DType::bf16:
-            return with_history<float, Bf16>(a, work);
+            return with_history<float, Bf16>(a, work, phase);
         default:
-            return with_history<float, F16>(a, work);
+            return with_history<float, F16>(a, work, phase);
     }
 }
 

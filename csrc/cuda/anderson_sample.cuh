@@ -5,6 +5,7 @@
 #include "deqfast/anderson.h"
 
 #include "dense.cuh"
+#include "source.cuh"
 #include "verdict.cuh"
 
 namespace deqfast::cuda {
@@ -16,6 +17,7 @@ template <int leaves>
 struct Params {
     AndersonArgs a;
     DeviceWork work;
+    int phase;
     Leaf leaf[leaves];
 };
 
@@ -98,7 +100,7 @@ class Step {
         const Leaf& leaf = p.leaf[l];
         const int64_t end = min(begin + length, leaf.n);
         for (int64_t at = begin; at < end; at += int64_t(blockDim.x) * kItems)
-            reduce_tile(leaf, tile_at(leaf, at, end), slot, n_columns);
+            reduce_tile(leaf, tile_of(a, leaf, at, end), slot, n_columns);
     }
 
     // Adds the warps' sums up; then every thread may read `sums`.
@@ -199,13 +201,13 @@ class Step {
     // Writes the next iterate for [begin, begin + length) of leaf l from `gamma`; false if not finite.
     __device__ bool mix(int l, int64_t begin, int64_t length, bool picard) {
         const Leaf& leaf = p.leaf[l];
-        const int64_t end = min(begin + length, leaf.n), row = a.f_rows ? a.f_rows[b] : b;
+        const int64_t end = min(begin + length, leaf.n);
         const A beta = picard ? A(1) : A(a.mixing), per_unit = A(1) / a.at<A>(kUnit, b);
         bool finite = true;
         for (int64_t at = begin; at < end; at += int64_t(blockDim.x) * kItems) {
-            const Tile tile = tile_at(leaf, at, end);
+            const Tile tile = tile_of(a, leaf, at, end);
             A out[kItems], part[kItems];
-            read_tile(f_row(leaf.f, row), tile, out);
+            read_source<A, S>(leaf.f, f_row(a, b), tile, out);
             if (beta != 1) {
                 read_tile(row_of<S>(leaf.x, leaf, b), tile, part);
                 for (int k = 0; k < kItems; ++k) out[k] = part[k] + beta * (out[k] - part[k]);
@@ -248,9 +250,6 @@ class Step {
     Shared<A> s;
     const A unit;
 
-    static __device__ const S* f_row(const Source& s, int64_t row) {
-        return static_cast<const S*>(s.data) + row * s.batch_stride;
-    }
     __device__ H* history(int which, int j) const {
         return static_cast<H*>(a.history) + ((which * a.B + b) * a.m + j) * a.N;
     }
@@ -260,11 +259,6 @@ class Step {
     __device__ A scale_of(int which, int j, const Leaf& leaf, int64_t at) const {
         return kScaled<H> ? A(scale(which, j, leaf, at)) : A(1);
     }
-    __device__ Tile tile_at(const Leaf& leaf, int64_t at, int64_t end) const {
-        const int64_t count = min(int64_t(blockDim.x) * kItems, end - at);
-        return {at, int(count), leaf.n % kItems == 0 && leaf.offset % kItems == 0 && a.N % kItems == 0};
-    }
-
     __device__ void add(int product, double value) { s.warp_sums[warp_of() * D + product] += value; }
     // Four sums at once: the lanes 0, 8, 16, 24 hold them.
     __device__ void add_4(int base, A first, A second, A third, A fourth) {
@@ -304,9 +298,8 @@ class Step {
     }
 
     __device__ void reduce_tile(const Leaf& leaf, const Tile& tile, int slot, int n_columns) {
-        const int64_t row = a.f_rows ? a.f_rows[b] : b;
         A f[kItems], x[kItems], g[kItems], v[kItems], w[kItems];
-        read_tile(f_row(leaf.f, row), tile, f);
+        read_source<A, S>(leaf.f, f_row(a, b), tile, f);
         read_tile(row_of<S>(leaf.x, leaf, b), tile, x);
         double ff = 0, gg = 0;
         for (int k = 0; k < kItems; ++k) {
@@ -329,7 +322,7 @@ class Step {
     __device__ void new_column(const Leaf& leaf, const Tile& tile, int slot, const A* f, const A* x, const A* g, A* v,
                                A* w) {
         A d_f[kItems], previous[kItems];
-        read_tile(f_row(leaf.f_prev, a.f_prev_rows ? a.f_prev_rows[b] : b), tile, previous);
+        read_source<A, S>(leaf.f_prev, f_prev_row(a, b), tile, previous);
         for (int k = 0; k < kItems; ++k) d_f[k] = f[k] - previous[k] * unit;
         read_tile(row_of<S>(leaf.x_prev, leaf, b), tile, previous);
         for (int k = 0; k < kItems; ++k) v[k] = d_f[k] - (x[k] - previous[k] * unit);

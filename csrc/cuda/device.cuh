@@ -17,6 +17,12 @@
 
 #include "deqfast/args.h"
 
+#ifdef __CUDACC__
+#define DEQFAST_UNROLL _Pragma("unroll")
+#else
+#define DEQFAST_UNROLL
+#endif
+
 namespace deqfast::cuda {
 
 constexpr int kItems = 8;  // numbers of a tile that one thread holds

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "device.cuh"
+#include "work.h"
 
 #ifdef __CUDACC__
 #define DEQFAST_SHARED(name) extern __shared__ __align__(16) char name[]
@@ -16,6 +17,12 @@
 
 namespace deqfast::cuda {
 
+inline void check_shared(int64_t bytes) {
+    if (bytes > kMaxShared)
+        throw std::invalid_argument("the solver's memory: " + std::to_string(bytes) +
+                                    " bytes of shared memory are more than a block has; ask for fewer columns");
+}
+
 #ifdef __CUDACC__
 inline void check(cudaError_t error, const char* what) {
     if (error != cudaSuccess)
@@ -24,6 +31,7 @@ inline void check(cudaError_t error, const char* what) {
 
 template <class Params>
 void launch(void (*kernel)(Params), dim3 grid, int threads, int64_t shared, void* stream, const Params& params) {
+    check_shared(shared);
     if (shared > 48 << 10)
         check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    int(shared)),
@@ -34,6 +42,7 @@ void launch(void (*kernel)(Params), dim3 grid, int threads, int64_t shared, void
 #else
 template <class Params>
 void launch(void (*kernel)(Params), dim3 grid, int threads, int64_t shared, void*, const Params& params) {
+    check_shared(shared);
     emulate::block().run(grid, dim3(unsigned(threads)), size_t(shared), [&] { kernel(params); });
 }
 #endif

@@ -4,20 +4,9 @@
 
 #include "deqfast/measure.h"
 #include "device.cuh"
+#include "work.h"
 
 namespace deqfast::cuda {
-
-// Device memory that a step needs besides the workspace; zero before the first step but for `counters[0]`.
-struct DeviceWork {
-    int32_t* counters = nullptr;       // samples still running; blocks that have finished this step
-    int32_t* arrivals = nullptr;       // (2, B) blocks of a sample that have reduced, that have mixed
-    int32_t* outcomes = nullptr;       // (B): what was decided for a sample that is split over blocks
-    int32_t* infinite = nullptr;       // (B): some block mixed a number that is not finite
-    double* partials = nullptr;        // (B, products, chunks)
-    void* gamma = nullptr;             // (B, m)
-    volatile int32_t* seen = nullptr;  // host memory: steps finished, samples still running after the last of them
-    void* stream = nullptr;
-};
 
 enum Outcome : int32_t { kGoing = 1, kReset = 2, kSpill = 4, kUseSaved = 8, kGrew = 16, kJudged = 32 };
 
@@ -26,7 +15,10 @@ template <class A>
 __device__ inline int32_t judge(const SolveArgs& a, const DeviceWork& work, int64_t b, double ff, double gg) {
     constexpr double growth_limit = 1.5;
     const Verdict v = measure<A>(a, b, sqrt(ff), sqrt(gg));
-    if (!v.going) atomicAdd(&work.counters[0], -1);
+    if (!v.going) {
+        atomicAdd(&work.counters[0], -1);
+        if (a.at(kStatus, b) != kConverged) atomicAdd(&work.counters[2], 1);
+    }
     const bool grew =
         v.going && !v.reset && a.at(kSteps, b) > 1 && a.at<A>(kNorm, b) > A(growth_limit) * A(v.previous_norm);
     return kJudged | (v.going ? kGoing : 0) | (v.reset ? kReset : 0) | (v.spill ? kSpill : 0) |
@@ -36,6 +28,18 @@ __device__ inline int32_t judge(const SolveArgs& a, const DeviceWork& work, int6
 template <class S>
 __device__ __forceinline__ S* row_of(void* base, const Leaf& leaf, int64_t b) {
     return static_cast<S*>(base) + b * leaf.n;
+}
+
+// The tile of a leaf that begins at number `at`. A thread takes neighbours where that keeps rows of the state and of
+// the history in step.
+__device__ __forceinline__ Tile tile_of(const SolveArgs& a, const Leaf& leaf, int64_t at, int64_t end) {
+    const int64_t count = min(int64_t(blockDim.x) * kItems, end - at);
+    return {at, int(count), leaf.n % kItems == 0 && leaf.offset % kItems == 0 && a.N % kItems == 0};
+}
+
+__device__ __forceinline__ int64_t f_row(const SolveArgs& a, int64_t b) { return a.f_rows ? a.f_rows[b] : b; }
+__device__ __forceinline__ int64_t f_prev_row(const SolveArgs& a, int64_t b) {
+    return a.f_prev_rows ? a.f_prev_rows[b] : b;
 }
 
 // Numbers [begin, end) of a row; the whole block.
@@ -61,17 +65,18 @@ inline __device__ void after_step(const SolveArgs& a, int64_t b) {
     if (best_at == kCurrent) best_at = kPrevious;
 }
 
-// The last of `blocks` blocks to get here tells the host how many samples still run.
+// The last of `blocks` blocks to get here tells the host how many samples still run; every block calls, whole.
 inline __device__ void finish(const DeviceWork& work, int64_t blocks) {
     __syncthreads();
     if (threadIdx.x != 0) return;
     __threadfence();
     if (atomicAdd(&work.counters[1], 1) != int32_t(blocks) - 1) return;
     work.counters[1] = 0;
-    if (!work.seen) return;
-    work.seen[1] = atomicAdd(&work.counters[0], 0);
+    if (!work.ring) return;
+    volatile int64_t* entry = work.ring + 2 * (work.step & (work.ring_size - 1));
+    entry[1] = atomicAdd(&work.counters[2], 0);
     __threadfence_system();
-    work.seen[0] = work.seen[0] + 1;
+    entry[0] = (work.step & 0x7fffffff) << 32 | int64_t(uint32_t(atomicAdd(&work.counters[0], 0)));
 }
 
 // Whether this block is the last of `blocks` to arrive; the whole block calls, and afterwards sees what the others

@@ -1,0 +1,80 @@
+// What the CUDA kernels need besides a workspace: device memory, a stream, and a ring in host memory through which the
+// host learns how many samples still run. No CUDA header: whoever allocates it is compiled as plain C++.
+//
+// Every pointer of the args (leaves' x, x_prev, saved, f, f_prev; ints, reals, history, norms, ...) is a device pointer
+// here, except `leaves` itself, which is read on the host; so is `sums`, (B, products) doubles where WorkSizes asks for
+// it. `scratch`, `partials`, `chunks`, `threads` and `running` of the args are not read. f and f_prev are read in
+// place, dense or through strides, in the state's dtype or a narrower one.
+#pragma once
+
+#include <cstdint>
+
+#include "deqfast/anderson.h"
+#include "deqfast/broyden.h"
+
+namespace deqfast::cuda {
+
+constexpr int kMaxLeaves = 16;          // tensors of a state
+constexpr int64_t kBlockMaxN = 16384;   // samples up to this take one block and one launch a step
+constexpr int64_t kSplitChunk = 4096;   // numbers of a larger sample that one block handles
+constexpr int64_t kMaxShared = 160000;  // bytes of shared memory a block may ask for on every architecture built for
+
+// Zeroed when allocated; WorkSizes says how many bytes each needs. Arrays of size 0 may be null.
+struct DeviceWork {
+    int32_t* counters = nullptr;   // [0]: samples still running, to be set before the first step and whenever the host
+                                   // changes a status; [1]: blocks that have finished; [2]: samples stopped without
+                                   // converging
+    int32_t* arrivals = nullptr;   // (2, B): blocks of a sample that have reduced, that have mixed
+    int32_t* outcomes = nullptr;   // (B): what was decided for a sample that is split over blocks
+    int32_t* infinite = nullptr;   // (B): some block mixed a number that is not finite
+    double* partials = nullptr;    // (B, products, chunks)
+    void* coefficients = nullptr;  // Anderson (B, m): gamma, of the accumulation type
+    void* z = nullptr;             // Broyden (B, N), of the accumulation type
+
+    // Pinned host memory mapped to the device, 2 words an entry, `ring_size` entries, a power of two. The last block of
+    // step number `step` (counted from 1, set before each call) writes entry step % ring_size: first word 1, how many
+    // samples have stopped without converging, then word 0 = step << 32 | samples still running. Null: nobody asks.
+    volatile int64_t* ring = nullptr;
+    int64_t ring_size = 0;
+    int64_t step = 0;
+
+    void* stream = nullptr;  // cudaStream_t
+};
+
+struct WorkSizes {  // in bytes; `sums` is the args' field of that name
+    int64_t counters, arrivals, outcomes, infinite, partials, sums, coefficients, z;
+};
+
+inline int64_t split_chunks(const SolveArgs& a) {
+    int64_t chunks = 0;
+    for (int l = 0; l < a.n_leaves; ++l) chunks += (a.leaves[l].n + kSplitChunk - 1) / kSplitChunk;
+    return chunks;
+}
+
+inline WorkSizes split_sizes(const SolveArgs& a, int64_t products) {
+    return {3 * 4, 8 * a.B, 4 * a.B, 4 * a.B, 8 * a.B * products * split_chunks(a), 8 * a.B * products, 0, 0};
+}
+
+inline int64_t accumulation_size(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
+
+// From args whose sizes, dtype, leaves and method are set. `halves`: reduce and apply will be called apart.
+inline WorkSizes work_sizes(const AndersonArgs& a, bool halves) {
+    if (a.N <= kBlockMaxN && !halves) return {3 * 4, 0, 0, 0, 0, 0, 0, 0};
+    WorkSizes sizes = split_sizes(a, anderson_products(a.m));
+    sizes.coefficients = a.B * a.m * accumulation_size(a.dtype);
+    return sizes;
+}
+
+inline WorkSizes work_sizes(const BroydenArgs& a, bool) {
+    if (a.gram) return split_sizes(a, broyden_products(a.memory));
+    return {3 * 4, 0, 0, 0, 0, 0, 0, a.N > kBlockMaxN ? a.B * a.N * accumulation_size(a.dtype) : 0};
+}
+
+// One step, or with kReduce and kApply its halves, in order on `stream`; returns without waiting. kReduce leaves the
+// products of every running sample in `sums`, which the caller may change (an all-reduce) before kApply.
+// std::invalid_argument for what is not supported: more than kMaxLeaves tensors, halves of a workspace that keeps no
+// small matrices, more columns than fit in shared memory. std::runtime_error with CUDA's own words if a launch fails.
+void anderson_step(const AndersonArgs& args, const DeviceWork& work, int phase);
+void broyden_step(const BroydenArgs& args, const DeviceWork& work, int phase);
+
+}  // namespace deqfast::cuda
