@@ -10,11 +10,13 @@ PYTEST_ARGS ?=
 CUDA ?= $(if $(shell command -v nvidia-smi),auto,off)
 # Everything instrumented takes an hour: SANITIZE_TESTS="tests -k native".
 SANITIZE_TESTS ?= tests/test_memory.py
+EMULATED_TESTS ?= tests
 SANITIZE_ISAS ?= avx512 avx2 baseline
 AARCH64_CXX ?= aarch64-linux-gnu-g++
 
 BIN := $(VENV)/bin
 SITE := build/sanitize/site
+EMULATED := build/emulated/site
 PIP_INSTALL = -m pip --disable-pip-version-check install --quiet
 BUILD_DEPS := "scikit-build-core[setuptools]>=1.0,<2" "setuptools>=77" "pybind11>=2.13,<4" cmake ninja
 CXX_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
@@ -24,7 +26,7 @@ LOCK = $(if $(FLOCK),$(FLOCK) $(1))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build inplace demo test lint test-min-torch bench bench-report sanitize check-aarch64 check-cuda format clean
+.PHONY: help venv build inplace demo test lint test-min-torch bench bench-report sanitize emulated check-aarch64 check-cuda format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-16s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -111,6 +113,20 @@ sanitize: venv ## Run the native tests under AddressSanitizer and UndefinedBehav
 	  DEQFAST_CPU_ISA=$$isa $(BIN)/python -c "import torch, deqfast._C as c; c.cpu_isa()" 2> /dev/null || { echo "$$isa does not run here"; continue; }; \
 	  DEQFAST_CPU_ISA=$$isa $(BIN)/pytest -p no:cacheprovider --capture=sys -m "not slow" $(SANITIZE_TESTS) || exit 1; \
 	done
+
+# The module's CUDA kernels, compiled as C++ and run on CPU tensors block after block, under the tests of every backend.
+emulated: venv ## Run the tests of the backends on emulated CUDA kernels
+	@test -f build/emulated/build.ninja || $(BIN)/cmake -S . -B build/emulated -G Ninja \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -DDEQFAST_CUDA=emulate -DDEQFAST_ISAS=baseline -DDEQFAST_WERROR=ON -DDEQFAST_INPLACE=OFF
+	$(BIN)/cmake --build build/emulated
+	rm -rf $(EMULATED)
+	mkdir -p $(EMULATED)
+	cp -R deqfast $(EMULATED)/deqfast
+	rm -rf $(EMULATED)/deqfast/_C.* $(EMULATED)/deqfast/kernels
+	cp -R kernels $(EMULATED)/deqfast/kernels
+	$(BIN)/cmake --install build/emulated --prefix $(EMULATED)
+	PYTHONPATH=$(abspath $(EMULATED)) $(BIN)/pytest -p no:cacheprovider -m "not slow" $(EMULATED_TESTS)
 
 check-aarch64: ## Compile the CPU kernels for aarch64 (needs a cross compiler)
 	@command -v $(AARCH64_CXX) > /dev/null || { echo "$(AARCH64_CXX) not found; Debian: g++-aarch64-linux-gnu" >&2; exit 1; }

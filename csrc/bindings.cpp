@@ -13,6 +13,7 @@
 #include "deqfast/broyden.h"
 #include "deqfast/dispatch.h"
 #ifdef DEQFAST_HAS_CUDA
+#include "cuda/graph_loop.h"
 #include "cuda/runtime.h"
 #include "cuda/work.h"
 #endif
@@ -43,6 +44,8 @@ class Buffer {
 };
 
 #ifdef DEQFAST_HAS_CUDA
+using deqfast::cuda::DeviceLoop;
+
 void device_step(const deqfast::AndersonArgs& args, const deqfast::cuda::DeviceWork& work, int phase) {
     deqfast::cuda::anderson_step(args, work, phase);
 }
@@ -59,12 +62,13 @@ class Device {
 
     template <class Args>
     int64_t bytes(const Args& args, bool halves) const {
-        return lay_out(args, halves, nullptr, nullptr);
+        deqfast::cuda::DeviceWork work;
+        Args copy = args;
+        return lay_out(copy, halves, nullptr, work);
     }
     template <class Args>
     void use(Args& args, bool halves, char* memory) {
-        (void)lay_out(args, halves, memory, &work_);
-        args.sums = work_.sums;
+        (void)lay_out(args, halves, memory, work_);
         halves_ = halves;
     }
 
@@ -80,10 +84,7 @@ class Device {
         if (captured) {
             work_.ring = nullptr;
         } else if (phase & deqfast::kApply) {
-            if (!counts_) counts_.reset(new deqfast::cuda::Counts);
-            work_.ring = counts_->ring();
-            work_.ring_size = deqfast::cuda::Counts::kEntries;
-            work_.step = counts_->next(stream);
+            point_ring(stream);
         }
         device_step(args, work_, phase);
         if (phase == deqfast::kReduce) return known_;
@@ -91,6 +92,23 @@ class Device {
         counted_ = captured ? 0 : counted_ + 1;
         if (args.max_iter && evaluations_ >= args.max_iter) return known_ = 0;
         if (counted_ > lag_) known_ = counts_->read(lag_).running;
+        return known_;
+    }
+
+    // For a solve in the same memory, which the caller has made as new.
+    void rewind(int64_t evaluations) {
+        evaluations_ = evaluations;
+        known_ = B_;
+        counted_ = 0;
+    }
+
+    // After captured steps were replayed: has the device tell the host; returns the samples still running `lag` reports
+    // before.
+    int64_t report(void* stream, int lag) {
+        const deqfast::cuda::OnDevice on(index_);
+        point_ring(stream);
+        deqfast::cuda::report(work_);
+        if (++counted_ > lag) known_ = counts_->read(lag).running;
         return known_;
     }
 
@@ -105,25 +123,32 @@ class Device {
     deqfast::cuda::DeviceWork work_;
     std::unique_ptr<deqfast::cuda::Counts> counts_;
 
+    void point_ring(void* stream) {
+        if (!counts_) counts_.reset(new deqfast::cuda::Counts);
+        work_.stream = stream;
+        work_.ring = counts_->ring();
+        work_.ring_size = deqfast::cuda::Counts::kEntries;
+        work_.step = counts_->next(stream);
+    }
+
     // Gives every array its part of `memory`; returns how much that takes in all.
     template <class Args>
-    static int64_t lay_out(const Args& args, bool halves, char* memory, deqfast::cuda::DeviceWork* work) {
-        const deqfast::cuda::WorkSizes sizes = work_sizes(args, halves);
+    static int64_t lay_out(Args& args, bool halves, char* memory, deqfast::cuda::DeviceWork& work) {
+        const deqfast::cuda::WorkSizes sizes = deqfast::cuda::work_sizes(args, halves);
         int64_t at = 0;
-        const auto place = [&](auto* deqfast::cuda::DeviceWork::* array, int64_t bytes) {
-            using T = std::remove_reference_t<decltype(work->*array)>;
-            if (work) work->*array = bytes ? reinterpret_cast<T>(memory + at) : nullptr;
+        const auto place = [&](auto*& array, int64_t bytes) {
+            using T = std::remove_reference_t<decltype(array)>;
+            array = bytes && memory ? reinterpret_cast<T>(memory + at) : nullptr;
             at += (bytes + 15) / 16 * 16;
         };
-        using W = deqfast::cuda::DeviceWork;
-        place(&W::counters, sizes.counters);
-        place(&W::arrivals, sizes.arrivals);
-        place(&W::outcomes, sizes.outcomes);
-        place(&W::infinite, sizes.infinite);
-        place(&W::partials, sizes.partials);
-        place(&W::sums, sizes.sums);
-        place(&W::coefficients, sizes.coefficients);
-        place(&W::z, sizes.z);
+        place(work.counters, sizes.counters);
+        place(work.arrivals, sizes.arrivals);
+        place(work.outcomes, sizes.outcomes);
+        place(work.infinite, sizes.infinite);
+        place(work.partials, sizes.partials);
+        place(args.sums, sizes.sums);
+        place(work.coefficients, sizes.coefficients);
+        place(work.z, sizes.z);
         return at;
     }
 };
@@ -231,6 +256,11 @@ class Plan {
         py::gil_scoped_release release;
         return device_->failed();
     }
+    void rewind(int64_t evaluations) { device_->rewind(evaluations); }
+    int64_t report(Address stream, int lag) {
+        py::gil_scoped_release release;
+        return device_->report(pointer<void>(stream), lag);
+    }
 #endif
 
    protected:
@@ -326,6 +356,8 @@ py::class_<P> declare(py::module_& m, const char* name, const char* doc) {
     plan.def("device_bytes", &P::device_bytes);
     plan.def("use", &P::use);
     plan.def("failed", &P::failed);
+    plan.def("rewind", &P::rewind);
+    plan.def("report", &P::report);
 #endif
     return plan;
 }
@@ -377,6 +409,17 @@ PYBIND11_MODULE(_C, m) {
 #ifdef DEQFAST_HAS_CUDA
     m.def("cuda_why_not", &deqfast::cuda::why_not,
           "Why the CUDA kernels of this module cannot run on the device of this index, empty if they can.");
+    m.def("why_no_device_loop", &deqfast::cuda::why_no_device_loop,
+          "Why the driver cannot run a loop on the device, empty if it can.");
+    m.def(
+        "node_not_allowed", [](Address graph) { return deqfast::cuda::node_not_allowed(pointer<void>(graph)); },
+        "The first type of node in a captured graph that may not stand in a loop on the device, empty if none.");
+    py::class_<DeviceLoop>(m, "DeviceLoop", "A solve's loop as one CUDA graph; see csrc/cuda/graph_loop.h.")
+        .def(py::init([](int device, Address pass, Address rest, int steps, Address running, Address made, int limit) {
+            return new DeviceLoop(device, pointer<void>(pass), pointer<void>(rest), steps, pointer<int32_t>(running),
+                                  pointer<int32_t>(made), limit);
+        }))
+        .def("launch", [](const DeviceLoop& loop, Address stream) { loop.launch(pointer<void>(stream)); });
 #endif
     m.def("advise_huge_pages", &advise_huge_pages, "Ask for huge pages on untouched memory (Linux; else nothing).");
 

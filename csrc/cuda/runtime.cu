@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "launch.cuh"
+#include "verdict.cuh"
 
 namespace deqfast::cuda {
 namespace {
@@ -22,6 +23,10 @@ struct Ring {
     int64_t first_word(int64_t of) const { return entries[of % Counts::kEntries * 2]; }
     bool written(int64_t of) const { return first_word(of) >> 32 == (of & kTicketMask); }
 };
+
+__global__ void report_kernel(const __grid_constant__ DeviceWork work) {
+    if (threadIdx.x == 0) tell_host(work);
+}
 
 std::mutex idle_lock;
 // Rings of solves that have ended; the device may still be writing into some.
@@ -106,6 +111,8 @@ bool capturing(void*) { return false; }
 OnDevice::OnDevice(int) {}
 OnDevice::~OnDevice() { (void)before_, (void)device_; }
 #endif
+
+void report(const DeviceWork& work) { launch(report_kernel, dim3(1), kWarpSize, 0, work.stream, work); }
 
 Counts::Counts() {
     const std::lock_guard<std::mutex> guard(idle_lock);

@@ -65,6 +65,13 @@ inline __device__ void after_step(const SolveArgs& a, int64_t b) {
     if (best_at == kCurrent) best_at = kPrevious;
 }
 
+inline __device__ void tell_host(const DeviceWork& work) {
+    volatile int64_t* entry = work.ring + 2 * (work.step & (work.ring_size - 1));
+    entry[1] = atomicAdd(&work.counters[2], 0);
+    __threadfence_system();
+    entry[0] = (work.step & 0x7fffffff) << 32 | int64_t(uint32_t(atomicAdd(&work.counters[0], 0)));
+}
+
 // The last of `blocks` blocks to get here tells the host how many samples still run; every block calls, whole.
 inline __device__ void finish(const DeviceWork& work, int64_t blocks) {
     __syncthreads();
@@ -72,11 +79,7 @@ inline __device__ void finish(const DeviceWork& work, int64_t blocks) {
     __threadfence();
     if (atomicAdd(&work.counters[1], 1) != int32_t(blocks) - 1) return;
     work.counters[1] = 0;
-    if (!work.ring) return;
-    volatile int64_t* entry = work.ring + 2 * (work.step & (work.ring_size - 1));
-    entry[1] = atomicAdd(&work.counters[2], 0);
-    __threadfence_system();
-    entry[0] = (work.step & 0x7fffffff) << 32 | int64_t(uint32_t(atomicAdd(&work.counters[0], 0)));
+    if (work.ring) tell_host(work);
 }
 
 // Whether this block is the last of `blocks` to arrive; the whole block calls, and afterwards sees what the others

@@ -77,4 +77,7 @@ inline WorkSizes work_sizes(const BroydenArgs& a, bool) {
 void anderson_step(const AndersonArgs& args, const DeviceWork& work, int phase);
 void broyden_step(const BroydenArgs& args, const DeviceWork& work, int phase);
 
+// Writes the entry of step `work.step` alone: what a step does at its end, for steps that were captured without a ring.
+void report(const DeviceWork& work);
+
 }  // namespace deqfast::cuda
