@@ -20,8 +20,11 @@ from torch.autograd.graph import GradientEdge
 from torch.autograd.variable import Variable
 from torch.utils import _pytree as pytree
 
-from .linear import LinearOptions, solve_linear
+from . import graphs
+from .guards import identity
+from .linear import LinearOptions, solve_linear, warn_of_failures
 from .ops.layout import Layout
+from .state import SolverState
 from .transforms import forbid
 
 with torch.inference_mode(False), torch.enable_grad():  # whatever mode surrounds the import
@@ -205,7 +208,11 @@ class _Attach(torch.autograd.Function):
         g_full = [torch.zeros_like(z) if t is None else t for t, z in zip(g, z_in, strict=True)]
         if torch.is_grad_enabled():
             return None, *nothing[: len(graph.which)], *second_order(attachment, z_in, g_full)
-        u = solve_adjoint(graph, z_in, g_full, attachment.layout, attachment.options)
+        u = None
+        if attachment.options.mode != "loop":
+            u = _replayed_adjoint(attachment, z_in, g_full)
+        if u is None:
+            u = solve_adjoint(graph, z_in, g_full, attachment.layout, attachment.options)
         return None, *(u[i] for i in graph.which), *nothing[len(graph.which) :]
 
 
@@ -216,21 +223,63 @@ def solve_adjoint(
 
     Where a sample does not converge its best iterate is returned, with a ``GradientWarning``.
     """
-    start = adjoint_start(g, layout, options)
+    return solve_linear(adjoint_map(graph, z, g, layout), adjoint_start(g, layout, options), g, layout, options)
+
+
+def adjoint_map(graph: Graph, z: Sequence[Tensor], g: list[Tensor], layout: Layout) -> Callable[[Any], Any]:
+    """The function u -> J^T u + g."""
     if layout.single:
         g0 = g[0]
 
-        def adjoint_map(u: Any) -> Any:
+        def of_one(u: Any) -> Any:
             (v,) = graph.vjp([u], z)
             return g0 if v is None else v + g0
 
-    else:
+        return of_one
 
-        def adjoint_map(u: Any) -> Any:
-            vs = graph.vjp(pytree.tree_leaves(u), z)
-            return layout.unflatten([b if v is None else v + b for v, b in zip(vs, g, strict=True)])
+    def of_tree(u: Any) -> Any:
+        vs = graph.vjp(pytree.tree_leaves(u), z)
+        return layout.unflatten([b if v is None else v + b for v, b in zip(vs, g, strict=True)])
 
-    return solve_linear(adjoint_map, start, g, layout, options)
+    return of_tree
+
+
+def _replayed_adjoint(attachment: Attachment, z: Sequence[Tensor], g: list[Tensor]) -> list[Tensor] | None:
+    """``solve_adjoint`` by a recording, which evaluates f once more; None, with a warning, where there can be none."""
+    layout, options = attachment.layout, attachment.options
+    tensors, rebuild, rest = graphs.split(attachment.args)
+    many = len(z)
+
+    def prepare(inputs: list[Tensor]) -> Callable[[Any], Any]:
+        at = [t.detach().requires_grad_() for t in inputs[:many]]
+        with torch.enable_grad(), _autocast(layout.device.type, attachment.autocast):
+            graph = Graph(_evaluate(attachment.f, at, rebuild(inputs[2 * many :]), layout, attachment.copy_z))
+        if not graph.which:
+            raise graphs.CannotRecord("f does not depend on z")
+        return adjoint_map(graph, at, inputs[many : 2 * many], layout)
+
+    def finish(state: SolverState, evaluations: int | Tensor) -> list[Tensor]:
+        if options.mode == "graph" and options.rtol > 0 and state.failed():
+            warn_of_failures(state, g)
+        return [t.clone() for t in state.answer()[0]]
+
+    program = graphs.Program(
+        prepare=prepare,
+        inputs=[*z, *g, *tensors],
+        key=("adjoint", identity(attachment.f), rest, attachment.autocast, attachment.copy_z),
+        family=graphs.family(attachment.f),
+        layout=layout,
+        solver=options.solver,
+        rtol=options.rtol,
+        atol=0.0,
+        max_iter=options.max_iter,
+        keep_best=True,
+        backend=options.backend,
+        mode=options.mode,
+        alive=(attachment.f, attachment.args),
+    )
+    start = adjoint_start(g, layout, options)
+    return graphs.replayed(program, [t.detach() for t in pytree.tree_leaves(start)], finish)
 
 
 def adjoint_start(g: list[Tensor], layout: Layout, options: LinearOptions) -> Any:

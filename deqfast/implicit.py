@@ -33,6 +33,7 @@ class Problem:
     max_iter: int
     backend: str
     transformed: bool = False  # a torch.func transform or a forward-mode level surrounds the call
+    mode: str = "loop"
     copy_z: bool = False  # f writes into the z that it is given
 
     @property
@@ -116,7 +117,7 @@ class Implicit(Gradient):
         if self.rtol is None and torch.is_autocast_enabled(device):
             rtol = max(rtol, DEFAULT_RTOL[torch.get_autocast_dtype(device)])
         max_iter = problem.max_iter if self.max_iter is None else self.max_iter
-        return LinearOptions(solver, rtol, max_iter, problem.backend, self.u0)
+        return LinearOptions(solver, rtol, max_iter, problem.backend, self.u0, problem.mode)
 
 
 @dataclass(frozen=True)

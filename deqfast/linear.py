@@ -28,6 +28,7 @@ class LinearOptions:
     max_iter: int
     backend: str
     u0: Any = None
+    mode: str = "loop"
 
 
 def solve_linear(
@@ -45,13 +46,14 @@ def solve_linear(
         while not state.done:
             state.step(f(state.z))
         if layout.B and layout.N and options.rtol > 0 and state.failed():
-            _warn(state, known)
+            warn_of_failures(state, known)
         leaves = state.answer()[0]
         state.release()
         return leaves
 
 
-def _warn(state: SolverState, known: list[Tensor]) -> None:
+def warn_of_failures(state: SolverState, known: list[Tensor]) -> None:
+    """Say how many samples of a solve did not converge, but for those whose right-hand side ``known`` is not finite."""
     failed = state.status != Status.CONVERGED
     for t in known:
         failed = failed & torch.isfinite(t.reshape(t.shape[0], -1)).all(1)

@@ -35,10 +35,11 @@ class Solution:
         steps: (B,) int32, evaluations of f a sample used, the converging one included.
         residual: (B,) relative residual ||f(z) - z|| / ||f(z)|| of exactly this z (of the equilibrium the phantom
             steps start from, where the gradient is ``Phantom`` or ``OneStep``).
-        nfe: evaluations of f by the solver.
+        nfe: evaluations of f by the solver; reading it waits for the device if the loop ran there.
         status: (B,) int32 of ``dq.Status``.
         trace: (nfe, B) relative residuals if asked for, NaN once a sample has stopped; else None.
         backend: the backend that ran the updates.
+        mode: how the loop ran: "loop", "graph" or "device".
         counters: what ``events`` reads.
     """
 
@@ -46,11 +47,17 @@ class Solution:
     converged: Tensor
     steps: Tensor
     residual: Tensor
-    nfe: int
+    evaluations: int | Tensor  # a loop on the device leaves a tensor
     status: Tensor
     trace: Tensor | None
     backend: str
     counters: Tensor
+    mode: str = "loop"
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations of f by the solver."""
+        return int(self.evaluations)
 
     @property
     def events(self) -> dict[str, Tensor]:

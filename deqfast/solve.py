@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import transforms
+from . import graphs, transforms
 from .choose import choose_solver
 from .compaction import Compactor
 from .implicit import Gradient, Problem, choose_gradient
@@ -38,6 +38,7 @@ def fixed_point(
     callback: Callable[[int, SolverState], bool | None] | None = None,
     throw: bool = False,
     backend: str = "auto",
+    mode: str = "loop",
     progress: bool = False,
 ) -> Solution:
     """Solve z = f(z, *args) for every sample of a batch.
@@ -61,6 +62,11 @@ def fixed_point(
         callback: called after every evaluation as callback(k, state) with a ``SolverState`` to look at; True stops.
         throw: raise ``ConvergenceError`` unless every sample converged.
         backend: "auto" (default), "native" or "reference"; ``python -m deqfast.info`` says what is available.
+        mode: who runs the loop on a GPU. "loop" (default): Python launches every evaluation of f. "graph": f and the
+            step are captured once as a CUDA graph, and a few evaluations replayed at a time. "device": the whole loop
+            runs on the GPU. Both give the bits of "loop", may evaluate f a few times more, and run f's Python once per
+            shape, not once per evaluation. Where that is impossible the plain loop runs, with a ``ModeWarning`` that
+            says why, and ``Solution.mode`` is "loop". Not with trace, callback, progress or compact.
         progress: show a tqdm bar of evaluations.
 
     Returns:
@@ -74,12 +80,17 @@ def fixed_point(
     gradient = choose_gradient(backward)
     check_options(f, args, max_iter, returns, callback)
     check_choices(compact, backend, {"trace": trace, "throw": throw, "progress": progress})
+    check_mode(mode, {"trace": trace, "callback": callback is not None, "progress": progress, "compact": compact})
     transformed = transforms.active()
     start = transforms.values(z0) if transformed else z0
     layout = Layout(start)
     rtol, atol, max_iter = check_stopping(rtol, atol, max_iter, layout.dtype)
-    problem = Problem(f, args, layout, chosen, rtol, max_iter, backend, transformed)
+    problem = Problem(f, args, layout, chosen, rtol, max_iter, backend, transformed, mode)
     if gradient is not None and gradient.solves and problem.differentiated:
+        if mode != "loop":
+            raise ValueError(
+                f"mode={mode!r} cannot be combined with backward={gradient}, which differentiates the loop"
+            )
         return gradient.solve(
             problem,
             z0,
@@ -91,18 +102,20 @@ def fixed_point(
             throw=throw,
             progress=progress,
         )
-    if not transformed:
-        state, rows = _run(f, args, problem, start, atol, returns, compact, trace, callback, progress)
-    else:
-        with transforms.Outside() as outside:
-            inner, plain = outside.inside(f), transforms.values(args)
-            state, rows = _run(inner, plain, problem, start, atol, returns, compact, trace, callback, progress)
-    shared = callback is not None  # it may have kept the state
-    solution = conclude(state, returns, rows, shared)
-    if not shared:
-        state.release()
-    if gradient is not None and problem.differentiated:
+    solution = _replayed(problem, start, atol, returns) if mode != "loop" and layout.B and layout.N else None
+    if solution is None:
+        if not transformed:
+            state, rows = _run(f, args, problem, start, atol, returns, compact, trace, callback, progress)
+        else:
+            with transforms.Outside() as outside:
+                inner, plain = outside.inside(f), transforms.values(args)
+                state, rows = _run(inner, plain, problem, start, atol, returns, compact, trace, callback, progress)
+        shared = callback is not None  # it may have kept the state
+        solution = conclude(state, returns, rows, shared)
         problem.copy_z = state.copies_z
+        if not shared:
+            state.release()
+    if gradient is not None and problem.differentiated:
         solution.z = gradient.attach(problem, solution.z)
     if throw and not bool(solution.converged.all()):
         raise ConvergenceError(solution)
@@ -159,6 +172,30 @@ def check_choices(compact: Any, backend: Any, flags: dict[str, Any]) -> None:
     for name, value in flags.items():
         if value is not True and value is not False:
             raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def check_mode(mode: Any, others: dict[str, Any]) -> None:
+    """Raise ValueError for an unknown ``mode``, or for one that does not go with another option that is in use."""
+    if mode not in graphs.MODES:
+        raise ValueError(f"mode must be one of {', '.join(map(repr, graphs.MODES))}, got {mode!r}")
+    for name, used in others.items():
+        if mode != "loop" and used is not False:
+            raise ValueError(f"mode={mode!r} cannot be combined with {name}, which looks at every evaluation")
+
+
+def _replayed(problem: Problem, start: Any, atol: float, returns: str) -> Solution | None:
+    """The solution by a recording; None, with a warning, where there can be none."""
+    program = graphs.forward_program(problem, atol, keep_best=returns == "best")
+    layout = problem.layout
+
+    def finish(state: SolverState, evaluations: int | Tensor) -> Solution:
+        solution = conclude(state, returns, None, shared=True)
+        solution.z = pytree.tree_map(torch.clone, solution.z)
+        solution.evaluations, solution.mode = evaluations, problem.mode
+        return solution
+
+    leaves = [start.detach()] if layout.single else [t.detach() for t in pytree.tree_leaves(start)]
+    return graphs.replayed(program, leaves, finish)
 
 
 def _run(
@@ -238,7 +275,7 @@ def conclude(state: SolverState, returns: str, rows: list[Tensor] | None, shared
         converged=status == Status.CONVERGED,
         steps=counters[Int.STEPS, : layout.B],
         residual=residual,
-        nfe=state.nfe,
+        evaluations=state.nfe,
         status=status,
         trace=trace,
         backend=state.backend,

@@ -136,8 +136,8 @@ class SolverState:
                 )
             except torch.OutOfMemoryError as error:
                 raise torch.OutOfMemoryError(
-                    f"no room for the history of {options} for {self.layout.B} samples of {self.layout.N} numbers: keep "
-                    f"fewer columns, Anderson's in a narrower history_dtype, or solve a smaller batch. {error}"
+                    f"no room for the history of {options} for {self.layout.B} samples of {self.layout.N} numbers: "
+                    f"keep fewer columns, Anderson's in a narrower history_dtype, or solve a smaller batch. {error}"
                 ) from error
         self.nfe = 0
         self._uses_previous = options.uses_previous
@@ -421,6 +421,46 @@ class SolverState:
                 for current, previous, saved in zip(leaves, ws.x[1 - ws.cur], ws.saved, strict=True)
             ]
         return leaves, residual.clone()
+
+    @property
+    def update(self) -> Any:
+        """The bound step of the backend, on a GPU with what graphs need of it; see ``ops.native.bind``."""
+        return self._update
+
+    @property
+    def previous(self) -> list[Tensor] | None:
+        """What f returned at the previous iterate, as the next step will read it."""
+        return self._previous
+
+    def restart(self, start: list[Tensor]) -> None:
+        """Begin another solve in the same memory; what was learned about f stays."""
+        self.ws.reset()
+        self._update.renew()  # type: ignore[attr-defined]
+        for x, t in zip(self.ws.x[0], start, strict=True):
+            x.copy_(t)
+        self._z0 = start
+        self.nfe, self._running = 0, self.layout.B
+        self._hold(None)
+
+    def resume(self, nfe: int, previous: list[Tensor] | None) -> None:
+        """Go on as after ``nfe`` evaluations whose iterate is in memory already, with f at the one before."""
+        self._update.rewind(nfe)  # type: ignore[attr-defined]
+        self._z0 = []
+        self.ws.cur = nfe & 1
+        self.nfe, self._running = nfe, self.layout.B
+        self._hold(previous)
+
+    def finish(self, nfe: int) -> None:
+        """Take note that every sample has stopped: its answer is in both iterates."""
+        self.nfe, self._running, self._z0 = nfe, 0, []
+
+    def _hold(self, previous: list[Tensor] | None) -> None:
+        self._previous, self._previous_rows = previous, None
+        self._origin = previous or []
+        self._origin_versions = [_version(t) for t in self._origin]
+        self._origin_storages = _storages(self._origin)
+        self._note_versions()
+        self._look_plain()
 
     def show(self, callback: Callable[[int, SolverState], bool | None]) -> bool:
         """Call ``callback(nfe, self)``, with every iterate it asks for a copy; returns whether it said stop."""

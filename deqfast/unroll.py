@@ -165,7 +165,7 @@ class _Unrolled:
             converged=status == Status.CONVERGED,
             steps=self.steps,
             residual=residual,
-            nfe=self.nfe,
+            evaluations=self.nfe,
             status=status,
             trace=None if rows is None else torch.stack(rows) if rows else residual.new_empty(0, layout.B),
             backend="unrolled",

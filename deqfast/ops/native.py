@@ -67,6 +67,10 @@ def bind(
     The update has an attribute ``failed``: () -> samples that stopped without having converged, known once none runs.
     For a state of one contiguous real tensor it has an attribute ``dense`` too, the same for outputs of f that are such
     tensors: (cur, address of f's output, address of the previous one or 0) -> samples still running.
+
+    On a GPU it has attributes for steps that were captured in a graph: ``renew()``, for a new solve in the same memory;
+    ``rewind(evaluations)``, the part of that the host keeps; ``report(lag)``, the samples running as of ``lag`` reports
+    before; ``running``, the device's own count.
     """
     _C.cpu_isa()  # a wrong DEQFAST_CPU_ISA is said here, before f is evaluated
     plan, memory = _plan(ws, evaluations)
@@ -94,8 +98,22 @@ def bind(
         def dense(cur: int, f: int, f_prev: int) -> int:
             return plan.step_dense(cur, f, f_prev, stream())
 
-        update.failed = plan.failed  # type: ignore[attr-defined]
-        update.memory = memory  # type: ignore[attr-defined]
+        assert memory is not None
+        running = memory[:4].view(torch.int32)
+
+        def renew() -> None:
+            memory.zero_()
+            running.fill_(layout.B)
+            plan.rewind(0)
+
+        attributes = {
+            "failed": plan.failed,
+            "renew": renew,
+            "rewind": plan.rewind,
+            "report": lambda lag: plan.report(stream(), lag),
+            "running": running,
+        }
+        vars(update).update(attributes)
     if plain:
         update.dense = dense  # type: ignore[attr-defined]
     return update

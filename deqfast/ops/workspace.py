@@ -89,6 +89,13 @@ class Workspace:
         self.buffer: Tensor | None = None  # what the history lies in, if it is worth keeping for another solve
         self.own_residual: Tensor | None = None  # the caller's, in place of f(z) - z (Anderson, Type II)
 
+    def reset(self) -> None:
+        """As new: no evaluation made, no column kept."""
+        self.cur = 0
+        self.ints.zero_()
+        self.reals.zero_()
+        self.reals.select(0, Real.BEST).fill_(math.inf)
+
     def release(self) -> None:
         """Give the history up; statistics and iterates stay, but no further step can be made."""
         if self.buffer is not None:
@@ -170,6 +177,12 @@ class AndersonWorkspace(Workspace):
         # With a residual of the caller's own: the one before, and its differences (B, m, any) instead of history[1].
         self.own_previous: Tensor | None = None
         self.own_columns: Tensor | None = None
+
+    def reset(self) -> None:
+        """As new: no evaluation made, no column kept."""
+        super().reset()
+        self.norms.zero_()
+        self.ages.zero_()
 
     def columns(self, which: int) -> Tensor:
         """(B, m, N) columns as stored, without their scales: a view, or for tiny samples a copy."""
