@@ -1,4 +1,4 @@
-// Small dense solves by a team of threads that share memory: a warp.
+// Small dense solves by a team of threads that share memory: a warp, or a thread on its own.
 // Matrices are row-major with row stride m, entries `stride` apart, so that the matrices of a block's threads may lie
 // interleaved. A singular system yields numbers that are not finite: the caller looks.
 #pragma once
@@ -25,6 +25,14 @@ struct WarpTeam {
         }
     }
     static __device__ __forceinline__ bool any(bool v) { return __any_sync(kAll, v); }
+};
+
+struct LoneTeam {
+    static constexpr int size = 1;
+    static __device__ __forceinline__ int rank() { return 0; }
+    static __device__ __forceinline__ void sync() {}
+    template <class A>
+    static __device__ __forceinline__ void largest(A&, int&) {}
 };
 
 // Numbers in memory that the team shares, `stride` apart.
