@@ -14,12 +14,15 @@
 
 namespace deqfast::cuda {
 
+// Blocks of a multiprocessor, at least: left to itself ptxas aims for more, and spills to get there.
+template <class A>
+constexpr int kBlocks = sizeof(A) == 8 ? 1 : 2;
 constexpr int kThreads = 256, kScaledThreads = 128;  // 128 * 8 numbers share one scale
 
 // ---- a block a sample ----
 
 template <class A, class S, class H, int leaves>
-__global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant__ Params<leaves> p) {
+__global__ void __launch_bounds__(kThreads, kBlocks<A>) sample_kernel(const __grid_constant__ Params<leaves> p) {
     DEQFAST_SHARED(memory);
     DEQFAST_BLOCK_SHARED int32_t outcome;
     const AndersonArgs& a = p.a;
@@ -36,7 +39,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
             if (a.m > 0 && warp_of() == 0) step.decide(slot, outcome);
             __syncthreads();
             bool finite = true;
-            for (int l = 0; l < a.n_leaves; ++l) finite &= step.mix(l, 0, p.leaf[l].n, false);
+            for (int l = 0; l < a.n_leaves; ++l) finite &= step.mix(l, 0, p.leaf[l].n);
             if (__syncthreads_or(!finite)) step.picard();
             if (threadIdx.x == 0) after_step(a, b);
         }
@@ -66,7 +69,7 @@ __device__ void judge_and_decide(const Params<leaves>& p, int64_t b, Step<A, S, 
 }
 
 template <class A, class S, class H, int leaves>
-__global__ void __launch_bounds__(kThreads) reduce_kernel(const __grid_constant__ Params<leaves> p) {
+__global__ void __launch_bounds__(kThreads, kBlocks<A>) reduce_kernel(const __grid_constant__ Params<leaves> p) {
     DEQFAST_SHARED(memory);
     const AndersonArgs& a = p.a;
     const int64_t b = blockIdx.y, chunks = gridDim.x;
@@ -103,7 +106,7 @@ __global__ void __launch_bounds__(kWarpSize) decide_kernel(const __grid_constant
 }
 
 template <class A, class S, class H, int leaves>
-__global__ void __launch_bounds__(kThreads) mix_kernel(const __grid_constant__ Params<leaves> p) {
+__global__ void __launch_bounds__(kThreads, 2) mix_kernel(const __grid_constant__ Params<leaves> p) {
     DEQFAST_SHARED(memory);
     const AndersonArgs& a = p.a;
     const int64_t b = blockIdx.y, chunks = gridDim.x;
@@ -119,7 +122,7 @@ __global__ void __launch_bounds__(kThreads) mix_kernel(const __grid_constant__ P
         spill_and_rest<S>(leaf, b, outcome, chunk.begin, end);
         __syncthreads();
         if (outcome & kGoing) {
-            const bool finite = step.mix(chunk.leaf, chunk.begin, kSplitChunk, false);
+            const bool finite = step.mix(chunk.leaf, chunk.begin, kSplitChunk);
             if (__syncthreads_or(!finite) && threadIdx.x == 0) atomicOr(&p.work.infinite[b], 1);
         }
         if (last_to_arrive(&p.work.arrivals[a.B + b], chunks)) {
