@@ -1,10 +1,8 @@
-// One sample of an Anderson step, worked on by one block: the products of its chunks, the small solve, the mix.
+// One sample of an Anderson step, worked on by one block: the products of its chunks, the mix.
 // Sums are float in a thread (8 numbers) and a warp, double beyond; their order depends on N alone.
 #pragma once
 
-#include "deqfast/anderson.h"
-
-#include "dense.cuh"
+#include "anderson_decide.cuh"
 #include "source.cuh"
 #include "verdict.cuh"
 
@@ -21,56 +19,16 @@ struct Params {
     Leaf leaf[leaves];
 };
 
-// What a block shares, in dynamic shared memory.
-template <class A>
-struct Shared {
-    double *warp_sums, *sums;                                 // (warps, D), (D)
-    A *system, *y, *q, *w, *row, *col, *gram_row, *diagonal;  // (m, m), then (m) each
-    A* gamma;                                                 // (m), 0: not used
-    int* columns;                                             // columns in use
-    A* largest;                                               // (2, warps)
-
-    static __host__ __device__ int64_t bytes(int m, int warps) {
-        const int64_t d = anderson_products(m);
-        return 8 * (d * (warps + 1)) + int64_t(sizeof(A)) * (int64_t(m) * m + 8 * m + 2 * warps) + 4 * m + 64;
-    }
-    __device__ Shared(char* p, int m, int warps) {
-        const int64_t d = anderson_products(m);
-        warp_sums = reinterpret_cast<double*>(p);
-        sums = warp_sums + d * warps;
-        system = reinterpret_cast<A*>(sums + d);
-        y = system + m * m;
-        q = y + m, w = q + m, row = w + m, col = row + m, gram_row = col + m, diagonal = gram_row + m;
-        gamma = diagonal + m;
-        largest = gamma + m;
-        columns = reinterpret_cast<int*>(largest + 2 * warps);
-    }
-};
-
-// One sample's small matrices.
-template <class A>
-struct Small {
-    Numbers<A> matrix, gram, norms;
-    Numbers<int32_t> ages;
-
-    __device__ Small(const AndersonArgs& a, int64_t b) {
-        const int64_t t = b / kTile, lane = b % kTile, m = a.m;
-        matrix = {static_cast<A*>(a.matrix) + t * m * m * kTile + lane, kTile};
-        gram = {static_cast<A*>(a.gram) + t * m * m * kTile + lane, kTile};
-        norms = {static_cast<A*>(a.norms) + t * 2 * m * kTile + lane, kTile};
-        ages = {a.ages + t * m * kTile + lane, kTile};
-    }
-};
-
 template <class A, class S, class H, int leaves>
 class Step {
    public:
-    __device__ Step(const Params<leaves>& params, int64_t sample, char* memory)
+    __device__ Step(const Params<leaves>& params, int64_t sample, char* block_memory)
         : p(params),
           a(params.a),
           b(sample),
           D(int(anderson_products(a.m))),
           type2(a.test_space == 0),
+          memory(block_memory),
           s(memory, a.m, int(blockDim.x) / kWarpSize),
           unit(a.at<A>(kUnit, sample)) {}
 
@@ -115,94 +73,15 @@ class Step {
     }
 
     // The small solve, by the first warp: enters the new column, fills gamma, chooses the next slot.
-    __device__ void decide(int slot, int32_t outcome) {
-        const bool reset = outcome & kReset, grew = type2 && outcome & kGrew;
-        if (grew && lane_of() == 0) a.at(kGrowthRestarts, b)++;
-        const int m = a.m;
-        const Small<A> small(a, b);
-        const bool adding = slot >= 0 && !reset;
-        const auto product = [&](int j, int which) { return A(s.sums[kHeadProducts + j * kColumnProducts + which]); };
-        const A new_q = sqrt(A(s.sums[kQQ])), new_w = type2 ? new_q : sqrt(A(s.sums[kWW]));
-        const bool usable = new_q > 0 && new_w > 0 && isfinite(new_q) && isfinite(new_w);
-        const int rank = lane_of();
-        int last = 0;
-        for (int j = rank; j < m; j += kWarpSize) {
-            const bool is_new = adding && j == slot;
-            const A qj = is_new ? (usable ? new_q : A(0)) : reset || grew ? A(0) : small.norms[j];
-            const A wj = is_new ? new_w : small.norms[m + j];
-            small.norms[j] = qj;
-            small.norms[m + j] = wj;
-            s.q[j] = qj;
-            s.w[j] = wj;
-            if (qj > 0) last = j + 1;
-            if (is_new) small.ages[j] = a.at(kSteps, b);
-        }
-        for (int step = kWarpSize / 2; step > 0; step /= 2) last = max(last, __shfl_xor_sync(kAll, last, step));
-        const int n = last;  // columns beyond this are empty
-        __syncwarp();
-        for (int j = rank; j < n; j += kWarpSize) {
-            const bool is_new = adding && j == slot, valid = s.q[j] > 0;
-            const A rq = valid ? 1 / s.q[j] : A(0), rw = valid ? 1 / s.w[j] : A(0);
-            const A new_rq = usable ? 1 / new_q : A(0), new_rw = usable ? 1 / new_w : A(0);
-            const A rhs = is_new ? A(s.sums[type2 ? kVG : kWG]) : product(j, kRhs);
-            s.y[j] = !valid ? A(0) : type2 ? rhs * rq : -rhs * rw;
-            s.gram_row[j] = (is_new ? A(s.sums[kQQ]) : product(j, kGramRow)) * new_rq * rq;
-            s.row[j] = (is_new ? A(s.sums[kWV]) : product(j, kRow)) * new_rw * rq;
-            s.col[j] = (is_new ? A(s.sums[kWV]) : product(j, kCol)) * new_rq * rw;
-        }
-        __syncwarp();
-        if (adding)
-            for (int j = rank; j < n; j += kWarpSize) {
-                small.gram[max(slot, j) * m + min(slot, j)] = s.gram_row[j];
-                if (type2) continue;
-                small.matrix[slot * m + j] = s.row[j];
-                if (j != slot) small.matrix[j * m + slot] = s.col[j];
-            }
-        __syncwarp();
-        const Numbers<A> system{s.system, 1}, y{s.y, 1};
-        bool solved = true;
-        if (type2) {
-            load_gram(small, n);
-            solved = factor_ldl<WarpTeam>(system, n, m);
-            solve_ldl<WarpTeam>(system, y, n, m);
-        } else {
-            for (int i = rank; i < n * n; i += kWarpSize) {
-                const int r = i / n, c = i % n;
-                const bool valid = s.q[r] > 0 && s.q[c] > 0;
-                const A entry = valid ? -small.matrix[r * m + c] : A(0);
-                s.system[r * m + c] = r != c ? entry : valid ? A(a.ridge) + entry : A(1);
-            }
-            __syncwarp();
-            solve_lu<WarpTeam>(system, y, n, m);
-        }
-        for (int j = rank; j < n; j += kWarpSize) solved = solved && isfinite(s.y[j]);
-        const bool failed = WarpTeam::any(!solved);
-        int used = 0, empty = m;
-        for (int j = rank; j < m; j += kWarpSize) {
-            if (failed) small.norms[j] = s.q[j] = 0;
-            s.gamma[j] = j < n && !failed && s.q[j] > 0 ? s.y[j] / s.q[j] : A(0);
-            if (s.q[j] > 0)
-                ++used;
-            else
-                empty = min(empty, j);
-        }
-        used = warp_sum(used);
-        for (int step = kWarpSize / 2; step > 0; step /= 2) empty = min(empty, __shfl_xor_sync(kAll, empty, step));
-        const bool full = used == m;
-        const int next = full ? victim(small) : empty;
-        if (rank == 0) {
-            a.at(kSlot, b) = next;
-            a.at(kCount, b) = used;
-            a.at(kEvictions, b) += full;
-            a.at(kSolveFallbacks, b) += failed;
-        }
+    __device__ void decide(int slot, int32_t outcome) const {
+        cuda::decide<A>(a, b, memory, int(blockDim.x) / kWarpSize, slot, outcome);
     }
 
     // Writes the next iterate for [begin, begin + length) of leaf l from `gamma`; false if not finite.
-    __device__ bool mix(int l, int64_t begin, int64_t length, bool picard) {
+    __device__ bool mix(int l, int64_t begin, int64_t length) {
         const Leaf& leaf = p.leaf[l];
         const int64_t end = min(begin + length, leaf.n);
-        const A beta = picard ? A(1) : A(a.mixing), per_unit = A(1) / a.at<A>(kUnit, b);
+        const A beta = A(a.mixing), per_unit = A(1) / a.at<A>(kUnit, b);
         bool finite = true;
         for (int64_t at = begin; at < end; at += int64_t(blockDim.x) * kItems) {
             const Tile tile = tile_of(a, leaf, at, end);
@@ -213,7 +92,7 @@ class Step {
                 for (int k = 0; k < kItems; ++k) out[k] = part[k] + beta * (out[k] - part[k]);
             }
             const Tile column{leaf.offset + at, tile.count, tile.neighbours};
-            for (int j = 0; j < a.m && !picard; ++j) {
+            for (int j = 0; j < a.m; ++j) {
                 const A weight = s.gamma[j] * per_unit;
                 if (weight == 0) continue;
                 const A weight_f = weight * scale_of(0, j, leaf, at);
@@ -231,7 +110,15 @@ class Step {
 
     // The step did not stay finite: x' = f, and the history is forgotten.
     __device__ void picard() {
-        for (int l = 0; l < a.n_leaves; ++l) mix(l, 0, p.leaf[l].n, true);
+        for (int l = 0; l < a.n_leaves; ++l) {
+            const Leaf& leaf = p.leaf[l];
+            for (int64_t at = 0; at < leaf.n; at += int64_t(blockDim.x) * kItems) {
+                const Tile tile = tile_of(a, leaf, at, leaf.n);
+                A f[kItems];
+                read_source<A, S>(leaf.f, f_row(a, b), tile, f);
+                write_state(row_of<S>(leaf.x_prev, leaf, b), tile, f);
+            }
+        }
         const Small<A> small(a, b);
         for (int j = int(threadIdx.x); j < a.m; j += int(blockDim.x)) small.norms[j] = 0;
         if (threadIdx.x != 0) return;
@@ -247,6 +134,7 @@ class Step {
     const int64_t b;
     const int D;
     const bool type2;
+    char* const memory;
     Shared<A> s;
     const A unit;
 
@@ -364,43 +252,6 @@ class Step {
             }
             add_4(kHeadProducts + j * kColumnProducts, rhs, row, col, gram);
         }
-    }
-
-    __device__ void load_gram(const Small<A>& small, int n) {
-        const int m = a.m;
-        for (int i = lane_of(); i < n * n; i += kWarpSize) {
-            const int r = i / n, c = i % n;
-            if (c > r) continue;
-            const bool valid = s.q[r] > 0 && s.q[c] > 0;
-            const A entry = valid ? small.gram[r * m + c] : r == c ? A(1) : A(0);
-            s.system[r * m + c] = r == c ? entry + A(a.ridge) : entry;
-        }
-        __syncwarp();
-    }
-
-    // Which column a full history gives up.
-    __device__ int victim(const Small<A>& small) {
-        const int m = a.m;
-        const bool by_use = a.evict_least_useful && m > 3;
-        if (by_use) {
-            const Numbers<A> system{s.system, 1}, diagonal{s.diagonal, 1};
-            if (!type2) {
-                load_gram(small, m);
-                factor_ldl<WarpTeam>(system, m, m);
-            }
-            inverse_diagonal<WarpTeam>(system, diagonal, m, m);
-        }
-        const int newest = a.at(kSteps, b) - (m / 3 > 2 ? m / 3 : 2);
-        A best = A(INFINITY);
-        int chosen = m;
-        for (int j = lane_of(); j < m; j += kWarpSize) {
-            if (by_use && small.ages[j] > newest) continue;
-            const A loss = by_use ? s.y[j] * s.y[j] / s.diagonal[j] : A(small.ages[j]);
-            if (loss < best) best = loss, chosen = j;
-        }
-        A negative = -best;
-        WarpTeam::largest(negative, chosen);
-        return chosen < m ? chosen : 0;
     }
 };
 

@@ -1,4 +1,5 @@
-// Small dense solves by a team of threads that share memory: a warp.
+// Small dense solves by a team of threads that share memory: a warp, or a thread on its own.
+// Up to kRowsMax rows a warp solves in registers, without a barrier.
 // Matrices are row-major with row stride m, entries `stride` apart, so that the matrices of a block's threads may lie
 // interleaved. A singular system yields numbers that are not finite: the caller looks.
 #pragma once
@@ -25,6 +26,14 @@ struct WarpTeam {
         }
     }
     static __device__ __forceinline__ bool any(bool v) { return __any_sync(kAll, v); }
+};
+
+struct LoneTeam {
+    static constexpr int size = 1;
+    static __device__ __forceinline__ int rank() { return 0; }
+    static __device__ __forceinline__ void sync() {}
+    template <class A>
+    static __device__ __forceinline__ void largest(A&, int&) {}
 };
 
 // Numbers in memory that the team shares, `stride` apart.
@@ -121,6 +130,102 @@ __device__ inline void inverse_diagonal(Numbers<A> a, Numbers<A> diagonal, int n
         diagonal[j] = sum;
     }
     Team::sync();
+}
+
+// ---- a lane a row, in registers ----
+
+constexpr int kRowsMax = 16;  // rows; every loop over them is unrolled
+
+// What orders magnitudes as unsigned numbers do; of doubles the upper half, which is all that choosing a pivot needs.
+__device__ __forceinline__ unsigned magnitude(float v) {
+    unsigned bits;
+    memcpy(&bits, &v, 4);
+    return bits & 0x7fffffffu;
+}
+__device__ __forceinline__ unsigned magnitude(double v) {
+    uint64_t bits;
+    memcpy(&bits, &v, 8);
+    return unsigned(bits >> 32) & 0x7fffffffu;
+}
+
+// The lowest lane in which the flag is set.
+__device__ __forceinline__ int lane_with(bool flag) { return __ffs(int(__ballot_sync(kAll, flag))) - 1; }
+
+// Solves a y = b as solve_lu does, for n <= kRowsMax; a stays. Rows are not swapped: a lane remembers when its row was
+// the pivot.
+template <class A>
+__device__ inline void solve_rows(const A* a, A* b, int n, int m) {
+    const int lane = lane_of();
+    A row[kRowsMax], rhs = lane < n ? b[lane] : A(0), inverse_own = 0, solution = 0;
+    DEQFAST_UNROLL
+    for (int j = 0; j < kRowsMax; ++j) row[j] = lane < n && j < n ? a[lane * m + j] : A(0);
+    int order = -1;
+    DEQFAST_UNROLL
+    for (int k = 0; k < kRowsMax; ++k) {
+        if (k >= n) continue;
+        const bool candidate = lane < n && order < 0;
+        const unsigned size = candidate ? magnitude(row[k]) : 0;
+        const unsigned largest = __reduce_max_sync(kAll, size);
+        const int from = lane_with(candidate && size == largest);
+        const A inverse = A(1) / __shfl_sync(kAll, row[k], from);
+        if (lane == from) order = k, inverse_own = inverse;
+        const A factor = row[k] * inverse;
+        const bool below = lane < n && order < 0;
+        DEQFAST_UNROLL
+        for (int j = k + 1; j < kRowsMax; ++j) {
+            if (j >= n) continue;
+            const A top = __shfl_sync(kAll, row[j], from);
+            if (below) row[j] -= factor * top;
+        }
+        const A top = __shfl_sync(kAll, rhs, from);
+        if (below) rhs -= factor * top;
+    }
+    DEQFAST_UNROLL
+    for (int k = kRowsMax - 1; k >= 0; --k) {
+        if (k >= n) continue;
+        const A value = __shfl_sync(kAll, rhs * inverse_own, lane_with(order == k));
+        if (lane == k) solution = value;
+        if (order < k) rhs -= row[k] * value;
+    }
+    __syncwarp();
+    if (lane < n) b[lane] = solution;
+    __syncwarp();
+}
+
+// Of a symmetric positive definite a, given by its lower triangle, n <= kRowsMax: the diagonal of the inverse, and b
+// replaced by the solution of a y = b unless b is null. a stays. Returns whether all pivots were positive.
+template <class A>
+__device__ inline bool invert_rows(const A* a, A* b, A* diagonal, int n, int m) {
+    const int lane = lane_of();
+    A row[kRowsMax], rhs = b && lane < n ? b[lane] : A(0), own = 0;
+    DEQFAST_UNROLL
+    for (int j = 0; j < kRowsMax; ++j) row[j] = lane < n && j < n ? a[max(lane, j) * m + min(lane, j)] : A(0);
+    bool positive = true;
+    DEQFAST_UNROLL
+    for (int k = 0; k < kRowsMax; ++k) {
+        if (k >= n) continue;
+        const A pivot = __shfl_sync(kAll, row[k], k), inverse = A(1) / pivot, factor = row[k];
+        positive = positive && pivot > 0;
+        DEQFAST_UNROLL
+        for (int j = 0; j < kRowsMax; ++j) {
+            if (j >= n || j == k) continue;
+            const A top = __shfl_sync(kAll, row[j], k) * inverse;
+            row[j] = lane == k ? top : row[j] - factor * top;
+        }
+        row[k] = lane == k ? inverse : -factor * inverse;
+        const A top = __shfl_sync(kAll, rhs, k) * inverse;
+        rhs = lane == k ? top : rhs - factor * top;
+    }
+    DEQFAST_UNROLL
+    for (int k = 0; k < kRowsMax; ++k)
+        if (lane == k) own = row[k];
+    __syncwarp();
+    if (lane < n) {
+        diagonal[lane] = own;
+        if (b) b[lane] = rhs;
+    }
+    __syncwarp();
+    return positive;
 }
 
 }  // namespace deqfast::cuda

@@ -28,8 +28,11 @@ __device__ inline int64_t offset_in(const Source& s, int64_t n) {
     return offset;
 }
 
+// Number n of a sample whose first is number `begin` of the tensor. A call, not inlined: this is the rare case, and
+// eight copies of it in every place that reads f would double the code.
 template <class A, class S>
-__device__ __forceinline__ A read_one(const Source& s, int64_t at) {
+__device__ __noinline__ A read_number(const Source& s, int64_t begin, int64_t n) {
+    const int64_t at = begin + (s.dense ? n : offset_in(s, n));
     if (s.dtype == kDTypeOf<S>) return Format<A, S>::read(static_cast<const S*>(s.data)[at]);
     if constexpr (sizeof(S) == 8)
         if (s.dtype == DType::f32) return A(static_cast<const float*>(s.data)[at]);
@@ -50,7 +53,7 @@ __device__ __forceinline__ void read_source(const Source& s, int64_t row, const 
     if (!s.dense) {
         DEQFAST_UNROLL
         for (int k = 0; k < kItems; ++k)
-            out[k] = tile.at(k) < tile.count ? read_one<A, S>(s, begin + offset_in(s, tile.begin + tile.at(k))) : A(0);
+            out[k] = tile.at(k) < tile.count ? read_number<A, S>(s, begin, tile.begin + tile.at(k)) : A(0);
         return;
     }
     if constexpr (sizeof(S) == 8)

@@ -21,6 +21,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __restrict__
@@ -103,6 +104,18 @@ class Block {
         wait(warp());
         T result;
         std::memcpy(&result, &slots_[size_t(first + from)], sizeof(T));
+        wait(warp());
+        return result;
+    }
+
+    // What the lanes of the caller's warp brought, combined: the same for all.
+    template <class Combine>
+    unsigned combine(unsigned value, Combine&& together) {
+        const int first = current_ / kWarp * kWarp;
+        slots_[size_t(current_)] = value;
+        wait(warp());
+        unsigned result = unsigned(slots_[size_t(first)]);
+        for (int lane = 1; lane < kWarp; ++lane) result = together(result, unsigned(slots_[size_t(first + lane)]));
         wait(warp());
         return result;
     }
@@ -220,6 +233,14 @@ inline T __shfl_sync(unsigned, T value, int lane) {
     return emulate::block().exchange(value, lane);
 }
 inline int __any_sync(unsigned, int value) { return emulate::block().wait(emulate::block().warp(), value != 0); }
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+    return emulate::block().combine(value, [](unsigned u, unsigned v) { return max(u, v); });
+}
+inline unsigned __ballot_sync(unsigned, int flag) {
+    const unsigned mine = flag ? 1u << (emulate::block().rank() % emulate::kWarp) : 0u;
+    return emulate::block().combine(mine, [](unsigned u, unsigned v) { return u | v; });
+}
+inline int __ffs(int value) { return __builtin_ffs(value); }
 template <class T>
 inline T atomicAdd(T* target, T value) {
     const T old = *target;
