@@ -136,7 +136,7 @@ class Recording:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.lock = threading.Lock()
-        self.inputs = [_static(t) for t in program.inputs]
+        self.inputs = [torch.empty_like(t) for t in program.inputs]
         layout = program.layout
         self.start = layout.empty()
         self.state = SolverState(
@@ -352,15 +352,16 @@ def split(args: tuple[Any, ...]) -> tuple[list[Tensor], Callable[[list[Tensor]],
     """The tensors of args, what puts others in their places, and the identity of everything else."""
     leaves, spec = pytree.tree_flatten(args)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    differentiated = tuple(leaves[i].requires_grad for i in places)
 
     def rebuild(tensors: list[Tensor]) -> tuple[Any, ...]:
         filled = list(leaves)
-        for i, t in zip(places, tensors, strict=True):
-            filled[i] = t
+        for i, t, wanted in zip(places, tensors, differentiated, strict=True):
+            filled[i] = t.detach().requires_grad_(wanted)  # f may take derivatives of its own
         return pytree.tree_unflatten(filled, spec)
 
     others = tuple(identity(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
-    return [leaves[i].detach() for i in places], rebuild, (str(spec), tuple(places), others)
+    return [leaves[i].detach() for i in places], rebuild, (str(spec), tuple(places), differentiated, others)
 
 
 def family(f: Any) -> Hashable:
@@ -368,9 +369,3 @@ def family(f: Any) -> Hashable:
     while isinstance(f, functools.partial):
         f = f.func
     return getattr(getattr(f, "__func__", f), "__code__", None) or id(f)
-
-
-def _static(t: Tensor) -> Tensor:
-    """Memory of its own in the layout of ``t``; an expanded tensor stays one."""
-    sizes = [1 if step == 0 else n for n, step in zip(t.shape, t.stride(), strict=True)]
-    return torch.empty_strided(sizes, t.stride(), dtype=t.dtype, device=t.device).expand(t.shape)

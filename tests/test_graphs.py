@@ -1,0 +1,268 @@
+"""Solves recorded as CUDA graphs, here on a tape of CPU operations that is replayed into the same memory."""
+
+import functools
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import deqfast as dq
+from deqfast import graphs
+from deqfast.guards import identity
+from tests import tape
+
+SOLVERS = [dq.Anderson(), dq.Anderson(m=4, type=2), dq.Broyden(), dq.Picard(damping=0.7)]
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    found = tape.TapeRecorder()
+    monkeypatch.setattr(graphs, "RECORDER", found)
+    monkeypatch.setattr("deqfast.state.ops.bind", tape.bind_reporting)
+    graphs.clear()
+    yield found
+    graphs.clear()
+
+
+class Cell(nn.Module):
+    def __init__(self, n=24):
+        super().__init__()
+        self.inner = nn.Linear(n, n)
+        with torch.no_grad():
+            self.inner.weight.mul_(0.9 / torch.linalg.matrix_norm(self.inner.weight, 2))
+
+    def forward(self, z, x):
+        return torch.tanh(self.inner(z) + x)
+
+
+def same(a, b):
+    for one, other in zip(torch.utils._pytree.tree_leaves(a.z), torch.utils._pytree.tree_leaves(b.z), strict=True):
+        assert torch.equal(one, other)
+    for name in ("converged", "steps", "residual", "status"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+@pytest.mark.parametrize("mode", ["graph", "device"])
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__ + str(getattr(s, "type", "")))
+def test_recorded_solve_gives_the_bits_of_the_loop(recorder, mode, solver):
+    cell = Cell()
+    for _ in range(3):
+        x, z0 = torch.randn(5, 24), torch.randn(5, 24)
+        options = {"solver": solver, "rtol": 1e-5, "backward": "none"}
+        plain = dq.fixed_point(cell, z0, (x,), **options)
+        recorded = dq.fixed_point(cell, z0, (x,), mode=mode, **options)
+        same(recorded, plain)
+        assert plain.nfe <= recorded.nfe <= plain.nfe + 2 * graphs.PASS[mode]
+        assert (plain.mode, recorded.mode) == ("loop", mode)
+    assert recorder.recorded == 3  # the first evaluation, a pass, the rest: once for all three
+
+
+@pytest.mark.parametrize("mode", ["graph", "device"])
+@pytest.mark.parametrize("max_iter", [1, 2, 3, 4, 5, 9, 11])
+def test_recorded_solve_makes_max_iter_evaluations_at_most(recorder, mode, max_iter):
+    cell, x = Cell(), torch.randn(3, 24)
+    options = {"rtol": 0.0, "max_iter": max_iter, "backward": "none"}
+    recorded = dq.fixed_point(cell, torch.zeros(3, 24), (x,), mode=mode, **options)
+    same(recorded, dq.fixed_point(cell, torch.zeros(3, 24), (x,), **options))
+    assert recorded.nfe == max_iter
+
+
+def test_recorded_solve_stops_when_the_last_sample_does(recorder):
+    rate = torch.tensor([[0.1], [0.9]])
+    recorded = dq.fixed_point(lambda z: rate * z + 1, torch.zeros(2, 9), solver="picard", mode="graph", max_iter=400)
+    assert recorded.converged.all()
+    assert recorded.steps.max() <= recorded.nfe <= recorded.steps.max() + 2 * graphs.PASS["graph"]
+
+
+def test_answers_of_earlier_solves_stay(recorder):
+    cell = Cell()
+    solve = functools.partial(dq.fixed_point, cell, torch.zeros(2, 24), backward="none", mode="graph")
+    first = solve((torch.ones(2, 24),))
+    kept = first.z.clone(), first.steps.clone(), first.residual.clone()
+    solve((-3 * torch.ones(2, 24),))
+    assert torch.equal(first.z, kept[0]) and torch.equal(first.steps, kept[1]) and torch.equal(first.residual, kept[2])
+
+
+def test_weights_changed_in_place_are_seen(recorder):
+    cell, x = Cell(), torch.randn(2, 24)
+    for _ in range(2):
+        recorded = dq.fixed_point(cell, torch.zeros(2, 24), (x,), backward="none", mode="graph")
+        same(recorded, dq.fixed_point(cell, torch.zeros(2, 24), (x,), backward="none"))
+        with torch.no_grad():
+            cell.inner.weight.mul_(0.5)
+    assert recorder.recorded == 3
+
+
+def test_weights_that_were_replaced_are_seen(recorder):
+    cell, x = Cell(), torch.randn(2, 24)
+    for _ in range(2):
+        recorded = dq.fixed_point(cell, torch.zeros(2, 24), (x,), backward="none", mode="graph")
+        same(recorded, dq.fixed_point(cell, torch.zeros(2, 24), (x,), backward="none"))
+        cell.inner.weight = nn.Parameter(0.5 * cell.inner.weight.detach())
+    assert recorder.recorded == 6
+
+
+def test_tree_of_tensors_and_reused_output(recorder):
+    a, b = torch.randn(3, 4, 5), torch.randn(3, 7)
+    buffer = torch.empty(3, 7)
+
+    def f(z, a):
+        return {"a": 0.5 * torch.cos(z["a"]) + a, "b": torch.mul(z["b"].sin(), 0.4, out=buffer)}
+
+    z0 = {"a": torch.zeros(3, 4, 5).mT, "b": b}
+    options = {"rtol": 1e-6, "backward": "none"}
+    for mode in ("graph", "device"):
+        same(dq.fixed_point(f, z0, (a.mT,), mode=mode, **options), dq.fixed_point(f, z0, (a.mT,), **options))
+
+
+@pytest.mark.parametrize("mode", ["graph", "device"])
+def test_gradients_are_those_of_the_loop(recorder, mode):
+    cell = Cell()
+    counts = []
+    for _ in range(2):
+        x = torch.randn(4, 24)
+        found = {}
+        for which in ("loop", mode):
+            given = x.clone().requires_grad_()
+            cell.zero_grad()
+            z = dq.fixed_point(cell, torch.zeros(4, 24), (given,), rtol=1e-6, mode=which).z
+            z.square().sum().backward()
+            found[which] = [given.grad, *(p.grad for p in cell.parameters())]
+        assert all(torch.equal(a, b) for a, b in zip(found["loop"], found[mode], strict=True))
+        counts.append(recorder.recorded)
+    assert counts == [6, 6]  # forward and backward, once each
+
+
+def test_double_backward_and_functional_gradients_run_in_graph_mode_too(recorder):
+    cell = Cell(6).double()
+    x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    solve = lambda x: dq.fixed_point(cell, torch.zeros(2, 6, dtype=torch.float64), (x,), rtol=1e-12, mode="graph").z  # noqa: E731
+    assert torch.autograd.gradgradcheck(solve, (x,))
+
+
+def test_backward_that_fails_warns(recorder):
+    weight = 0.999 * torch.eye(4)
+    b = torch.ones(2, 4, requires_grad=True)
+    options = {"solver": "picard", "max_iter": 5, "rtol": 1e-9}
+    z = dq.fixed_point(lambda z, b: z @ weight + b, torch.zeros(2, 4), (b,), mode="graph", **options).z
+    with pytest.warns(RuntimeWarning, match="did not converge for 2 of 2"):
+        z.sum().backward()
+
+
+def test_new_lambda_over_the_same_tensors_is_the_same_program(recorder):
+    x = torch.randn(2, 8)
+    for _ in range(3):
+        dq.fixed_point(lambda z: 0.5 * torch.cos(z) + x, torch.zeros(2, 8), mode="graph")
+    assert recorder.recorded == 3
+
+
+def test_closure_over_ever_new_tensors_falls_back_and_says_so(recorder):
+    alive = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i in range(graphs.NEW_EVERY_TIME + 1):
+            x = torch.full((2, 8), float(i))
+            alive.append(x)
+            solution = dq.fixed_point(lambda z, x=x: 0.5 * torch.cos(z) + x, torch.zeros(2, 8), mode="graph")
+            assert torch.allclose(solution.z, 0.5 * torch.cos(solution.z) + x, atol=1e-3)
+    assert [str(w.message).split(": ", 1)[1] for w in caught] == [
+        "f closes over tensors that are others at every call: hand them over through args"
+    ]
+    assert solution.mode == "loop"
+
+
+def _random(z):
+    return 0.5 * torch.cos(z) + 1e-4 * torch.rand_like(z)
+
+
+def _writes(z):
+    return z.mul_(0.5).add_(1)
+
+
+def _fails_when_recorded(z):
+    if tape.Tape.recording is not None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+    return 0.5 * torch.cos(z)
+
+
+@pytest.mark.parametrize(
+    ("f", "reason"),
+    [
+        (_random, "draws random numbers"),
+        (_writes, "writes into the iterate"),
+        (_fails_when_recorded, "RuntimeError: operation not permitted when stream is capturing"),
+    ],
+)
+def test_what_cannot_be_recorded_runs_in_the_loop_and_says_why(recorder, f, reason):
+    with pytest.warns(graphs.ModeWarning, match=reason):
+        solution = dq.fixed_point(f, torch.zeros(2, 8), mode="graph", rtol=1e-2, max_iter=30)
+    assert solution.mode == "loop" and solution.nfe > 1
+
+
+def test_own_exceptions_of_f_pass_through(recorder):
+    def f(z):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        dq.fixed_point(f, torch.zeros(2, 8), mode="graph")
+
+
+def test_without_graphs_the_loop_runs_and_says_so():
+    with pytest.warns(graphs.ModeWarning, match="device cpu has no graphs"):
+        assert dq.fixed_point(torch.cos, torch.zeros(2, 8), mode="device").mode == "loop"
+
+
+@pytest.mark.parametrize("name", ["trace", "progress", "compact"])
+def test_options_that_look_at_every_evaluation_are_refused(name):
+    with pytest.raises(ValueError, match=f"mode='graph' cannot be combined with {name}"):
+        dq.fixed_point(torch.cos, torch.zeros(2, 8), mode="graph", **{name: True})
+
+
+def test_wrong_mode_and_unrolling_are_refused():
+    with pytest.raises(ValueError, match="mode must be one of 'loop', 'graph', 'device', got 'fast'"):
+        dq.fixed_point(torch.cos, torch.zeros(2, 8), mode="fast")
+    with pytest.raises(ValueError, match="cannot be combined with callback"):
+        dq.fixed_point(torch.cos, torch.zeros(2, 8), mode="graph", callback=lambda k, state: None)
+    with pytest.raises(ValueError, match="cannot be combined with backward=Unroll"):
+        dq.fixed_point(torch.cos, torch.zeros(2, 8), mode="graph", backward=dq.Unroll())
+
+
+def test_empty_batch_needs_no_recording(recorder):
+    assert dq.fixed_point(torch.cos, torch.zeros(0, 8), mode="graph").nfe == 0
+    assert recorder.recorded == 0
+
+
+def test_few_recordings_are_kept(recorder):
+    for n in range(2, 2 + graphs.KEPT + 2):
+        dq.fixed_point(torch.cos, torch.zeros(2, n), mode="graph", solver="picard", max_iter=3)
+    assert len(graphs._kept) == graphs.KEPT
+
+
+class Holder:
+    def __init__(self, t):
+        self.t = t
+
+    def f(self, z):
+        return z + self.t
+
+
+def test_identity_follows_what_a_recording_would_read():
+    t, cell = torch.zeros(3), Cell(3)
+    make = lambda t: lambda z: z + t  # noqa: E731
+    assert identity(make(t)) == identity(make(t))
+    assert identity(make(t)) != identity(make(t.clone()))
+    assert identity(make(t)) != identity(make(t[:2]))
+    assert identity(functools.partial(torch.add, t)) != identity(functools.partial(torch.add, t.clone()))
+    assert identity(Holder(t).f) != identity(Holder(t).f)  # an object of an unknown kind is itself alone
+    before = identity(cell)
+    assert identity(cell) == before
+    cell.eval()
+    assert identity(cell) != before
+    cell.train()
+    assert identity(cell) == before
+    cell.note = 1.5
+    assert identity(cell) != before
+    recursive = lambda z: recursive  # noqa: E731
+    assert identity(recursive) == identity(recursive)
+    assert identity([1, "a", {"k": (None, t)}]) == identity([1, "a", {"k": (None, t)}]) != identity([1, "a", {"k": t}])
