@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge
 from torch.autograd.variable import Variable
 from torch.utils import _pytree as pytree
 
+from . import compiled
 from .linear import LinearOptions, solve_linear
 from .ops.layout import Layout
 from .transforms import forbid
@@ -194,6 +195,7 @@ class _Attach(torch.autograd.Function):
         return tuple(t.clone() for t in z_in)  # storage of its own: writing to it leaves f's graph intact
 
     @staticmethod
+    @compiled.entry()
     def backward(ctx: Any, *g: Tensor | None) -> tuple[Tensor | None, ...]:
         attachment: Attachment = ctx.attachment
         graph, inputs = attachment.graph, attachment.inputs

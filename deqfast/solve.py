@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import transforms
+from . import compiled, transforms
 from .choose import choose_solver
 from .compaction import Compactor
 from .implicit import Gradient, Problem, choose_gradient
@@ -22,6 +22,7 @@ from .state import Solver, SolverState, check_stopping
 from .status import Status
 
 
+@compiled.entry("f")
 def fixed_point(
     f: Callable[..., Any],
     z0: Any,
@@ -75,6 +76,8 @@ def fixed_point(
     check_options(f, args, max_iter, returns, callback)
     check_choices(compact, backend, {"trace": trace, "throw": throw, "progress": progress})
     transformed = transforms.active()
+    if transformed:
+        f = compiled.eager(f)
     start = transforms.values(z0) if transformed else z0
     layout = Layout(start)
     rtol, atol, max_iter = check_stopping(rtol, atol, max_iter, layout.dtype)
@@ -109,6 +112,7 @@ def fixed_point(
     return solution
 
 
+@compiled.skip
 def root(g: Callable[..., Any], z0: Any, args: tuple[Any, ...] = (), **options: Any) -> Solution:
     """Solve g(z, *args) = 0 as the fixed point of z + g(z, *args).
 
@@ -119,6 +123,7 @@ def root(g: Callable[..., Any], z0: Any, args: tuple[Any, ...] = (), **options: 
     return fixed_point(functools.partial(_shifted, g), z0, args, **options)
 
 
+@compiled.skip
 def _shifted(g: Callable[..., Any], z: Any, *args: Any) -> Any:
     value = g(z, *args)
     expected, got = pytree.tree_structure(z), pytree.tree_structure(value)
