@@ -515,6 +515,29 @@ def test_f_may_write_to_its_input_return_it_or_use_one_buffer():
         assert torch.equal(torch.compile(solve, backend="aot_eager")(x), expected), f
 
 
+def test_graphs_that_write_every_output_to_the_same_memory():
+    """As recorded CUDA graphs do."""
+
+    def backend(module, inputs):
+        kept: list[torch.Tensor] = []
+
+        def run(*args):
+            outputs = module.forward(*args)
+            if not kept:
+                kept.extend(torch.empty_like(t) for t in outputs)
+            return tuple(k.copy_(t) for k, t in zip(kept, outputs, strict=True))
+
+        return run
+
+    x = torch.randn(4, 6)
+    for solver in ("anderson", "broyden", "picard", dq.Anderson(m=4, mixing=0.7)):
+        model = Model(rtol=1e-6, solver=solver, max_iter=300)
+        with torch.no_grad():
+            found, expected = torch.compile(model, backend=backend)(x), model(x)
+            assert torch.equal(found, expected), solver
+        torch._dynamo.reset()
+
+
 def test_throw_and_errors_of_f_pass_through_and_leave_the_compiler_as_it_was():
     recorder, x = Recorder(), torch.randn(4, 6)
 
