@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import compiled as _compiled
 from .anderson import Anderson
 from .broyden import Broyden
 from .implicit import Implicit, OneStep, Phantom
@@ -26,6 +27,8 @@ try:
     __version__ = version("deqfast")
 except PackageNotFoundError:  # used from a source tree that was never installed
     __version__ = "0+unknown"
+
+_compiled.skip_frames_of(__name__)
 
 __all__ = [
     "DEQ",

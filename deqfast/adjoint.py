@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge
 from torch.autograd.variable import Variable
 from torch.utils import _pytree as pytree
 
-from . import graphs
+from . import compiled, graphs
 from .guards import identity
 from .linear import LinearOptions, solve_linear, warn_of_failures
 from .ops.layout import Layout
@@ -197,6 +197,7 @@ class _Attach(torch.autograd.Function):
         return tuple(t.clone() for t in z_in)  # storage of its own: writing to it leaves f's graph intact
 
     @staticmethod
+    @compiled.entry()
     def backward(ctx: Any, *g: Tensor | None) -> tuple[Tensor | None, ...]:
         attachment: Attachment = ctx.attachment
         graph, inputs = attachment.graph, attachment.inputs

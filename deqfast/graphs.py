@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .compiled import Compiled
 from .guards import identity
 from .ops import native
 from .ops.layout import Layout
@@ -263,14 +264,16 @@ def replayed(program: Program, start: list[Tensor], conclude: Callable[[SolverSt
     with torch.no_grad():
         found = _find(program, start)
         if isinstance(found, str):
-            warnings.warn(
-                f"mode={program.mode!r} is not possible here, the solve runs in the plain loop: {found}",
-                ModeWarning,
-                stacklevel=4,
-            )
+            warn(program.mode, found)
             return None
         with found.lock:
             return conclude(found.state, found.run(start, program.inputs))
+
+
+def warn(mode: str, reason: str) -> None:
+    """Say that a solve runs in the plain loop, and why."""
+    text = f"mode={mode!r} is not possible here, the solve runs in the plain loop: {reason}"
+    warnings.warn(text, ModeWarning, stacklevel=5)
 
 
 def _find(program: Program, start: list[Tensor]) -> Recording | str:
@@ -319,6 +322,8 @@ _NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
 def forward_program(problem: Problem, atol: float, *, keep_best: bool) -> Program:
     """The program of a solve of z = f(z, *args)."""
+    if problem.transformed:
+        raise CannotRecord("a torch.func transform or forward mode surrounds the call")
     f, device = problem.f, problem.layout.device
     tensors, rebuild, rest = split(problem.args)
 
@@ -366,6 +371,6 @@ def split(args: tuple[Any, ...]) -> tuple[list[Tensor], Callable[[list[Tensor]],
 
 def family(f: Any) -> Hashable:
     """The same for functions that differ only in what they close over."""
-    while isinstance(f, functools.partial):
-        f = f.func
+    while isinstance(f, (functools.partial, Compiled)):
+        f = f.func if isinstance(f, functools.partial) else f.f
     return getattr(getattr(f, "__func__", f), "__code__", None) or id(f)

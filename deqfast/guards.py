@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .compiled import Compiled
+
 _VALUES = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -41,6 +43,8 @@ def _identity(value: Any, above: tuple[int, ...]) -> Hashable:
         return "method", _identity(value.__func__, above), _identity(value.__self__, above)
     if isinstance(value, functools.partial):
         return "partial", *(_identity(part, above) for part in (value.func, value.args, value.keywords))
+    if isinstance(value, Compiled):
+        return "compiled", _identity(value.f, above), id(value.callback)
     if type(value) in (tuple, list):
         return type(value), tuple(_identity(part, above) for part in value)
     if type(value) is dict:

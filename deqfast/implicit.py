@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import adjoint, transformed, transforms
+from . import adjoint, compiled, transformed, transforms
 from .broyden import Broyden
 from .choose import choose_solver
 from .linear import LinearOptions
@@ -106,7 +106,8 @@ class Implicit(Gradient):
         options = self._options(problem)
         if problem.transformed:
             return layout.unflatten(transformed.attach(problem.f, problem.args, layout, leaves, options))
-        return layout.unflatten(adjoint.attach(problem.f, problem.args, layout, leaves, options, copy_z=problem.copy_z))
+        f = compiled.eager(problem.f)
+        return layout.unflatten(adjoint.attach(f, problem.args, layout, leaves, options, copy_z=problem.copy_z))
 
     def _options(self, problem: Problem) -> LinearOptions:
         solver = problem.solver if self.solver is None else choose_solver(self.solver)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from . import compiled
 from .ops.layout import Layout
 from .packing import pack, unpack
 
 
+@compiled.entry()
 def jacobian_penalty(
     f: Callable[..., Any],
     z: Any,
@@ -56,6 +58,7 @@ def jacobian_penalty(
     return total / (probes * max(1, layout.B * layout.N))
 
 
+@compiled.entry()
 def spectral_radius(
     f: Callable[..., Any],
     z: Any,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import graphs, transforms
+from . import compiled, graphs, transforms
 from .choose import choose_solver
 from .compaction import Compactor
 from .implicit import Gradient, Problem, choose_gradient
@@ -22,6 +22,7 @@ from .state import Solver, SolverState, check_stopping
 from .status import Status
 
 
+@compiled.entry("f")
 def fixed_point(
     f: Callable[..., Any],
     z0: Any,
@@ -82,6 +83,8 @@ def fixed_point(
     check_choices(compact, backend, {"trace": trace, "throw": throw, "progress": progress})
     check_mode(mode, {"trace": trace, "callback": callback is not None, "progress": progress, "compact": compact})
     transformed = transforms.active()
+    if transformed:
+        f = compiled.eager(f)
     start = transforms.values(z0) if transformed else z0
     layout = Layout(start)
     rtol, atol, max_iter = check_stopping(rtol, atol, max_iter, layout.dtype)
@@ -102,7 +105,9 @@ def fixed_point(
             throw=throw,
             progress=progress,
         )
-    solution = _replayed(problem, start, atol, returns) if mode != "loop" and layout.B and layout.N else None
+    solution = None
+    if mode != "loop" and layout.B and layout.N:
+        solution = _replayed(problem, start, atol, returns)
     if solution is None:
         if not transformed:
             state, rows = _run(f, args, problem, start, atol, returns, compact, trace, callback, progress)
@@ -122,6 +127,7 @@ def fixed_point(
     return solution
 
 
+@compiled.skip
 def root(g: Callable[..., Any], z0: Any, args: tuple[Any, ...] = (), **options: Any) -> Solution:
     """Solve g(z, *args) = 0 as the fixed point of z + g(z, *args).
 
@@ -132,6 +138,7 @@ def root(g: Callable[..., Any], z0: Any, args: tuple[Any, ...] = (), **options: 
     return fixed_point(functools.partial(_shifted, g), z0, args, **options)
 
 
+@compiled.skip
 def _shifted(g: Callable[..., Any], z: Any, *args: Any) -> Any:
     value = g(z, *args)
     expected, got = pytree.tree_structure(z), pytree.tree_structure(value)
@@ -185,8 +192,12 @@ def check_mode(mode: Any, others: dict[str, Any]) -> None:
 
 def _replayed(problem: Problem, start: Any, atol: float, returns: str) -> Solution | None:
     """The solution by a recording; None, with a warning, where there can be none."""
-    program = graphs.forward_program(problem, atol, keep_best=returns == "best")
     layout = problem.layout
+    try:
+        program = graphs.forward_program(problem, atol, keep_best=returns == "best")
+    except graphs.CannotRecord as reason:
+        graphs.warn(problem.mode, str(reason))
+        return None
 
     def finish(state: SolverState, evaluations: int | Tensor) -> Solution:
         solution = conclude(state, returns, None, shared=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import ops
+from . import compiled, ops
 from .ops.layout import Layout
 from .ops.workspace import AndersonWorkspace, At, Int, Real, Workspace
 from .status import Status
@@ -75,6 +75,7 @@ class Solver:
         """The memory this solver needs for states of ``layout``."""
         raise NotImplementedError
 
+    @compiled.skip
     def init(
         self,
         z0: Any,
@@ -186,6 +187,7 @@ class SolverState:
         self._x_versions = [[_version(t) for t in buffer] for buffer in self.ws.x]
 
     @property
+    @compiled.skip
     def z(self) -> Any:
         """The iterate to evaluate f at, structured like z0; valid until the next step."""
         ws = self.ws
@@ -197,11 +199,13 @@ class SolverState:
         return self.layout.unflatten([t.clone() for t in x] if self._copy_z or self._showing else x)
 
     @property
+    @compiled.skip
     def copies_z(self) -> bool:
         """Whether f was seen to write into the iterate it is given, so that it gets copies."""
         return self._copy_z
 
     @property
+    @compiled.skip
     def done(self) -> bool:
         """True when no sample is known to run any more.
 
@@ -210,35 +214,42 @@ class SolverState:
         return self._running == 0
 
     @property
+    @compiled.skip
     def known_running(self) -> int:
         """How many samples still ran when the host last heard: exact on a CPU, else that many or fewer run now."""
         return self._running
 
+    @compiled.skip
     def failed(self) -> int:
         """How many samples ended without having converged; waits for the device, and knows nothing under capture."""
         count = getattr(self._update, "failed", None)
         return int((self.status > Status.CONVERGED).sum()) if count is None else int(count())
 
     @property
+    @compiled.skip
     def running(self) -> Tensor:
         """(B,) bool: samples that have not stopped."""
         return self.ws.int_row(Int.STATUS) == Status.RUNNING
 
     @property
+    @compiled.skip
     def status(self) -> Tensor:
         """(B,) int32 of ``Status``."""
         return self.ws.int_row(Int.STATUS)
 
     @property
+    @compiled.skip
     def steps(self) -> Tensor:
         """(B,) int32: evaluations each sample has used."""
         return self.ws.int_row(Int.STEPS)
 
     @property
+    @compiled.skip
     def residual(self) -> Tensor:
         """(B,) relative residual ||f(z) - z|| / ||f(z)|| at each sample's newest evaluation."""
         return self.ws.real_row(Real.RESIDUAL)
 
+    @compiled.skip
     def step(self, fz: Any, residual: Any = None) -> bool:
         """Take f at ``z``, move to the next iterate; returns ``done``.
 
@@ -332,6 +343,7 @@ class SolverState:
         self.nfe += 1
         return True
 
+    @compiled.skip
     def advance(self, leaves: list[Tensor], rows: Tensor | None) -> bool:
         """``step`` for checked leaves; ``rows`` maps samples to rows of the leaves, -1 for dropped samples."""
         if self._running == 0:
@@ -406,6 +418,7 @@ class SolverState:
         self._note_versions()
         self._copy_z = True
 
+    @compiled.skip
     def answer(self, returns: str = "best") -> tuple[list[Tensor], Tensor]:
         """Leaves of the returned iterate and its (B,) relative residual; samples still running are read, not moved."""
         ws = self.ws
@@ -470,6 +483,7 @@ class SolverState:
         finally:
             self._showing = False
 
+    @compiled.skip
     def evaluated(self) -> Any:
         """A copy of the iterate at which f was last evaluated, structured like z0."""
         ws = self.ws
@@ -482,6 +496,7 @@ class SolverState:
         self._update, self._dense = _released, None
         self.ws.release()
 
+    @compiled.skip
     def state_dict(self) -> dict[str, Any]:
         """Copies of everything a later step reads; ``load_state_dict`` of a state of the same shape takes it up."""
         tensors = {name: t.clone() for name, t in self.ws.tensors().items()}
@@ -499,6 +514,7 @@ class SolverState:
             "tensors": tensors,
         }
 
+    @compiled.skip
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue where ``saved`` stopped.
 

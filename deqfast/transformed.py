@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from . import adjoint
+from . import adjoint, compiled
 from .linear import LinearOptions, solve_linear
 from .ops.layout import Layout
 from .transforms import (
@@ -127,6 +127,7 @@ class _Attach(torch.autograd.Function):
         ctx.pullback = inputs[0]
 
     @staticmethod
+    @compiled.entry()
     def backward(ctx: Any, *g: Tensor) -> tuple[Tensor | None, ...]:
         forbid(list(g))
         plain = ctx.pullback.plain

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
 import warnings
 
 import pytest
@@ -295,3 +297,46 @@ def test_damped_iteration_of_torchdeq_reports_less(torchdeq):
         assert_damping_does_not_flatter(
             lambda damping: float(run(lambda z: 0.5 * z + 1, z0, max_iter=1, tau=damping)[2]["abs_lowest"][0])
         )
+
+
+# ---- torch.compile ----
+
+
+class Layered(torch.nn.Module):
+    """linear -> equilibrium -> linear."""
+
+    def __init__(self, solver) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = (torch.nn.Linear(6, 6) for _ in range(3))
+        torch.nn.init.normal_(self.inner.weight, std=0.1)
+        self.solver = solver
+
+    def forward(self, x):
+        h = self.first(x)
+        z = self.solver(lambda z: torch.tanh(self.inner(z) + h), torch.zeros_like(h))
+        return self.last(z.z if isinstance(z, dq.Solution) else z[0][-1])
+
+
+def assert_compiled_in_three_graphs(solver) -> None:
+    """What lies before the solve, f, and what lies after it."""
+    model, x = Layered(solver), torch.randn(4, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the compiler's imports, and what the tracer meets
+        dynamo = importlib.import_module("torch._dynamo")
+        dynamo.reset()
+        torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
+        breaks = sum(dynamo.utils.counters["graph_break"].values())
+        graphs = dynamo.utils.counters["stats"]["unique_graphs"]
+        dynamo.reset()
+        dynamo.utils.counters.clear()
+    assert (breaks, graphs) == (1, 3), f"{breaks} graph breaks, {graphs} graphs"
+
+
+@pytest.mark.parametrize("backward", [None, "none"])
+def test_a_compiled_model_has_one_graph_break_a_solve(backward):
+    assert_compiled_in_three_graphs(functools.partial(dq.fixed_point, backward=backward))
+
+
+def test_a_compiled_model_falls_apart_in_torchdeq(torchdeq):
+    with pytest.raises(AssertionError, match="graph breaks"):
+        assert_compiled_in_three_graphs(torchdeq.get_deq())

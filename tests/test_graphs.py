@@ -228,6 +228,15 @@ def test_wrong_mode_and_unrolling_are_refused():
         dq.fixed_point(torch.cos, torch.zeros(2, 8), mode="graph", backward=dq.Unroll())
 
 
+def test_functional_transforms_run_in_the_loop_and_say_so(recorder):
+    def total(x):
+        return dq.fixed_point(lambda z, x: 0.5 * torch.cos(z) + x, torch.zeros(2, 8), (x,), mode="graph").z.sum()
+
+    with pytest.warns(graphs.ModeWarning, match="torch.func"):
+        found = torch.func.grad(total)(torch.ones(2, 8))
+    assert torch.isfinite(found).all()
+
+
 def test_empty_batch_needs_no_recording(recorder):
     assert dq.fixed_point(torch.cos, torch.zeros(0, 8), mode="graph").nfe == 0
     assert recorder.recorded == 0
@@ -266,3 +275,14 @@ def test_identity_follows_what_a_recording_would_read():
     recursive = lambda z: recursive  # noqa: E731
     assert identity(recursive) == identity(recursive)
     assert identity([1, "a", {"k": (None, t)}]) == identity([1, "a", {"k": (None, t)}]) != identity([1, "a", {"k": t}])
+
+
+def test_a_compiled_model_records_compiled_evaluations(recorder):
+    cell = Cell()
+    solve = torch.compile(
+        lambda x: dq.fixed_point(cell, torch.zeros(2, 24), (x,), mode="graph", backward="none").z, backend="eager"
+    )
+    for _ in range(2):
+        x = torch.randn(2, 24)
+        assert torch.equal(solve(x), dq.fixed_point(cell, torch.zeros(2, 24), (x,), backward="none").z)
+    assert recorder.recorded == 3

@@ -165,6 +165,28 @@ def test_compiled_loop_traces_through_the_op_and_gives_the_eager_bits(solver, ba
     assert_same_bits(ws, other)
 
 
+@pytest.mark.filterwarnings("default")  # what torch.compile itself imports
+def test_inductor_calls_the_op():
+    def step(args, z):
+        fx = [torch.tanh(0.9 * z.flip(-1)) + 0.1]
+        running = torch.ops.deqfast.anderson_step(fx, *args[1:])
+        return args[5][0] - z, running
+
+    ws, _ = begin(dq.Anderson(m=3), [(5, 7)], F32)
+    other = twin(ws)
+    expected = step(library.arguments(ws, []), ws.x[0][0].clone())
+    torch._dynamo.reset()
+    found = torch.compile(step, fullgraph=True)(library.arguments(other, []), other.x[0][0].clone())
+    assert torch.equal(found[1], expected[1])
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=1e-6)  # inductor's tanh is not libm's
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_cuda_tensors_reach_the_implementation_of_cpu_tensors(op):
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert all(has(op.default.name(), key) for key in ("CPU", "CUDA", "Meta"))
+
+
 def test_op_refuses_tensors_that_require_gradients():
     ws, _ = begin(dq.Anderson(m=2), [(2, 3)], F32)
     args = library.arguments(ws, [torch.ones(2, 3, requires_grad=True)])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .. import compiled
 from ..choose import choose_solver
 from ..implicit import choose_gradient
 from ..solution import Solution
@@ -60,10 +61,12 @@ class DEQ(nn.Module):
         self.cell = cell
         self.options = options
 
+    @compiled.skip
     def forward(self, x: Any, *args: Any, z0: Any = None) -> Any:
         """The equilibrium z for input x; see ``solve``."""
         return self.solve(x, *args, z0=z0).z
 
+    @compiled.skip
     def solve(self, x: Any, *args: Any, z0: Any = None) -> Solution:
         """The whole ``Solution`` for input x.
 
@@ -72,19 +75,20 @@ class DEQ(nn.Module):
             args: what it receives after x.
             z0: start; default ``cell.init(x)`` or zeros shaped like x.
         """
-        return fixed_point(self.cell, self._start(x) if z0 is None else z0, (x, *args), **self.options)
-
-    def _start(self, x: Any) -> Any:
-        init = getattr(self.cell, "init", None)
-        if callable(init):
-            return init(x)
-        leaves = pytree.tree_leaves(x)
-        if not leaves or not all(isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()) for t in leaves):
-            raise TypeError(
-                "x must be a floating tensor or a tree of them for a start from zeros; give z0 or cell.init"
-            )
-        return pytree.tree_map(torch.zeros_like, x)
+        if z0 is None:
+            z0 = _start(getattr(self.cell, "init", None), x)
+        return fixed_point(self.cell, z0, (x, *args), **self.options)
 
     def extra_repr(self) -> str:
         """The options that were given."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+@compiled.entry("init")
+def _start(init: Any, x: Any) -> Any:
+    if callable(init):
+        return init(x)
+    leaves = pytree.tree_leaves(x)
+    if not leaves or not all(isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()) for t in leaves):
+        raise TypeError("x must be a floating tensor or a tree of them for a start from zeros; give z0 or cell.init")
+    return pytree.tree_map(torch.zeros_like, x)
