@@ -40,6 +40,7 @@ from .measure import (
     take_f,
     total,
     totals,
+    widen,
 )
 
 TILE = tl.constexpr(16)  # samples whose small matrices lie interleaved
@@ -86,11 +87,11 @@ def _enter(pointer, across, down, j, new, m: tl.constexpr, LOWER: tl.constexpr):
 
 
 @triton.jit
-def _victim(h, factors, diagonal, y, age, steps, ridge, m: tl.constexpr, M: tl.constexpr, C: tl.constexpr):
+def _victim(h, factors, diagonal, y, age, steps, ridge, n, m: tl.constexpr, M: tl.constexpr, C: tl.constexpr):
     """The least useful column of a full history that is not among the newest."""
     j = tl.arange(0, M)
     if C != 0:
-        factors, diagonal = factor_ldl(tl.where(j[:, None] == j[None, :], h + ridge, h), m, M)
+        factors, diagonal = factor_ldl(tl.where(j[:, None] == j[None, :], h + ridge, h), n, M)
     loss = y * y / inverse_diagonal(factors, diagonal)
     NEWEST: tl.constexpr = m // 3 if m // 3 > 2 else 2
     return tl.argmin(tl.where((j < m) & (age <= steps - NEWEST), loss, float("inf")), axis=0)
@@ -171,14 +172,15 @@ def _decide(
     rhs = tl.where(is_new, wg if C != 0 else vg, rhs)
     h = tl.where(both, h, eye)
     factors, diagonal = h, q
+    n = tl.max(tl.where(valid, j + 1, 0), axis=0)  # columns beyond this are empty
     if C == 0:
         y = tl.where(valid, rhs * rq, 0.0)
-        factors, diagonal = factor_ldl(tl.where(row == col, h + ridge, h), m, M)
+        factors, diagonal = factor_ldl(tl.where(row == col, h + ridge, h), n, M)
         y = solve_ldl(factors, diagonal, y)
         y = tl.where(tl.min(diagonal, axis=0) > 0, y, float("nan"))
     else:
         y = tl.where(valid, -rhs * rw, 0.0)
-        y = solve_lu(tl.where(both, tl.where(row == col, ridge - e, -e), eye), y, m, M)
+        y = solve_lu(tl.where(both, tl.where(row == col, ridge - e, -e), eye), y, n, M)
     failed = tl.min((tl.abs(y) < float("inf")).to(tl.int32), axis=0) == 0
     y = tl.where(failed, 0.0, y)
     q = tl.where(failed, 0.0, q)
@@ -191,7 +193,7 @@ def _decide(
     next_slot = tl.min(tl.where(inside & (used == 0), j, m), axis=0)
     if full:
         if USEFUL and m > 3:
-            next_slot = _victim(h, factors, diagonal, y, age, steps, ridge, m, M, C)
+            next_slot = _victim(h, factors, diagonal, y, age, steps, ridge, n, m, M, C)
         else:
             next_slot = tl.argmin(tl.where(inside, age, 2147483647), axis=0)
 
@@ -231,12 +233,12 @@ def _all_products(
     j = tl.arange(0, used.shape[0])
     place = j[:, None] * column_stride + (i * ES)[None, :]
     inside = used[:, None] & (i < n)[None, :]
-    v = tl.load(history_g + place, mask=inside, other=0).to(acc)
+    v = widen(tl.load(history_g + place, mask=inside, other=0), acc)
     gram = tl.sum(v[:, None, :] * v[None, :, :], axis=2)
     if C == 0:
         return gram, gram
     else:
-        w = tl.load(history_f + place, mask=inside, other=0).to(acc) - C * v
+        w = widen(tl.load(history_f + place, mask=inside, other=0), acc) - C * v
         return tl.sum(w[:, None, :] * v[None, :, :], axis=2), gram
 
 

@@ -35,6 +35,7 @@ from .measure import (
     take_f,
     total,
     totals,
+    widen,
     write_tile,
 )
 
@@ -141,7 +142,7 @@ def sample_kernel(
         count = tl.where(bad, 0, count)
         _add_one(ints, DENOMINATOR_RESTARTS, b, padded, bad)
 
-        x_tile = tl.load(x + at, mask=inside, other=0.0).to(acc)
+        x_tile = widen(tl.load(x + at, mask=inside, other=0.0), acc)
         overflowed = tl.max(write_tile(x_prev, at, inside, x_tile + z * inverse(unit)), axis=0) != 0
         tl.store(steps + count * tl.cast(N, tl.int64) + at, z, mask=inside)
         tl.store(norms + b * memory + count, tl.sum(z * z, axis=0))
@@ -417,7 +418,7 @@ def apply_kernel(
             else:
                 step = tl.load(z + at, mask=inside, other=0.0) * per_denominator
                 step = tl.where(bad, scale * (g * unit), step)
-            x_tile = tl.load(x + at, mask=inside, other=0.0).to(acc)
+            x_tile = widen(tl.load(x + at, mask=inside, other=0.0), acc)
             infinite |= write_tile(x_prev, at, inside, x_tile + step * inverse(unit))
             tl.store(steps + count * tl.cast(N, tl.int64) + at, step, mask=inside)
             squared += step * step

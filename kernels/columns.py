@@ -9,7 +9,7 @@ import triton.language as tl
 
 from deqfast.ops.workspace import BLOCK as _BLOCK
 
-from .measure import exponent, power_of_two, residual_tile, write_tile
+from .measure import exponent, power_of_two, residual_tile, widen, write_tile
 
 SCALE_BLOCK = tl.constexpr(_BLOCK)
 TO_INTEGER = tl.constexpr(1.5 * 2.0**52)  # added and taken away, rounds a float64 to the nearest integer, ties to even
@@ -19,9 +19,9 @@ TO_INTEGER = tl.constexpr(1.5 * 2.0**52)  # added and taken away, rounds a float
 def differences(f, x, f_prev, x_prev, at, inside, unit, acc: tl.constexpr):
     """f, the residual, and the new columns dF and dG there; the last three in units of the sample."""
     f_tile, g = residual_tile(f, x, at, inside, acc)
-    x_tile = tl.load(x + at, mask=inside, other=0.0).to(acc)
-    d_f = (f_tile - tl.load(f_prev + at, mask=inside, other=0.0).to(acc)) * unit
-    d_g = d_f - (x_tile - tl.load(x_prev + at, mask=inside, other=0.0).to(acc)) * unit
+    x_tile = widen(tl.load(x + at, mask=inside, other=0.0), acc)
+    d_f = (f_tile - widen(tl.load(f_prev + at, mask=inside, other=0.0), acc)) * unit
+    d_g = d_f - (x_tile - widen(tl.load(x_prev + at, mask=inside, other=0.0), acc)) * unit
     return f_tile, g, d_f, d_g
 
 
@@ -58,6 +58,8 @@ def rounded(column, scale, dtype: tl.constexpr, SCALED: tl.constexpr):
             return part.to(tl.int8)
         else:
             return part.to(tl.float32).to(dtype)
+    elif dtype == tl.bfloat16:
+        return column.to(tl.float32).to(dtype)
     else:
         return column.to(dtype)
 
@@ -65,7 +67,7 @@ def rounded(column, scale, dtype: tl.constexpr, SCALED: tl.constexpr):
 @triton.jit
 def widened(codes, scale, acc: tl.constexpr, SCALED: tl.constexpr):
     """The numbers that stored ones stand for."""
-    return codes.to(acc) * scale.to(acc) if SCALED else codes.to(acc)
+    return widen(codes, acc) * scale.to(acc) if SCALED else widen(codes, acc)
 
 
 @triton.jit
@@ -79,7 +81,7 @@ def read(history, scales, used, at, inside, column, blocks, acc: tl.constexpr, E
         j = tl.arange(0, used.shape[0])
         return widened(codes, tl.load(scales + j * blocks, mask=used, other=0.0)[:, None], acc, SCALED)
     else:
-        return codes.to(acc)
+        return widen(codes, acc)
 
 
 @triton.jit
@@ -206,10 +208,10 @@ def mix(
         if MIXED:
             d_g = read(history_g, scales_g + block, used, at, inside, column, blocks, acc, ES, SCALED)
             moved -= (1.0 - beta) * d_g
-            x_tile = tl.load(x + at, mask=inside, other=0.0).to(acc)
+            x_tile = widen(tl.load(x + at, mask=inside, other=0.0), acc)
             _, g = residual_tile(f, x, at, inside, acc)
             base = x_tile + beta * g
         else:
-            base = tl.load(f + at, mask=inside, other=0.0).to(acc)
+            base = widen(tl.load(f + at, mask=inside, other=0.0), acc)
         infinite |= write_tile(x_prev, at, inside, base - tl.sum(weights[:, None] * moved, axis=0))
     return tl.max(infinite, axis=0) == 0

@@ -1,7 +1,8 @@
-"""Small dense solves in registers: an (M, M) tile, M a power of two, of which the leading m x m part is the system.
+"""Small dense solves in registers: an (M, M) tile, M a power of two, of which the leading n x n part is the system.
 
-Registers cannot be indexed at run time, so rows and columns are picked by masks and sums. Rows beyond m must be those
-of the identity. A singular system yields numbers that are not finite: the caller looks.
+Registers cannot be indexed at run time, so rows and columns are picked by masks and sums. Rows beyond n must be those
+of the identity. A singular system yields numbers that are not finite: the caller looks. That n is known at run time
+alone also keeps the compiler from unrolling the loops, which would cost more registers than there are.
 """
 
 import triton
@@ -9,11 +10,11 @@ import triton.language as tl
 
 
 @triton.jit
-def solve_lu(a, y, m: tl.constexpr, M: tl.constexpr):
+def solve_lu(a, y, n, M: tl.constexpr):
     """Solve a z = y by LU with partial pivoting."""
     i = tl.arange(0, M)
     row, col = i[:, None], i[None, :]
-    for k in range(m):
+    for k in range(n):
         column = tl.sum(tl.where(col == k, a, 0.0), axis=1)
         pivot = tl.argmax(tl.where(i >= k, tl.abs(column), -1.0), axis=0)
         upper = tl.sum(tl.where(row == k, a, 0.0), axis=0)
@@ -28,8 +29,8 @@ def solve_lu(a, y, m: tl.constexpr, M: tl.constexpr):
         factor = tl.where(i > k, column / value, 0.0)
         a = tl.where(row > k, a - factor[:, None] * lower[None, :], a)
         y = tl.where(i > k, y - factor * y_lower, y)
-    for step in range(m):
-        k = m - 1 - step
+    for step in range(n):
+        k = n - 1 - step
         column = tl.sum(tl.where(col == k, a, 0.0), axis=1)
         value = tl.sum(tl.where(i == k, y, 0.0), axis=0) / tl.sum(tl.where(i == k, column, 0.0), axis=0)
         y = tl.where(i == k, value, tl.where(i < k, y - column * value, y))
@@ -37,13 +38,13 @@ def solve_lu(a, y, m: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def factor_ldl(a, m: tl.constexpr, M: tl.constexpr):
+def factor_ldl(a, n, M: tl.constexpr):
     """Factor a symmetric a = L D L^T: returns L^-1 and the diagonal of D, all of it positive if a is definite."""
     i = tl.arange(0, M)
     row, col = i[:, None], i[None, :]
     lower_inverse = tl.where(row == col, 1.0, 0.0).to(a.dtype)
     d = tl.full((M,), 1.0, a.dtype)
-    for k in range(m):
+    for k in range(n):
         across = tl.sum(tl.where(row == k, a, 0.0), axis=0)
         down = tl.sum(tl.where(col == k, a, 0.0), axis=1)
         pivot = tl.sum(tl.where(i == k, across, 0.0), axis=0)

@@ -162,10 +162,19 @@ def judge(ints, reals, settings, running, b, padded, max_iter, ff, gg, KEEP_BEST
 
 
 @triton.jit
+def widen(t, acc: tl.constexpr):
+    """``t`` in the accumulation dtype; 16 bits become 64 by way of 32, for which alone there are instructions."""
+    if acc == tl.float64 and t.dtype.primitive_bitwidth < 32:
+        return t.to(tl.float32).to(acc)
+    else:
+        return t.to(acc)
+
+
+@triton.jit
 def residual_tile(f, x, at, inside, acc: tl.constexpr):
     """f and f(x) - x there, in the accumulation dtype."""
-    f_tile = tl.load(f + at, mask=inside, other=0.0).to(acc)
-    return f_tile, f_tile - tl.load(x + at, mask=inside, other=0.0).to(acc)
+    f_tile = widen(tl.load(f + at, mask=inside, other=0.0), acc)
+    return f_tile, f_tile - widen(tl.load(x + at, mask=inside, other=0.0), acc)
 
 
 @triton.jit
@@ -217,7 +226,7 @@ def damp(f, x, x_prev, beta, begin, end, acc: tl.constexpr, MIXED: tl.constexpr,
         inside = at < end
         value, g = residual_tile(f, x, at, inside, acc)
         if MIXED:
-            value = tl.load(x + at, mask=inside, other=0.0).to(acc) + beta * g
+            value = widen(tl.load(x + at, mask=inside, other=0.0), acc) + beta * g
         infinite |= write_tile(x_prev, at, inside, value)
     return tl.max(infinite, axis=0) == 0
 

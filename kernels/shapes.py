@@ -10,6 +10,7 @@ SAMPLE_MAX_COLUMNS = 32
 CHUNK = 4096  # numbers of a sample that a program takes where several share it; a multiple of a scale's block
 MAX_CHUNKS = 512
 TINY_BLOCK = 8
+TILE_BYTES = 8192  # of accumulators in a tile of columns: 16 registers a thread for four warps
 
 
 def power_of_two(n: int) -> int:
@@ -31,10 +32,10 @@ def streaming(m: int, N: int, itemsize: int, tiled: bool = False) -> Shape:
     M = power_of_two(m)
     if tiled:
         return Shape(M, TINY_BLOCK, 1)
-    room = 16384 // itemsize // M
+    room = TILE_BYTES // itemsize // M
     block = min(1024, max(16, room), max(16, power_of_two(N)))
-    cells = M * block * itemsize // 4
-    return Shape(M, block, 1 if cells <= 512 else 2 if cells <= 1024 else 4)
+    size = M * block * itemsize
+    return Shape(M, block, 1 if 4 * size <= TILE_BYTES else 2 if 2 * size <= TILE_BYTES else 4)
 
 
 def small(m: int) -> Shape:
