@@ -60,7 +60,7 @@ def fixed_point(
         trace: record the (nfe, B) residuals.
         callback: called after every evaluation as callback(k, state) with a ``SolverState`` to look at; True stops.
         throw: raise ``ConvergenceError`` unless every sample converged.
-        backend: "auto" (default), "native" or "reference"; ``python -m deqfast.info`` says what is available.
+        backend: "auto" (default), "native", "triton" or "reference"; ``python -m deqfast.info`` says what is available.
         progress: show a tqdm bar of evaluations.
 
     Returns:

@@ -207,6 +207,8 @@ def _run(
         if f_prev is not None:
             _check_sources(layout, f_prev, f_prev_rows, "f_prev", running_samples)
         running = bind(ws, choose("auto", layout.device))(f, f_prev, f_rows, f_prev_rows)
+        if layout.device.type != "cpu":  # what the step returned may be an earlier count
+            return (ws.int_row(Int.STATUS) == Status.RUNNING).sum().reshape(1)
     else:
         running = 0
     return torch.full((1,), running, dtype=torch.int64, device=layout.device)

@@ -29,6 +29,8 @@ OLDEST = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
 ALIGNMENT = 16  # bytes; how a kernel reads may depend on it, and the order of its sums with that
 
+COMPILER = {"enable_fp_fusion": True}  # said outright: Triton's default differs between versions
+
 Rows = Tensor | None
 
 
@@ -154,7 +156,7 @@ class _AndersonPlan(_Plan):
         solve = {"USEFUL": ws.evict_least_useful, "KEEP_BEST": ws.keep_best}
         stored = {"SCALED": ws.history.dtype in SCALED_DTYPES}
         mixed = {"MIXED": ws.mixing != 1}
-        streamed = {"BLOCK": shape.BLOCK, "num_warps": shape.warps}
+        streamed = {"BLOCK": shape.BLOCK, "num_warps": shape.warps, **COMPILER}
         self.blocks = ws.scales.shape[3]
         self.alone = (
             len(self.parts) == 1
@@ -176,12 +178,12 @@ class _AndersonPlan(_Plan):
         ]
         self.decide = functools.partial(
             kernels.decide_kernel[(B,)], **method, **space, **solve, num_warps=small.warps,
-            CHUNKS=self.shapes.chunk_tile(self.chunks, m),
+            CHUNKS=self.shapes.chunk_tile(self.chunks, m), **COMPILER,
         )  # fmt: skip
         self.mix = [
             functools.partial(kernels.mix_kernel[grid], **method, **mixed, **stored, **streamed) for grid in grids
         ]
-        self.finish = functools.partial(kernels.finish_kernel[(B,)], **method, BLOCK=256, num_warps=4)
+        self.finish = functools.partial(kernels.finish_kernel[(B,)], **method, BLOCK=256, num_warps=4, **COMPILER)
 
     def launch(self, f: list[Tensor], f_rows: Rows, f_prev: list[Tensor], f_prev_rows: Rows, previous: bool) -> None:
         if self.alone:
@@ -243,7 +245,7 @@ class _BroydenPlan(_Plan):
         if self.alone:
             shape = self.shapes.chain(N, self.itemsize)
             self.sample = functools.partial(
-                kernels.sample_kernel[(B,)], **memory, **solve, BLOCK=shape.BLOCK, num_warps=shape.warps
+                kernels.sample_kernel[(B,)], **memory, **solve, BLOCK=shape.BLOCK, num_warps=shape.warps, **COMPILER
             )
             return
         self.split_memory(2 + ws.memory)
@@ -251,17 +253,19 @@ class _BroydenPlan(_Plan):
         self.weights = torch.empty(B, ws.memory, dtype=acc, device=self.device)
         self.starts = torch.empty(B, 3, dtype=acc, device=self.device)
         form = {"GRAM": self.gram}
-        streamed = {"BLOCK": 1024, "PRODUCTS_BLOCK": 256 * 4 // self.itemsize, "num_warps": 4}
+        streamed = {"BLOCK": 1024, "PRODUCTS_BLOCK": 256 * 4 // self.itemsize, "num_warps": 4, **COMPILER}
         M, CHUNKS = self.shapes.power_of_two(ws.memory), self.shapes.chunk_tile(self.chunks, ws.memory)
         grids = [(B * part.chunks,) for part in self.parts]
         self.gather = [functools.partial(kernels.gather_kernel[grid], **memory, **form, **streamed) for grid in grids]
         self.chain = functools.partial(
-            kernels.chain_kernel[(B,)], **memory, **solve, CHUNKS=CHUNKS, BLOCK=2048, num_warps=8
+            kernels.chain_kernel[(B,)], **memory, **solve, CHUNKS=CHUNKS, BLOCK=2048, num_warps=8, **COMPILER
         )
-        self.recur = functools.partial(kernels.recur_kernel[(B,)], **memory, **solve, M=M, CHUNKS=CHUNKS, num_warps=1)
+        self.recur = functools.partial(
+            kernels.recur_kernel[(B,)], **memory, **solve, M=M, CHUNKS=CHUNKS, num_warps=1, **COMPILER
+        )
         self.apply = [functools.partial(kernels.apply_kernel[grid], **memory, **form, **streamed) for grid in grids]
         self.finish = functools.partial(
-            kernels.finish_kernel[(B,)], **memory, **form, M=M, CHUNKS=CHUNKS, BLOCK=256, num_warps=4
+            kernels.finish_kernel[(B,)], **memory, **form, M=M, CHUNKS=CHUNKS, BLOCK=256, num_warps=4, **COMPILER
         )
 
     def launch(self, f: list[Tensor], f_rows: Rows, f_prev: list[Tensor], f_prev_rows: Rows, previous: bool) -> None:
