@@ -27,8 +27,8 @@ try:
         set_eval_frame,
     )
 except ImportError:  # a torch that renamed them: solves work, compiled models break their graphs more often
-    get_eval_frame_callback = set_eval_frame = lambda *_: None
-    set_code_exec_strategy = None
+    get_eval_frame_callback = set_eval_frame = lambda *_: None  # type: ignore[assignment]
+    set_code_exec_strategy = None  # type: ignore[assignment]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -62,7 +62,7 @@ def fixed_point(
         trace: record the (nfe, B) residuals.
         callback: called after every evaluation as callback(k, state) with a ``SolverState`` to look at; True stops.
         throw: raise ``ConvergenceError`` unless every sample converged.
-        backend: "auto" (default), "native" or "reference"; ``python -m deqfast.info`` says what is available.
+        backend: "auto" (default), "native", "triton" or "reference"; ``python -m deqfast.info`` says what is available.
         mode: who runs the loop on a GPU. "loop" (default): Python launches every evaluation of f. "graph": f and the
             step are captured once as a CUDA graph, and a few evaluations replayed at a time. "device": the whole loop
             runs on the GPU. Both give the bits of "loop", may evaluate f a few times more, and run f's Python once per

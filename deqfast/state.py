@@ -93,7 +93,7 @@ class Solver:
                 4e-3 float16, 2e-2 bfloat16.
             atol: absolute part of the same, default 0.
             max_iter: evaluations at most; None: no limit.
-            backend: "auto", "native" or "reference".
+            backend: "auto", "native", "triton" or "reference".
         """
         return SolverState(self, z0, rtol=rtol, atol=atol, max_iter=max_iter, backend=backend)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import native, reference, triton
 from .workspace import AndersonWorkspace, BroydenWorkspace, Workspace
 
 __all__ = ["BACKENDS", "Step", "bind", "choose", "why_not"]
@@ -26,7 +26,7 @@ def why_not(backend: str, device: torch.device) -> str | None:
         return None
     if backend == "native":
         return native.why_not(device)
-    return "no Triton kernels in this version"
+    return triton.why_not(device)
 
 
 def choose(backend: str, device: torch.device) -> str:
@@ -42,6 +42,8 @@ def choose(backend: str, device: torch.device) -> str:
             asked, source = wish, "DEQFAST_BACKEND"
     if asked == "auto":
         for candidate in BACKENDS:
+            if candidate == "triton" and device.type == "cpu":
+                continue  # its interpreter is for tests: reference is faster, so it serves only those who name it
             if why_not(candidate, device) is None:
                 return candidate
     if asked not in BACKENDS:
@@ -56,6 +58,8 @@ def bind(ws: Workspace, backend: str, evaluations: int = 0) -> Step:
     """The update of this workspace's solver on the backend that ``choose`` gave, after so many evaluations."""
     if backend == "native":
         return native.bind(ws, evaluations)
+    if backend == "triton":
+        return triton.bind(ws, evaluations)
     device = ws.layout.device.type
 
     def step(f: list[Tensor], f_prev: list[Tensor] | None, f_rows: Tensor | None, f_prev_rows: Tensor | None) -> int:

@@ -1,0 +1,213 @@
+"""The small dense part of an Anderson step: enter the new column into the matrices, solve for gamma, choose the slot
+of the next column. One sample a program; small matrices lie in tiles of 16 samples, the sample innermost.
+"""
+
+import triton
+import triton.language as tl
+
+from .dense import factor_ldl, inverse_diagonal, solve_ldl, solve_lu
+from .measure import (
+    COUNT,
+    EVICTIONS,
+    GREW,
+    GROWTH_RESTARTS,
+    RESET,
+    SLOT,
+    SOLVE_FALLBACKS,
+    STEP_FALLBACKS,
+    widen,
+)
+
+TILE = tl.constexpr(16)  # samples whose small matrices lie interleaved
+
+
+@triton.jit
+def norms_of(norms, b, j, m: tl.constexpr):
+    """Where the sample's ||dG_j|| lie; its ||W_j|| lie m * TILE further."""
+    return norms + (b // TILE) * (2 * m * TILE) + b % TILE + j * TILE
+
+
+@triton.jit
+def columns_of(history, b, B, tiles, N, m: tl.constexpr, TILED: tl.constexpr):
+    """Where the sample's columns of dF and of dG begin, and how far apart they are."""
+    if TILED:
+        start = (b // TILE) * (m * N * TILE) + b % TILE
+        return history + start, history + tiles.to(tl.int64) * (m * N * TILE) + start, N * TILE
+    else:
+        size = m * tl.cast(N, tl.int64)
+        return history + b * size, history + (B.to(tl.int64) + b) * size, tl.cast(N, tl.int64)
+
+
+@triton.jit
+def _enter(pointer, across, down, j, new, m: tl.constexpr, LOWER: tl.constexpr):
+    """A small matrix with the row and column ``new`` (-1: none) entered; LOWER: symmetric, the upper part not kept."""
+    row, col = j[:, None], j[None, :]
+    inside = (row < m) & (col < m)
+    if LOWER:
+        place = pointer + (tl.maximum(row, col) * m + tl.minimum(row, col)) * TILE
+    else:
+        place = pointer + (row * m + col) * TILE
+    old = tl.load(place, mask=inside, other=0.0)
+    entered = tl.where(row == new, across[None, :], tl.where(col == new, down[:, None], old))
+    tl.debug_barrier()
+    changed = inside & ((row == new) | (col == new))
+    if LOWER:
+        changed = changed & (row >= col)
+    tl.store(place, entered, mask=changed)
+    return entered
+
+
+@triton.jit
+def _victim(h, factors, diagonal, y, age, steps, ridge, n, m: tl.constexpr, M: tl.constexpr, C: tl.constexpr):
+    """The least useful column of a full history that is not among the newest."""
+    j = tl.arange(0, M)
+    if C != 0:
+        factors, diagonal = factor_ldl(tl.where(j[:, None] == j[None, :], h + ridge, h), n, M)
+    loss = y * y / inverse_diagonal(factors, diagonal)
+    NEWEST: tl.constexpr = m // 3 if m // 3 > 2 else 2
+    return tl.argmin(tl.where((j < m) & (age <= steps - NEWEST), loss, float("inf")), axis=0)
+
+
+@triton.jit
+def decide(
+    sums,
+    columns,
+    matrix_products,
+    gram_products,
+    outcome,
+    steps,
+    slot,
+    has_previous,
+    b,
+    matrix,
+    gram,
+    norms,
+    ages,
+    ints,
+    padded,
+    ridge,
+    m: tl.constexpr,
+    M: tl.constexpr,
+    C: tl.constexpr,
+    USEFUL: tl.constexpr,
+    TILED: tl.constexpr,
+):
+    """Enter the new column into the small matrices, solve them for gamma, choose the slot of the next column.
+
+    ``sums`` and ``columns`` are the products of the new column and those with every column (see ``columns.reduce``);
+    of tiny samples (TILED) all products come in the two matrices. Returns gamma and whether a column will be evicted.
+    """
+    acc = norms.dtype.element_ty
+    qq, ww, wg, vg, wv = sums
+    rhs, across, down, gram_row = columns
+    j = tl.arange(0, M)
+    row, col = j[:, None], j[None, :]
+    inside = j < m
+    reset, grew = (outcome & RESET) != 0, (outcome & GREW) != 0
+    adding = (has_previous != 0) & (reset == 0)
+    new = tl.where(adding, slot, -1)
+    is_new = j == new
+    place = norms_of(norms, b, j, m)
+    old_q = tl.load(place, mask=inside, other=0.0)
+    old_w = tl.load(place + m * TILE, mask=inside, other=0.0)
+    age = tl.load(ages + (b // TILE) * (m * TILE) + b % TILE + j * TILE, mask=inside, other=0)
+    solve_fallbacks = tl.load(ints + SOLVE_FALLBACKS * padded + b)
+    evictions = tl.load(ints + EVICTIONS * padded + b)
+    growth_restarts = tl.load(ints + GROWTH_RESTARTS * padded + b)
+
+    new_q = tl.sqrt(qq.to(tl.float64)).to(acc)
+    new_w = tl.sqrt(ww.to(tl.float64)).to(acc)
+    forget = reset | (grew & (C == 0))
+    q = tl.where(is_new, new_q, tl.where(forget, 0.0, old_q))
+    w = tl.where(is_new, new_w, old_w)
+    valid = (q > 0) & (w > 0) & (q < float("inf")) & (w < float("inf"))
+    q = tl.where(valid, q, 0.0)
+    rq = tl.where(valid, 1.0 / tl.where(valid, q, 1.0), 0.0)
+    rw = tl.where(valid, 1.0 / tl.where(valid, w, 1.0), 0.0)
+    new_rq = tl.sum(tl.where(is_new, rq, 0.0), axis=0)
+    new_rw = tl.sum(tl.where(is_new, rw, 0.0), axis=0)
+    both = valid[:, None] & valid[None, :]
+    eye = tl.where(row == col, 1.0, 0.0).to(acc)
+
+    if TILED:
+        h = gram_products * (rq[:, None] * rq[None, :])
+        e = matrix_products * (rw[:, None] * rq[None, :])
+    else:
+        gram_row = tl.where(is_new, qq, gram_row) * (new_rq * rq)
+        h = _enter(gram + (b // TILE) * (m * m * TILE) + b % TILE, gram_row, gram_row, j, new, m, True)
+        e = h
+        if C != 0:
+            across = tl.where(is_new, wv, across) * (new_rw * rq)
+            down = tl.where(is_new, wv, down) * (new_rq * rw)
+            e = _enter(matrix + (b // TILE) * (m * m * TILE) + b % TILE, across, down, j, new, m, False)
+    rhs = tl.where(is_new, wg if C != 0 else vg, rhs)
+    h = tl.where(both, h, eye)
+    factors, diagonal = h, q
+    n = tl.max(tl.where(valid, j + 1, 0), axis=0)  # columns beyond this are empty
+    if C == 0:
+        y = tl.where(valid, rhs * rq, 0.0)
+        factors, diagonal = factor_ldl(tl.where(row == col, h + ridge, h), n, M)
+        y = solve_ldl(factors, diagonal, y)
+        y = tl.where(tl.min(diagonal, axis=0) > 0, y, float("nan"))
+    else:
+        y = tl.where(valid, -rhs * rw, 0.0)
+        y = solve_lu(tl.where(both, tl.where(row == col, ridge - e, -e), eye), y, n, M)
+    failed = tl.min((tl.abs(y) < float("inf")).to(tl.int32), axis=0) == 0
+    y = tl.where(failed, 0.0, y)
+    q = tl.where(failed, 0.0, q)
+    gamma = tl.where(valid, y * rq, 0.0)
+    age = tl.where(is_new, steps, age)
+
+    used = (q > 0) & inside
+    count = tl.sum(used.to(tl.int32), axis=0)
+    full = count == m
+    next_slot = tl.min(tl.where(inside & (used == 0), j, m), axis=0)
+    if full:
+        if USEFUL and m > 3:
+            next_slot = _victim(h, factors, diagonal, y, age, steps, ridge, n, m, M, C)
+        else:
+            next_slot = tl.argmin(tl.where(inside, age, 2147483647), axis=0)
+
+    tl.debug_barrier()
+    tl.store(place, q, mask=inside)
+    tl.store(place + m * TILE, w, mask=inside)
+    tl.store(ages + (b // TILE) * (m * TILE) + b % TILE + j * TILE, age, mask=inside)
+    tl.store(ints + SLOT * padded + b, next_slot)
+    tl.store(ints + COUNT * padded + b, count)
+    tl.store(ints + EVICTIONS * padded + b, evictions + full.to(tl.int32))
+    tl.store(ints + SOLVE_FALLBACKS * padded + b, solve_fallbacks + failed.to(tl.int32))
+    tl.store(ints + GROWTH_RESTARTS * padded + b, growth_restarts + (grew & (C == 0)).to(tl.int32))
+    return gamma, full
+
+
+@triton.jit
+def forget(norms, ints, b, padded, full, m: tl.constexpr, M: tl.constexpr):
+    """The step did not stay finite: no column is kept, and none was evicted."""
+    fallbacks = tl.load(ints + STEP_FALLBACKS * padded + b)
+    evictions = tl.load(ints + EVICTIONS * padded + b)
+    tl.debug_barrier()
+    tl.store(ints + STEP_FALLBACKS * padded + b, fallbacks + 1)
+    if m > 0:
+        j = tl.arange(0, M)
+        tl.store(norms_of(norms, b, j, m), tl.zeros((M,), norms.dtype.element_ty), mask=j < m)
+        tl.store(ints + EVICTIONS * padded + b, evictions - full.to(tl.int32))
+        tl.store(ints + SLOT * padded + b, 0)
+        tl.store(ints + COUNT * padded + b, 0)
+
+
+@triton.jit
+def all_products(
+    history_f, history_g, column_stride, used, n, acc: tl.constexpr, C: tl.constexpr, ES: tl.constexpr, NB: tl.constexpr
+):
+    """W_i.dG_j and dG_i.dG_j of a tiny sample."""
+    i = tl.arange(0, NB)
+    j = tl.arange(0, used.shape[0])
+    place = j[:, None] * column_stride + (i * ES)[None, :]
+    inside = used[:, None] & (i < n)[None, :]
+    v = widen(tl.load(history_g + place, mask=inside, other=0), acc)
+    gram = tl.sum(v[:, None, :] * v[None, :, :], axis=2)
+    if C == 0:
+        return gram, gram
+    else:
+        w = widen(tl.load(history_f + place, mask=inside, other=0), acc) - C * v
+        return tl.sum(w[:, None, :] * v[None, :, :], axis=2), gram

@@ -1,0 +1,60 @@
+"""The Triton kernels in Triton's interpreter, in a process of its own: its variable is read when they are loaded."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from deqfast import ops
+
+CONFORMANCE = Path(__file__).parent / "triton" / "conformance.py"
+INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+@pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
+def test_interpreted_kernels_conform():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CONFORMANCE)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def python(code: str, **environment: str) -> str:
+    return subprocess.check_output(
+        [sys.executable, "-c", code], text=True, env={**os.environ, "TRITON_INTERPRET": "0", **environment}
+    ).strip()
+
+
+def test_neither_import_nor_solve_loads_triton():
+    code = (
+        "import sys, torch, deqfast as dq; dq.fixed_point(lambda z: z / 2, torch.ones(2, 3)); "
+        "print('triton' in sys.modules, 'deqfast.kernels' in sys.modules)"
+    )
+    assert python(code) == "False False"
+
+
+def test_without_triton_the_reason_says_so(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert ops.why_not("triton", torch.device("cpu")) == "triton is not installed"
+    with pytest.raises(ValueError, match="backend='triton' cannot serve device cpu: triton is not installed"):
+        ops.choose("triton", torch.device("cpu"))
+
+
+@pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
+def test_on_a_cpu_the_reason_names_the_interpreter():
+    code = "import torch; from deqfast import ops; print(ops.why_not('triton', torch.device('cpu')))"
+    assert "TRITON_INTERPRET=1" in python(code)
+    assert python(code, TRITON_INTERPRET="1") == "None"
+
+
+def test_other_devices_are_refused(monkeypatch):
+    if not INSTALLED:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert "device type 'xpu'" in str(ops.why_not("triton", torch.device("xpu")))

@@ -1,0 +1,130 @@
+"""Compile every kernel for two GPUs, with the arguments that a solve launches it with, and print what each one uses.
+
+No GPU is needed: Triton's compiler makes the code, cuobjdump reads what it uses. One JSON object a line.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import deqfast as dq
+from deqfast import ops
+from deqfast.kernels import anderson, broyden
+from deqfast.state import SolverState
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int8: "i8",
+    torch.int32: "i32",
+}
+F64, F32, BF16, F16, I8 = torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8
+
+# (solver, dtype of the state, its sizes, compute capability)
+ONE_PROGRAM = [
+    (dq.Anderson(), F32, [4096], 90),
+    (dq.Anderson(history_dtype=F32, type=1, mixing=0.5), F32, [4095], 80),
+    (dq.Anderson(history_dtype=I8), F32, [4095], 90),
+    (dq.Anderson(history_dtype=F16, type=2), F16, [1000], 80),
+    (dq.Anderson(m=5), BF16, [63], 90),
+    (dq.Anderson(), F64, [4096], 80),
+    (dq.Anderson(m=20), F64, [500], 90),
+    (dq.Anderson(m=20), F32, [500], 80),
+    (dq.Anderson(type=2, history_dtype=I8), F64, [100], 90),
+    (dq.Anderson(), F32, [8], 80),
+    (dq.Anderson(type=2), F64, [1], 90),
+    (dq.Picard(damping=0.5), F32, [100], 90),
+    (dq.Broyden(), F32, [8192], 80),
+    (dq.Broyden(scale="first_step"), F64, [1001], 90),
+]
+SHARED = [
+    (dq.Anderson(), F32, [100_000], 90),
+    (dq.Anderson(type=2, mixing=0.5, history_dtype=F16), F64, [1001, 500], 80),
+    (dq.Anderson(m=40, type=1, history_dtype=I8), BF16, [1001, 500], 90),
+    (dq.Broyden(), F32, [100_000], 80),
+    (dq.Broyden(scale="first_step"), F64, [1001, 500], 90),
+]
+
+
+class Launches:
+    """Stands in for a kernel: keeps the arguments of its launches."""
+
+    def __init__(self, kernel, found: dict) -> None:
+        self.launched, self.found = kernel, found
+
+    def __getitem__(self, grid):
+        return self.note
+
+    def note(self, *args, **options) -> None:
+        self.found[self.launched.__name__] = (self.launched, args, options)
+
+
+def launches(solver, dtype, sizes) -> dict:
+    """Every kernel that one step launches, with its arguments."""
+    z0 = tuple(torch.zeros(2, n, dtype=dtype) for n in sizes)
+    state = SolverState(solver, z0, backend="reference")
+    found: dict = {}
+    for module in (anderson, broyden):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            kernel = getattr(module, name)
+            setattr(module, name, Launches(kernel.launched if isinstance(kernel, Launches) else kernel, found))
+    step = ops.bind(state.ws, "triton")
+    step(list(z0), [t.clone() for t in z0] if state._uses_previous else None, None, None)
+    return found
+
+
+def compiled(kernel, args, options, capability: int):
+    """The kernel as a launch with these arguments would compile it."""
+    names, signature, constants, attributes = kernel.arg_names, {}, {}, {}
+    for i, (name, value) in enumerate(zip(names, args, strict=False)):
+        plain = kernel.params[i].do_not_specialize
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif value == 1 and not plain:
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0 and not plain:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    for name in names[len(args) :]:
+        signature[name], constants[name] = "constexpr", options[name]
+    compiler = {name: value for name, value in options.items() if name not in names}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=compiler)
+
+
+def usage(binary: bytes) -> dict[str, int]:
+    """Registers and bytes of stack a thread, bytes of local memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        dump = subprocess.check_output([CUOBJDUMP, "--dump-resource-usage", file.name], text=True)
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump)}
+    return {name.lower(): value for name, value in found.items()}
+
+
+def main() -> None:
+    for solver, dtype, sizes, capability in ONE_PROGRAM + SHARED:
+        for name, (kernel, args, options) in launches(solver, dtype, sizes).items():
+            code = compiled(kernel, args, options, capability)
+            case = f"{name} {solver} {dtype} {sizes} sm_{capability}"
+            used = {"shared": code.metadata.shared, **usage(code.asm["cubin"])}
+            print(json.dumps({"case": case, "kernel": name, **used}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
