@@ -54,6 +54,7 @@ template <class A, class S, class H, int leaves>
 __device__ void judge_and_decide(const Params<leaves>& p, int64_t b, Step<A, S, H, leaves>& step) {
     const AndersonArgs& a = p.a;
     const int slot = step.new_slot();
+    __syncwarp();  // the verdict counts the step that the slot depends on
     int32_t outcome = 0;
     if (lane_of() == 0) {
         outcome = judge<A>(a, p.work, b, step.shared().sums[kFF], step.shared().sums[kGG]);
