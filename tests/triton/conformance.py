@@ -85,7 +85,7 @@ def test_anderson_step_agrees_where_programs_share_a_sample(solver, state):
         (dq.Broyden(memory=4), F16, 1, 33, 6),
         (dq.Broyden(memory=4), torch.complex64, 1, 33, 6),
         (dq.Broyden(memory=3, scale="first_step"), F32, 1, 8200, 6),
-        (dq.Broyden(memory=2), F32, 1, 65536, 4),,  # the memory is full once
+        (dq.Broyden(memory=2), F32, 1, 65536, 4),  # the memory is full once
     ],
     ids=str,
 )
@@ -169,7 +169,7 @@ def test_sample_has_the_same_bits_in_any_batch_and_beside_nan(solver):
     p.x[4] = torch.nan
     p.x[6] = torch.inf
     together = solve(p, solver=solver, backend="triton", max_iter=4)
-    for rows in (slice(3, 4), slice(7, None)):
+    for rows in (slice(3, 4), slice(7, 9)):
         apart = solve(p.rows(rows), solver=solver, backend="triton", max_iter=4)
         for name in ("z", "residual", "steps", "status"):
             assert same_bits(getattr(apart, name), getattr(together, name)[rows]), name
