@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from deqfast import ops
+from deqfast.ops.lag import LAG, SLOTS, Lag
 
 CONFORMANCE = Path(__file__).parent / "triton" / "conformance.py"
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -52,6 +53,25 @@ def test_on_a_cpu_the_reason_names_the_interpreter():
     code = "import torch; from deqfast import ops; print(ops.why_not('triton', torch.device('cpu')))"
     assert "TRITON_INTERPRET=1" in python(code)
     assert python(code, TRITON_INTERPRET="1") == "None"
+
+
+class Event:
+    """Of a GPU that is always done."""
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def test_host_reads_the_count_of_two_steps_ago():
+    lag = Lag(9, torch.device("cpu"))
+    assert lag.read(torch.tensor([4], dtype=torch.int32)) == 4
+    lag._cuda, lag._seen, lag._events = True, torch.empty(SLOTS, dtype=torch.int32), [Event() for _ in range(SLOTS)]
+    counts = list(range(20, 0, -1))
+    seen = [lag.read(torch.tensor([count], dtype=torch.int32)) for count in counts]
+    assert seen == [9] * LAG + counts[:-LAG]
 
 
 def test_other_devices_are_refused(monkeypatch):

@@ -29,7 +29,8 @@ class Lag:
         self._cuda = device.type == "cuda"
         self.rewind(evaluations)
         if self._cuda:
-            self._seen = torch.empty(SLOTS, dtype=torch.int32, pin_memory=True)
+            with torch.inference_mode(False):  # steps may be made in another mode
+                self._seen = torch.empty(SLOTS, dtype=torch.int32, pin_memory=True)
             self._events = [torch.cuda.Event() for _ in range(SLOTS)]
 
     def rewind(self, evaluations: int) -> None:

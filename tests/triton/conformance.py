@@ -169,7 +169,7 @@ def test_sample_has_the_same_bits_in_any_batch_and_beside_nan(solver):
     p.x[4] = torch.nan
     p.x[6] = torch.inf
     together = solve(p, solver=solver, backend="triton", max_iter=4)
-    for rows in (slice(3, 4), slice(7, None)):
+    for rows in (slice(3, 4), slice(7, 9)):
         apart = solve(p.rows(rows), solver=solver, backend="triton", max_iter=4)
         for name in ("z", "residual", "steps", "status"):
             assert same_bits(getattr(apart, name), getattr(together, name)[rows]), name
