@@ -4,13 +4,13 @@ import functools
 import warnings
 
 import pytest
+import tape
 import torch
 from torch import nn
 
 import deqfast as dq
 from deqfast import graphs
 from deqfast.guards import identity
-from tests import tape
 
 SOLVERS = [dq.Anderson(), dq.Anderson(m=4, type=2), dq.Broyden(), dq.Picard(damping=0.7)]
 
