@@ -82,27 +82,21 @@ class Step {
         const Leaf& leaf = p.leaf[l];
         const int64_t end = min(begin + length, leaf.n);
         const A beta = A(a.mixing), per_unit = A(1) / a.at<A>(kUnit, b);
+        const int n = list_weighted();
         bool finite = true;
         for (int64_t at = begin; at < end; at += int64_t(blockDim.x) * kItems) {
             const Tile tile = tile_of(a, leaf, at, end);
-            A out[kItems], part[kItems];
+            A out[kItems];
             read_source<A, S>(leaf.f, f_row(a, b), tile, out);
             if (beta != 1) {
+                A part[kItems];
                 read_tile(row_of<S>(leaf.x, leaf, b), tile, part);
                 for (int k = 0; k < kItems; ++k) out[k] = part[k] + beta * (out[k] - part[k]);
             }
             const Tile column{leaf.offset + at, tile.count, tile.neighbours};
-            for (int j = 0; j < a.m; ++j) {
-                const A weight = s.gamma[j] * per_unit;
-                if (weight == 0) continue;
-                const A weight_f = weight * scale_of(0, j, leaf, at);
-                read_tile(history(0, j), column, part);
-                for (int k = 0; k < kItems; ++k) out[k] -= weight_f * part[k];
-                if (beta == 1) continue;
-                const A weight_g = (1 - beta) * weight * scale_of(1, j, leaf, at);
-                read_tile(history(1, j), column, part);
-                for (int k = 0; k < kItems; ++k) out[k] += weight_g * part[k];
-            }
+            for (int i = 0; i < n; i += kMixed) subtract_columns(0, i, n, per_unit, leaf, column, out);
+            for (int i = 0; i < n && beta != 1; i += kMixed)
+                subtract_columns(1, i, n, (beta - 1) * per_unit, leaf, column, out);
             finite &= write_state(row_of<S>(leaf.x_prev, leaf, b), tile, out);
         }
         return finite;
@@ -137,6 +131,40 @@ class Step {
     char* const memory;
     Shared<A> s;
     const A unit;
+
+    // Columns whose loads are under way together: 64 bytes a thread, or a multiprocessor does not keep its memory busy.
+    static constexpr int kMixed = sizeof(H) == 8 ? 1 : sizeof(H) == 4 ? 2 : 4;
+    static constexpr int kMultiplied = sizeof(H) >= 4 ? 1 : 2;
+
+    // Lists the columns that have a weight; the whole block.
+    __device__ int list_weighted() {
+        int n = 0;
+        __syncthreads();
+        for (int j = 0; j < a.m; ++j)
+            if (s.gamma[j] != 0) {
+                if (threadIdx.x == 0) s.columns[n] = j;
+                ++n;
+            }
+        __syncthreads();
+        return n;
+    }
+
+    // out -= factor * (gamma_j times column j of dF or dG), for up to kMixed of the n listed columns.
+    __device__ __forceinline__ void subtract_columns(int which, int first, int n, A factor, const Leaf& leaf,
+                                                     const Tile& column, A* out) const {
+        Pack<H> packs[kMixed];
+        DEQFAST_UNROLL
+        for (int i = 0; i < kMixed; ++i) packs[i] = load_tile(history(which, s.columns[min(first + i, n - 1)]), column);
+        DEQFAST_UNROLL
+        for (int i = 0; i < kMixed; ++i) {
+            if (first + i >= n) continue;
+            const int j = s.columns[first + i];
+            const A weight = factor * s.gamma[j] * scale_of(which, j, leaf, column.begin - leaf.offset);
+            A part[kItems];
+            unpack<H>(packs[i], part);
+            for (int k = 0; k < kItems; ++k) out[k] -= weight * part[k];
+        }
+    }
 
     __device__ H* history(int which, int j) const {
         return static_cast<H*>(a.history) + ((which * a.B + b) * a.m + j) * a.N;
@@ -235,22 +263,33 @@ class Step {
                                     const A* w) {
         const Tile column{leaf.offset + tile.begin, tile.count, tile.neighbours};
         static_assert(kRhs == 0 && kRow == 1 && kCol == 2 && kGramRow == 3, "the order in which four are added");
-        for (int i = 0; i < n_columns; ++i) {
-            const int j = s.columns[i];
-            A old_v[kItems], old_f[kItems], rhs = 0, row = 0, col = 0, gram = 0;
-            read_tile(history(1, j), column, old_v);
-            const A scale_v = scale_of(1, j, leaf, tile.begin);
-            if (!type2) read_tile(history(0, j), column, old_f);
-            const A scale_f = type2 ? A(0) : scale_of(0, j, leaf, tile.begin);
-            for (int k = 0; k < kItems; ++k) {
-                const A vj = old_v[k] * scale_v;
-                const A wj = type2 ? vj : old_f[k] * scale_f - A(a.test_space) * vj;
-                rhs += wj * g[k];
-                gram += vj * v[k];
-                row += vj * w[k];
-                col += wj * v[k];
+        for (int first = 0; first < n_columns; first += kMultiplied) {
+            Pack<H> packs_v[kMultiplied], packs_f[kMultiplied];
+            DEQFAST_UNROLL
+            for (int i = 0; i < kMultiplied; ++i) {
+                const int j = s.columns[min(first + i, n_columns - 1)];
+                packs_v[i] = load_tile(history(1, j), column);
+                if (!type2) packs_f[i] = load_tile(history(0, j), column);
             }
-            add_4(kHeadProducts + j * kColumnProducts, rhs, row, col, gram);
+            DEQFAST_UNROLL
+            for (int i = 0; i < kMultiplied; ++i) {
+                if (first + i >= n_columns) continue;
+                const int j = s.columns[first + i];
+                A old_v[kItems], old_f[kItems], rhs = 0, row = 0, col = 0, gram = 0;
+                unpack<H>(packs_v[i], old_v);
+                if (!type2) unpack<H>(packs_f[i], old_f);
+                const A scale_v = scale_of(1, j, leaf, tile.begin);
+                const A scale_f = type2 ? A(0) : scale_of(0, j, leaf, tile.begin);
+                for (int k = 0; k < kItems; ++k) {
+                    const A vj = old_v[k] * scale_v;
+                    const A wj = type2 ? vj : old_f[k] * scale_f - A(a.test_space) * vj;
+                    rhs += wj * g[k];
+                    gram += vj * v[k];
+                    row += vj * w[k];
+                    col += wj * v[k];
+                }
+                add_4(kHeadProducts + j * kColumnProducts, rhs, row, col, gram);
+            }
         }
     }
 };

@@ -151,77 +151,64 @@ __device__ __forceinline__ unsigned magnitude(double v) {
 // The lowest lane in which the flag is set.
 __device__ __forceinline__ int lane_with(bool flag) { return __ffs(int(__ballot_sync(kAll, flag))) - 1; }
 
-// Solves a y = b as solve_lu does, for n <= kRowsMax; a stays. Rows are not swapped: a lane remembers when its row was
-// the pivot.
+// Both eliminate above the pivot too (Gauss-Jordan), so that nothing has to be substituted back, and shift every row
+// one to the left at each step, so that the loop over pivots need not be unrolled for the rows to stay in registers.
+
+// Solves a y = b with partial pivoting; y replaces b, a stays. n <= kRowsMax. Rows are not swapped: a lane remembers
+// when its row was the pivot.
 template <class A>
 __device__ inline void solve_rows(const A* a, A* b, int n, int m) {
     const int lane = lane_of();
-    A row[kRowsMax], rhs = lane < n ? b[lane] : A(0), inverse_own = 0, solution = 0;
+    A row[kRowsMax], rhs = lane < n ? b[lane] : A(0), inverse_own = 0;
     DEQFAST_UNROLL
     for (int j = 0; j < kRowsMax; ++j) row[j] = lane < n && j < n ? a[lane * m + j] : A(0);
     int order = -1;
-    DEQFAST_UNROLL
-    for (int k = 0; k < kRowsMax; ++k) {
-        if (k >= n) continue;
+    for (int k = 0; k < n; ++k) {
         const bool candidate = lane < n && order < 0;
-        const unsigned size = candidate ? magnitude(row[k]) : 0;
+        const unsigned size = candidate ? magnitude(row[0]) : 0;
         const unsigned largest = __reduce_max_sync(kAll, size);
         const int from = lane_with(candidate && size == largest);
-        const A inverse = A(1) / __shfl_sync(kAll, row[k], from);
+        const A inverse = A(1) / __shfl_sync(kAll, row[0], from);
+        const A factor = lane == from ? A(0) : row[0] * inverse;
         if (lane == from) order = k, inverse_own = inverse;
-        const A factor = row[k] * inverse;
-        const bool below = lane < n && order < 0;
         DEQFAST_UNROLL
-        for (int j = k + 1; j < kRowsMax; ++j) {
-            if (j >= n) continue;
-            const A top = __shfl_sync(kAll, row[j], from);
-            if (below) row[j] -= factor * top;
-        }
-        const A top = __shfl_sync(kAll, rhs, from);
-        if (below) rhs -= factor * top;
-    }
-    DEQFAST_UNROLL
-    for (int k = kRowsMax - 1; k >= 0; --k) {
-        if (k >= n) continue;
-        const A value = __shfl_sync(kAll, rhs * inverse_own, lane_with(order == k));
-        if (lane == k) solution = value;
-        if (order < k) rhs -= row[k] * value;
+        for (int j = 1; j < kRowsMax; ++j)
+            if (j < n - k) row[j - 1] = row[j] - factor * __shfl_sync(kAll, row[j], from);
+        rhs -= factor * __shfl_sync(kAll, rhs, from);
     }
     __syncwarp();
-    if (lane < n) b[lane] = solution;
+    if (lane < n) b[order] = rhs * inverse_own;
     __syncwarp();
 }
 
 // Of a symmetric positive definite a, given by its lower triangle, n <= kRowsMax: the diagonal of the inverse, and b
 // replaced by the solution of a y = b unless b is null. a stays. Returns whether all pivots were positive.
+// Eliminating column k adds (A11^-1 A12)_ik^2 / pivot to entry i of the leading block's inverse, for i < k, and what is
+// squared there is the factor by which row i is eliminated: the inverse itself is not needed.
 template <class A>
-__device__ inline bool invert_rows(const A* a, A* b, A* diagonal, int n, int m) {
+__device__ inline bool solve_spd_rows(const A* a, A* b, A* diagonal, int n, int m) {
     const int lane = lane_of();
-    A row[kRowsMax], rhs = b && lane < n ? b[lane] : A(0), own = 0;
+    A row[kRowsMax], rhs = b && lane < n ? b[lane] : A(0), entry = 0;
     DEQFAST_UNROLL
     for (int j = 0; j < kRowsMax; ++j) row[j] = lane < n && j < n ? a[max(lane, j) * m + min(lane, j)] : A(0);
     bool positive = true;
-    DEQFAST_UNROLL
-    for (int k = 0; k < kRowsMax; ++k) {
-        if (k >= n) continue;
-        const A pivot = __shfl_sync(kAll, row[k], k), inverse = A(1) / pivot, factor = row[k];
+    for (int k = 0; k < n; ++k) {
+        const bool mine = lane == k;
+        const A pivot = __shfl_sync(kAll, row[0], k), inverse = A(1) / pivot, factor = row[0];
         positive = positive && pivot > 0;
+        entry = mine ? inverse : lane < k ? entry + factor * factor * inverse : entry;
         DEQFAST_UNROLL
-        for (int j = 0; j < kRowsMax; ++j) {
-            if (j >= n || j == k) continue;
+        for (int j = 1; j < kRowsMax; ++j) {
+            if (j >= n - k) continue;
             const A top = __shfl_sync(kAll, row[j], k) * inverse;
-            row[j] = lane == k ? top : row[j] - factor * top;
+            row[j - 1] = mine ? top : row[j] - factor * top;
         }
-        row[k] = lane == k ? inverse : -factor * inverse;
         const A top = __shfl_sync(kAll, rhs, k) * inverse;
-        rhs = lane == k ? top : rhs - factor * top;
+        rhs = mine ? top : rhs - factor * top;
     }
-    DEQFAST_UNROLL
-    for (int k = 0; k < kRowsMax; ++k)
-        if (lane == k) own = row[k];
     __syncwarp();
     if (lane < n) {
-        diagonal[lane] = own;
+        diagonal[lane] = entry;
         if (b) b[lane] = rhs;
     }
     __syncwarp();

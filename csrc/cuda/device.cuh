@@ -124,38 +124,48 @@ struct Tile {
     __device__ __forceinline__ bool whole() const { return neighbours && int(threadIdx.x) * kItems + kItems <= count; }
 };
 
+// A thread's numbers of a tile as they lie in memory. Loads end here and are converted later: converting right away
+// would wait for each load before the next one is asked for.
 template <int bytes>
 struct alignas(bytes < 16 ? bytes : 16) Packed {
-    unsigned char data[bytes];
+    uint32_t words[bytes / 4];
 };
+template <class T>
+using Pack = Packed<kItems* int(sizeof(T))>;
 
 template <class T>
 __device__ __forceinline__ bool aligned(const T* p) {
-    return reinterpret_cast<uintptr_t>(p) % alignof(Packed<kItems* int(sizeof(T))>) == 0;
+    return reinterpret_cast<uintptr_t>(p) % alignof(Pack<T>) == 0;
 }
 
 // The thread's numbers of a dense row; zeros beyond the end.
+template <class T>
+__device__ __forceinline__ Pack<T> load_tile(const T* row, const Tile& tile) {
+    const T* p = row + tile.begin;
+    if (tile.whole() && aligned(p + tile.at(0))) return *reinterpret_cast<const Pack<T>*>(p + tile.at(0));
+    T part[kItems];
+    for (int k = 0; k < kItems; ++k) part[k] = tile.at(k) < tile.count ? p[tile.at(k)] : T{};
+    Pack<T> pack;
+    memcpy(&pack, part, sizeof(pack));
+    return pack;
+}
+template <class T, class A>
+__device__ __forceinline__ void unpack(const Pack<T>& pack, A* out) {
+    T part[kItems];
+    memcpy(part, &pack, sizeof(part));
+    for (int k = 0; k < kItems; ++k) out[k] = Format<A, T>::read(part[k]);
+}
 template <class A, class T>
 __device__ __forceinline__ void read_tile(const T* row, const Tile& tile, A* out) {
-    using Pack = Packed<kItems* int(sizeof(T))>;
-    const T* p = row + tile.begin;
-    if (tile.whole() && aligned(p + tile.at(0))) {
-        Pack pack = *reinterpret_cast<const Pack*>(p + tile.at(0));
-        T part[kItems];
-        memcpy(part, &pack, sizeof(part));
-        for (int k = 0; k < kItems; ++k) out[k] = Format<A, T>::read(part[k]);
-    } else {
-        for (int k = 0; k < kItems; ++k) out[k] = tile.at(k) < tile.count ? Format<A, T>::read(p[tile.at(k)]) : A(0);
-    }
+    unpack<T>(load_tile(row, tile), out);
 }
 template <class A, class T>
 __device__ __forceinline__ void write_tile(T* row, const Tile& tile, const T* values) {
-    using Pack = Packed<kItems* int(sizeof(T))>;
     T* p = row + tile.begin;
     if (tile.whole() && aligned(p + tile.at(0))) {
-        Pack pack;
+        Pack<T> pack;
         memcpy(&pack, values, sizeof(pack));
-        *reinterpret_cast<Pack*>(p + tile.at(0)) = pack;
+        *reinterpret_cast<Pack<T>*>(p + tile.at(0)) = pack;
     } else {
         for (int k = 0; k < kItems; ++k)
             if (tile.at(k) < tile.count) p[tile.at(k)] = values[k];

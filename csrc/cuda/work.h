@@ -71,9 +71,11 @@ inline WorkSizes work_sizes(const BroydenArgs& a, bool) {
 }
 
 // One step, or with kReduce and kApply its halves, in order on `stream`; returns without waiting. kReduce leaves the
-// products of every running sample in `sums`, which the caller may change (an all-reduce) before kApply.
-// std::invalid_argument for what is not supported: more than kMaxLeaves tensors, halves of a workspace that keeps no
-// small matrices, more columns than fit in shared memory. std::runtime_error with CUDA's own words if a launch fails.
+// products of every running sample in `sums`, which the caller may change (an all-reduce) before kApply; it writes no
+// entry of the ring. Squared norms among them are of f and of f - x as they are, the other products in the sample's
+// unit. std::invalid_argument for what is not supported: more than kMaxLeaves tensors, halves of a workspace that keeps
+// no small matrices, more columns than fit in shared memory. std::runtime_error with CUDA's own words if a launch
+// fails.
 void anderson_step(const AndersonArgs& args, const DeviceWork& work, int phase);
 void broyden_step(const BroydenArgs& args, const DeviceWork& work, int phase);
 
