@@ -10,6 +10,8 @@ PYTEST_ARGS ?=
 CUDA ?= $(if $(shell command -v nvidia-smi),auto,off)
 # Everything instrumented takes an hour: SANITIZE_TESTS="tests -k native".
 SANITIZE_TESTS ?= tests/test_memory.py
+# One is enough to notice breakage; wheels have CMakeLists.txt's default.
+CUDA_ARCHS ?= 90-real
 EMULATED_TESTS ?= tests
 SANITIZE_ISAS ?= avx512 avx2 baseline
 AARCH64_CXX ?= aarch64-linux-gnu-g++
@@ -135,10 +137,14 @@ check-aarch64: ## Compile the CPU kernels for aarch64 (needs a cross compiler)
 	    -DDEQFAST_ISA=baseline -DDEQFAST_HAS_BASELINE -Icsrc/include -c $$source -o /dev/null || exit 1; \
 	done
 
-check-cuda: ## Compile the CUDA kernels for sm_90 and show what they use (needs nvcc; minutes)
-	for source in csrc/cuda/*.cu; do \
-	  nvcc -std=c++17 -O3 -arch=sm_90 -Xptxas -v -Icsrc/include -c $$source -o /dev/null 2>&1 | grep -E "error|warning|spill|Used" | sort | uniq -c; \
-	done
+check-cuda: venv ## Compile the CUDA kernels for CUDA_ARCHS, assert that none spills (needs nvcc; minutes)
+	@command -v nvcc > /dev/null || { echo "nvcc not found: it comes with the CUDA toolkit" >&2; exit 1; }
+	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DDEQFAST_CUDA=on -DDEQFAST_CUDA_ARCHS="$(CUDA_ARCHS)" \
+	  -DDEQFAST_CUDA_RESOURCES=ON -DDEQFAST_ISAS=baseline -DDEQFAST_WERROR=ON -DDEQFAST_INPLACE=OFF
+	$(BIN)/cmake --build build/cuda --clean-first > build/cuda/resources.txt 2>&1 || { cat build/cuda/resources.txt; exit 1; }
+	$(BIN)/python tests/cuda/resources.py build/cuda/resources.txt
+	cd build/cuda/deqfast && $(abspath $(BIN)/python) -c "import torch, _C; print(_C.build_info()); print(_C.cuda_why_not(0))"
 
 format: venv ## Format Python and C++ in place, write the API reference
 	$(BIN)/ruff check --fix .
