@@ -192,6 +192,18 @@ class Plan {
         blocks_ = blocks;
     }
 
+    // A state of several blocks; rules: (rtol, atol, weight) of each.
+    void blocks(Address norms, const std::vector<std::array<double, 3>>& rules) {
+        if (rules.size() > size_t(deqfast::kMaxBlocks)) throw std::invalid_argument("too many blocks");
+        args.block_norms = pointer<double>(norms);
+        args.n_blocks = int(rules.size());
+        for (size_t i = 0; i < rules.size(); ++i) {
+            args.block_rtol[i] = rules[i][0];
+            args.block_atol[i] = rules[i][1];
+            args.block_weight[i] = rules[i][2];
+        }
+    }
+
     // Where f's (which = 0) or the previous f's (1) output for a leaf lies; strides in numbers.
     void source(int leaf, int which, Address data, DType dtype, int64_t batch_stride, bool dense,
                 const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
@@ -348,6 +360,7 @@ py::class_<P> declare(py::module_& m, const char* name, const char* doc) {
     plan.def(py::init<>());
     plan.def("bind", &P::bind, "B"_a, "dtype"_a, "leaves"_a, "ints"_a, "reals"_a, "padded"_a, "rtol"_a, "atol"_a,
              "max_iter"_a, "keep_best"_a, "threads"_a);
+    plan.def("blocks", &P::blocks);
     plan.def("source", &P::source);
     plan.def("step_dense", &P::step_dense, "cur"_a, "f"_a, "f_prev"_a, "stream"_a = 0);
     plan.def("step", &P::step, "cur"_a, "has_previous"_a, "f_rows"_a, "f_prev_rows"_a, "phase"_a, "stream"_a = 0);

@@ -9,10 +9,12 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 from . import compiled as _compiled
+from . import project
 from .anderson import Anderson
 from .broyden import Broyden
 from .implicit import Implicit, OneStep, Phantom
 from .jacobian import jacobian_penalty, spectral_radius
+from .joint import JointSolution, joint_solve
 from .linear import GradientWarning
 from .nn import DEQ
 from .ops import library as _library  # noqa: F401  registers torch.ops.deqfast
@@ -37,6 +39,7 @@ __all__ = [
     "ConvergenceError",
     "GradientWarning",
     "Implicit",
+    "JointSolution",
     "OneStep",
     "Phantom",
     "Picard",
@@ -46,6 +49,8 @@ __all__ = [
     "Unroll",
     "fixed_point",
     "jacobian_penalty",
+    "joint_solve",
+    "project",
     "root",
     "spectral_radius",
 ]

@@ -287,6 +287,8 @@ def adjoint_start(g: list[Tensor], layout: Layout, options: LinearOptions) -> An
     """Where a backward solve begins: at its right-hand side, or where the user said."""
     if options.u0 is None:
         return layout.unflatten(g)
+    if callable(options.u0):
+        return options.u0(g)
     layout.flatten(options.u0, "u0")
     return options.u0
 

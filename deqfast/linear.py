@@ -27,7 +27,7 @@ class LinearOptions:
     rtol: float
     max_iter: int
     backend: str
-    u0: Any = None
+    u0: Any = None  # start, or a function of the leaves of the right-hand side that gives it
     mode: str = "loop"
 
 

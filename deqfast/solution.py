@@ -107,7 +107,7 @@ class Solution:
 class ConvergenceError(RuntimeError):
     """Some samples did not converge and ``throw=True`` was asked for; ``solution`` holds the whole result."""
 
-    def __init__(self, solution: Solution) -> None:
+    def __init__(self, solution: Any) -> None:
         super().__init__(f"the solve did not converge: {solution.summary()}")
         self.solution = solution
 

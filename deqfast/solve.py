@@ -234,7 +234,7 @@ def _run(
     )
     compactor = Compactor(state, args, compact) if compact is not False else None
     rows: list[Tensor] | None = [] if trace else None
-    bar = _bar(problem.max_iter) if progress else None
+    bar = progress_bar(problem.max_iter) if progress else None
     if compactor is None and rows is None and bar is None and callback is None:
         with torch.no_grad():
             while not state.done:
@@ -261,7 +261,8 @@ def _run(
     return state, rows
 
 
-def _bar(total: int) -> Any:
+def progress_bar(total: int) -> Any:
+    """A tqdm bar of ``total`` evaluations."""
     try:
         from tqdm.auto import tqdm
     except ImportError as error:

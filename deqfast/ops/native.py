@@ -210,6 +210,8 @@ def _plan(ws: Workspace, evaluations: int = 0, halves: bool = False) -> tuple[An
         keep_best=ws.keep_best,
         threads=torch.get_num_threads(),
     )
+    if ws.block_norms is not None:
+        plan.blocks(ws.block_norms.data_ptr(), ws.block_rules)
     if on_device:
         plan.on_device(layout.device.index or 0, layout.B, evaluations, 0 if EMULATED else LAG)
     if isinstance(ws, AndersonWorkspace):

@@ -79,6 +79,9 @@ def _measure(ws: Workspace, r: _Rows) -> tuple[Tensor, Tensor]:
     g_norm, f_norm = _row_norm(r.g), _row_norm(r.f)
     finite = torch.isfinite(g_norm) & torch.isfinite(f_norm)
     relative = torch.where(f_norm > 0, g_norm / f_norm, torch.where(g_norm > 0, math.inf, 0.0))
+    within = g_norm <= ws.atol + ws.rtol * f_norm
+    if ws.block_norms is not None:
+        finite, relative, within = _judge_blocks(ws, finite)
     relative = torch.where(finite, relative, math.inf).to(r.acc)
     reals(Real.RESIDUAL).copy_(torch.where(run, relative, reals(Real.RESIDUAL)))
     first = run & (steps == 1)
@@ -86,7 +89,7 @@ def _measure(ws: Workspace, r: _Rows) -> tuple[Tensor, Tensor]:
 
     best_at = ints(Int.BEST_AT)
     better = run & finite & ((relative < reals(Real.BEST)) | (best_at == At.NOWHERE))
-    converged = run & finite & (g_norm <= ws.atol + ws.rtol * f_norm)
+    converged = run & finite & within
     better |= converged
     spill = run & ~better & (best_at == At.PREVIOUS)
     _scatter(ws, ws.saved, r.gather(ws.x[1 - ws.cur]), spill)
@@ -122,6 +125,16 @@ def _measure(ws: Workspace, r: _Rows) -> tuple[Tensor, Tensor]:
     unit.copy_(torch.where(reset, new_unit, torch.where(going & (unit == 0), 1.0, unit)))
     reals(Real.NORM).copy_(torch.where(run, g_norm.to(r.acc), reals(Real.NORM)))
     return going, reset
+
+
+def _judge_blocks(ws: Workspace, finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    assert ws.block_norms is not None
+    norms = ws.block_norms[:, :, : ws.layout.B]
+    rtol, atol, weight = norms.new_tensor(ws.block_rules).unbind(1)
+    moved, size = norms.unbind(1)
+    relative = torch.where(size > 0, moved / size, torch.where(moved > 0, math.inf, 0.0)) * weight[:, None]
+    within = (moved <= atol[:, None] + rtol[:, None] * size).all(0)
+    return finite & torch.isfinite(norms).all(1).all(0), relative.amax(0), within
 
 
 def _finish(ws: Workspace, x_new: Tensor, picard: Tensor, going: Tensor) -> Tensor:

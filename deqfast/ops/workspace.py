@@ -88,6 +88,10 @@ class Workspace:
         self.history: Tensor
         self.buffer: Tensor | None = None  # what the history lies in, if it is worth keeping for another solve
         self.own_residual: Tensor | None = None  # the caller's, in place of f(z) - z (Anderson, Type II)
+        # A state of several blocks, each to a tolerance of its own: (blocks, 2, padded) float64, how far each block
+        # moves and how large it is, measured before the step; and a rule (rtol, atol, weight of its residual) a block.
+        self.block_norms: Tensor | None = None
+        self.block_rules: list[tuple[float, float, float]] = []
 
     def reset(self) -> None:
         """As new: no evaluation made, no column kept."""
@@ -95,6 +99,12 @@ class Workspace:
         self.ints.zero_()
         self.reals.zero_()
         self.reals.select(0, Real.BEST).fill_(math.inf)
+
+    def judge_blocks(self, rules: list[tuple[float, float, float]]) -> None:
+        """Stop a sample when every block is within its rule; its residual is the largest weighted one of a block."""
+        padded = self.ints.shape[1]
+        self.block_norms = torch.zeros(len(rules), 2, padded, dtype=torch.float64, device=self.layout.device)
+        self.block_rules = rules
 
     def release(self) -> None:
         """Give the history up; statistics and iterates stay, but no further step can be made."""

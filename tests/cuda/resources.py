@@ -1,6 +1,6 @@
 """Asserts, from what ptxas printed (-Xptxas=-v) while the CUDA kernels were compiled, that none spills.
 
-    python tests/cuda/resources.py build/cuda/resources.txt
+python tests/cuda/resources.py build/cuda/resources.txt
 """
 
 import re

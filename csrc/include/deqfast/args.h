@@ -18,6 +18,7 @@ constexpr int kChunk = 8 * 1024;  // numbers whose products are added up in one 
 constexpr int kShortN = 32;       // samples up to this are handled kLanes at a time, one a lane
 constexpr int kTinyN = 8;         // samples up to this have their small matrices formed anew at every step
 constexpr int kMaxDims = 16;
+constexpr int kMaxBlocks = 4;
 
 enum class DType : int { f64, f32, bf16, f16, i8 };
 
@@ -77,6 +78,11 @@ struct SolveArgs {
     int64_t padded = 0;                    // B rounded up to tiles
     double rtol = 0, atol = 0;
     int max_iter = 0;  // 0: none
+    // A state of several blocks, each to a tolerance of its own: block_norms (n_blocks, 2, padded), how far each block
+    // moves and how large it is; null: the whole state is one.
+    int n_blocks = 0;
+    const double* block_norms = nullptr;
+    double block_rtol[kMaxBlocks] = {}, block_atol[kMaxBlocks] = {}, block_weight[kMaxBlocks] = {};
     bool keep_best = true;
     int threads = 1;
     char* scratch = nullptr;  // threads * scratch_bytes, 64-byte aligned

@@ -39,20 +39,49 @@ DEQFAST_HD inline bool needs_scan(double unit, double ff, double gg, int64_t N) 
              rms2 <= kUnitRange * kUnitRange);
 }
 
+// What an evaluation says of a sample: residual, and whether it is within the tolerance.
+struct Distance {
+    double relative;
+    bool finite, within;
+};
+
+DEQFAST_HD inline double ratio(double moved, double size) {
+    return size > 0 ? moved / size : moved > 0 ? double(INFINITY) : 0.0;
+}
+
+DEQFAST_HD inline Distance distance(const SolveArgs& a, int64_t b, double f_norm, double g_norm) {
+    Distance d;
+    d.finite = std::isfinite(f_norm) && std::isfinite(g_norm);
+    d.relative = ratio(g_norm, f_norm);
+    d.within = g_norm <= a.atol + a.rtol * f_norm;
+    if (a.n_blocks == 0) return d;
+    d.relative = 0;
+    d.within = true;
+    for (int i = 0; i < a.n_blocks; ++i) {
+        const double moved = a.block_norms[2 * i * a.padded + b], size = a.block_norms[(2 * i + 1) * a.padded + b];
+        const double weighted = ratio(moved, size) * a.block_weight[i];
+        d.finite = d.finite && std::isfinite(moved) && std::isfinite(size);
+        d.within = d.within && moved <= a.block_atol[i] + a.block_rtol[i] * size;
+        if (weighted > d.relative) d.relative = weighted;
+    }
+    return d;
+}
+
 // f_norm, g_norm: true norms (not in the unit).
 template <class A>
 DEQFAST_HD inline Verdict measure(const SolveArgs& a, int64_t b, double f_norm, double g_norm) {
     Verdict v;
     const int32_t steps = ++a.at(kSteps, b);
-    const bool finite = std::isfinite(f_norm) && std::isfinite(g_norm);
-    const A relative = A(!finite ? INFINITY : f_norm > 0 ? g_norm / f_norm : g_norm > 0 ? INFINITY : 0.0);
+    const Distance d = distance(a, b, f_norm, g_norm);
+    const bool finite = d.finite;
+    const A relative = A(finite ? d.relative : double(INFINITY));
     v.previous_norm = double(a.at<A>(kNorm, b));
     a.at<A>(kResidual, b) = relative;
     a.at<A>(kNorm, b) = A(g_norm);
     if (steps == 1) a.at<A>(kFirst, b) = relative;
 
     int32_t& best_at = a.at(kBestAt, b);
-    const bool converged = finite && g_norm <= a.atol + a.rtol * f_norm;
+    const bool converged = finite && d.within;
     if (finite && (converged || best_at == kNowhere || relative < a.at<A>(kBest, b))) {
         best_at = kCurrent;
         a.at(kBestStep, b) = steps;

@@ -1,0 +1,228 @@
+"""The joint solve: find the fixed point of a network and optimise its input at once.
+
+    min_x  sum_b loss(z, x)_b   subject to   z = f(z, x)
+
+is stationary where z = f(z, x), mu = l_z + f_z^T mu (the adjoint) and x = P(x - a_x (l_x + f_x^T mu)). The joint map
+steps all three from the same iterate (Jacobi) and Anderson's method accelerates the whole. A step costs one evaluation
+of f and loss with one backward pass; nested loops pay a forward solve, a backward solve and a gradient step for each
+step of x.
+
+Source: Gurumurthy, Bai, Manchester and Kolter, Joint Inference and Input Optimization in Equilibrium Networks, NeurIPS
+2021.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import compiled
+from .implicit import Implicit
+from .joint_gradient import attach_envelope, attach_implicit
+from .joint_problem import Problem
+from .joint_state import JointState
+from .solution import ConvergenceError
+from .solve import progress_bar
+from .state import Solver
+from .status import Status
+
+
+@dataclass
+class JointSolution:
+    """Outcome of ``joint_solve`` for a batch of B samples.
+
+    Attributes:
+        z, x, mu: equilibrium, optimised input (feasible) and adjoint, structured like z0, x0 and z0.
+        cost: (B,) loss at the returned (z, x), before the last projection of x.
+        residual: (B,) of "z", "mu" and "x", each relative to the size of its block, of exactly this iterate. That of x
+            is the length of its step.
+        converged, steps, status: (B,) as in ``Solution``; a sample converges when every block is within its tolerance.
+        nfe: evaluations of f and loss, with one backward pass each.
+        trace: (nfe, B) residuals by block if asked for, NaN once a sample has stopped; else None.
+        backend: the backend that ran the updates.
+    """
+
+    z: Any
+    x: Any
+    mu: Any
+    cost: Tensor
+    residual: dict[str, Tensor]
+    converged: Tensor
+    steps: Tensor
+    status: Tensor
+    nfe: int
+    trace: dict[str, Tensor] | None
+    backend: str
+
+    def summary(self) -> str:
+        """One line: how many samples ended how, evaluations, mean cost."""
+        counts = torch.bincount(self.status.long().cpu(), minlength=len(Status)).tolist()
+        parts = [f"{n} {Status(i).name.lower()}" for i, n in enumerate(counts) if n]
+        cost = float(self.cost.mean()) if self.cost.numel() else 0.0
+        return f"{', '.join(parts) or 'no samples'}; {self.nfe} evaluations, mean cost {cost:.4g}"
+
+
+@compiled.entry("f", "loss")
+def joint_solve(
+    f: Callable[..., Any],
+    loss: Callable[..., Any],
+    z0: Any,
+    x0: Any,
+    args: tuple[Any, ...] = (),
+    *,
+    step_size: Any = None,
+    damping: Any = (0.8, 0.6),
+    project: Any = None,
+    normalize: bool = False,
+    accelerate: Any = None,
+    solver: str | Solver | None = None,
+    rtol: Any = None,
+    atol: Any = 0.0,
+    max_iter: int = 100,
+    returns: str = "best",
+    safeguard: bool = False,
+    mu0: Any = None,
+    backward: str | Implicit = "envelope",
+    trace: bool = False,
+    callback: Callable[[int, JointState], bool | None] | None = None,
+    throw: bool = False,
+    backend: str = "auto",
+    progress: bool = False,
+) -> JointSolution:
+    """Minimise loss(z, x) over x, sample by sample, subject to z = f(z, x).
+
+    Args:
+        f: callable (z, x, *args) -> like z, differentiable in z and x.
+        loss: callable (z, x, *args) -> (B,), a cost for each sample; sums over a sample, never means over the batch, or
+            ``step_size`` would depend on the batch.
+        z0: start of the state, as in ``fixed_point``.
+        x0: start of the input, tensors that share z0's dim 0, dtype and device; within ``project``. An empty tuple:
+            solve for z and mu alone, forward and adjoint at once.
+        args: handed to f and loss after x.
+        step_size: a_x of the gradient step: a positive number, a function k -> number of the step (from 0), or tensors
+            that broadcast to x0. About 1/L, L the curvature of the cost in x.
+        damping: of z and mu in (0, 1], default (0.8, 0.6).
+        project: ``Box``, ``L2Ball`` or ``LinfBall`` of ``deqfast.project``, or a function x -> x that treats samples
+            independently.
+        normalize: step along the gradient divided by its norm, sample by sample; for attacks.
+        accelerate: the blocks that Anderson's method moves, default all of ("z", "mu", "x"). With ``normalize`` or an
+            active projection leave x out: its residual is no measure of progress there.
+        solver: ``Anderson`` (default, with m=20) or ``Picard`` for plain damped steps.
+        rtol: relative tolerance, a number, one for each of z, mu, x, or a dict of them; a sample stops when every block
+            is within its own. Default that of the dtype. For x it is the length of its step relative to x.
+        atol: absolute part of the same, default 0.
+        max_iter: evaluations at most, default 100.
+        returns: "best" (default), the iterate whose largest residual, relative to the tolerances, is least; "last"; or
+            "cost", the one accepted last, where a lower cost is accepted at up to 1.3 times the best residual.
+        safeguard: forget a sample's history when its residual grows beyond twice its best; for maps that walk to
+            saddles.
+        mu0: start of the adjoint, default zeros.
+        backward: "envelope" (default): gradients reach z, and through it parameters and args, with x as a constant,
+            which is right where the outer loss is the inner one; the backward solve starts at mu. "implicit" or an
+            ``Implicit``: z, x and mu as functions of parameters and args, through the joint map (second derivatives of
+            f and loss). "none".
+        trace: record residuals of every block, (nfe, B) each.
+        callback: called as callback(k, state) after every evaluation; True stops.
+        throw: raise ``ConvergenceError`` unless every sample converged.
+        backend: as in ``fixed_point``.
+        progress: show a tqdm bar.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came; what f and loss return is checked
+            at the first evaluation.
+        ConvergenceError: with ``throw=True``.
+    """
+    if backward not in ("envelope", "implicit", "none") and not isinstance(backward, Implicit):
+        raise ValueError(f"backward must be 'envelope', 'implicit', 'none' or an Implicit, got {backward!r}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable, got {type(callback).__name__}")
+    for name, flag in (("trace", trace), ("throw", throw), ("progress", progress)):
+        if flag is not True and flag is not False:
+            raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
+    problem = Problem(
+        f,
+        loss,
+        z0,
+        x0,
+        mu0,
+        args,
+        step_size=step_size,
+        damping=damping,
+        project=project,
+        normalize=normalize,
+        accelerate=accelerate,
+        solver=solver,
+        rtol=rtol,
+        atol=atol,
+        max_iter=max_iter,
+        returns=returns,
+        safeguard=safeguard,
+        backend=backend,
+    )
+    state = JointState(problem)
+    rows = _loop(state, trace, callback, progress)
+    solution = _conclude(state, rows)
+    if backward != "none" and torch.is_grad_enabled():
+        if backward == "envelope":
+            solution.z = attach_envelope(problem, solution)
+        else:
+            options = backward if isinstance(backward, Implicit) else Implicit()
+            solution.z, solution.mu, solution.x = attach_implicit(problem, solution, options)
+    if throw and not bool(solution.converged.all()):
+        raise ConvergenceError(solution)
+    return solution
+
+
+def _loop(state: JointState, trace: bool, callback: Any, progress: bool) -> list[Tensor] | None:
+    rows: list[Tensor] | None = [] if trace else None
+    bar = progress_bar(state.problem.max_iter) if progress else None
+    try:
+        with torch.no_grad():
+            while not state.done:
+                state.advance()
+                if rows is not None:
+                    newest = state.steps == state.nfe
+                    rows.append(torch.where(newest, state._residuals(), math.nan))
+                if bar is not None:
+                    bar.update()
+                    bar.set_postfix_str(f"{state.known_running} running", refresh=False)
+                if callback is not None and callback(state.nfe, state):
+                    break
+    finally:
+        if bar is not None:
+            bar.close()
+    return rows
+
+
+def _conclude(state: JointState, rows: list[Tensor] | None) -> JointSolution:
+    problem = state.problem
+    leaves = state.answer()
+    status = state.status.clone()
+    if not problem.layout.N:
+        status.fill_(Status.CONVERGED)
+    elif not state.done:
+        status.masked_fill_(status == Status.RUNNING, Status.STOPPED)
+    many = len(problem.z_layout.leaves)
+    trace = None
+    if rows is not None:
+        empty = state._residuals().new_empty(0, *state._residuals().shape)
+        stacked = torch.stack(rows) if rows else empty
+        trace = {name: stacked[:, i] for i, name in enumerate(problem.blocks)}
+    return JointSolution(
+        z=problem.z_layout.unflatten(leaves[:many]),
+        mu=problem.z_layout.unflatten(leaves[many : 2 * many]),
+        x=problem.x_tree(problem.feasible(leaves[2 * many :])),
+        cost=state._best_cost,
+        residual={name: state._best_blocks[i] for i, name in enumerate(problem.blocks)},
+        converged=status == Status.CONVERGED,
+        steps=state.steps.clone(),
+        status=status,
+        nfe=state.nfe,
+        trace=trace,
+        backend=state.backend,
+    )

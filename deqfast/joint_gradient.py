@@ -1,0 +1,101 @@
+"""Gradients through a joint solve: the envelope, and the implicit function theorem on the joint map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import adjoint
+from .anderson import Anderson
+from .choose import choose_solver
+from .implicit import Implicit
+from .linear import LinearOptions
+from .state import DEFAULT_RTOL
+
+if TYPE_CHECKING:
+    from .joint import JointSolution
+    from .joint_problem import Problem
+
+
+def attach_envelope(problem: Problem, solution: JointSolution) -> Any:
+    """Z with its gradient at a fixed x; the backward solve starts at mu, scaled to the incoming gradient.
+
+    For an outer loss that is a multiple of the inner one, sample by sample, that start is the answer.
+    """
+    options = _options(problem, Implicit(), problem.z_layout.dtype)
+    options = replace(options, u0=_scaled_adjoint(problem, solution))
+    x = pytree.tree_map(torch.Tensor.detach, solution.x)
+
+    def f(z: Any, *args: Any) -> Any:
+        return problem.f(z, x, *args)
+
+    leaves = pytree.tree_leaves(solution.z)
+    return problem.z_layout.unflatten(adjoint.attach(f, problem.args, problem.z_layout, leaves, options))
+
+
+def _scaled_adjoint(problem: Problem, solution: JointSolution) -> Callable[[list[Tensor]], Any]:
+    mu = pytree.tree_leaves(solution.mu)
+    with torch.enable_grad():
+        z = [t.detach().requires_grad_() for t in pytree.tree_leaves(solution.z)]
+        x = pytree.tree_map(torch.Tensor.detach, solution.x)
+        cost = problem.loss(problem.z_layout.unflatten(z), x, *problem.args)
+        found = torch.autograd.grad(cost.sum(), z, allow_unused=True) if cost.requires_grad else [None] * len(z)
+    known = [torch.zeros_like(t) if gradient is None else gradient for t, gradient in zip(z, found, strict=True)]
+
+    def start(g: list[Tensor]) -> Any:
+        inner, size = _dot(g, known), _dot(known, known)
+        scale = torch.where(size > 0, inner / size, 0.0)
+        scale = torch.where(torch.isfinite(scale), scale, 0.0)
+        return problem.z_layout.unflatten([t * scale.view(-1, *([1] * (t.dim() - 1))).to(t.dtype) for t in mu])
+
+    return start
+
+
+def _dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    rows = [(s.conj() * t).real.reshape(s.shape[0], -1).double().sum(1) for s, t in zip(a, b, strict=True)]
+    return torch.stack(rows).sum(0)
+
+
+def attach_implicit(problem: Problem, solution: JointSolution, gradient: Implicit) -> tuple[Any, Any, Any]:
+    """(z, mu, x) with the gradients of the joint map's fixed point."""
+    many = len(problem.z_layout.leaves)
+    rate = problem.step_size(max(0, solution.nfe - 1))
+
+    def joint_map(v: Any, *args: Any) -> Any:
+        with torch.enable_grad():  # the map is made of derivatives, whoever evaluates it
+            v = [t if t.requires_grad else t.detach().requires_grad_() for t in v]
+            z, mu, x = v[:many], v[many : 2 * many], v[2 * many :]
+            trees = problem.z_layout.unflatten(z), problem.x_tree(x)
+            fz = pytree.tree_leaves(problem.f(*trees, *args))
+            cost = problem.loss(*trees, *args)
+            outputs = [t for t in (*fz, cost) if t.requires_grad]
+            weights = [m for t, m in zip(fz, mu, strict=True) if t.requires_grad]
+            weights += [torch.ones_like(cost)] if cost.requires_grad else []
+            found = torch.autograd.grad(outputs, [*z, *x], weights, create_graph=True, allow_unused=True)
+            pairs = zip([*z, *x], found, strict=True)
+            p_q = [torch.zeros_like(t) if gradient is None else gradient for t, gradient in pairs]
+            rates: list[Any] = [rate] * len(x) if problem._rates is None else problem._rates
+            stepped = [t - r * q for t, r, q in zip(x, rates, p_q[many:], strict=True)]
+            return [*fz, *p_q[:many], *problem.feasible(stepped)]
+
+    leaves = [*pytree.tree_leaves(solution.z), *pytree.tree_leaves(solution.mu), *pytree.tree_leaves(solution.x)]
+    options = _options(problem, gradient, problem.layout.dtype)
+    found = adjoint.attach(joint_map, problem.args, problem.layout, leaves, options)
+    return (
+        problem.z_layout.unflatten(found[:many]),
+        problem.z_layout.unflatten(found[many : 2 * many]),
+        problem.x_tree(found[2 * many :]),
+    )
+
+
+def _options(problem: Problem, gradient: Implicit, dtype: torch.dtype) -> LinearOptions:
+    forward = problem.solver if isinstance(problem.solver, Anderson) else Anderson(m=20)
+    solver = forward if gradient.solver is None else choose_solver(gradient.solver)
+    rtol = DEFAULT_RTOL[dtype] if gradient.rtol is None else gradient.rtol
+    max_iter = problem.max_iter if gradient.max_iter is None else gradient.max_iter
+    return LinearOptions(solver, rtol, max_iter, problem.backend, gradient.u0)

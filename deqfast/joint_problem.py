@@ -1,0 +1,303 @@
+"""A joint problem: functions and options, checked, and what f, loss and their gradients give at an iterate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .anderson import Anderson
+from .choose import choose_solver
+from .ops.joint import BLOCKS, MapOptions
+from .ops.layout import Layout, Leaf
+from .picard import Picard
+from .project import Projection
+from .state import DEFAULT_RTOL, Solver, check_number
+
+RETURNS = ("best", "last", "cost")
+
+
+class Problem:
+    """One call of ``joint_solve``: its functions and options, checked."""
+
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        loss: Callable[..., Any],
+        z0: Any,
+        x0: Any,
+        mu0: Any,
+        args: tuple[Any, ...],
+        *,
+        step_size: Any,
+        damping: Any,
+        project: Any,
+        normalize: bool,
+        accelerate: Any,
+        solver: Any,
+        rtol: Any,
+        atol: Any,
+        max_iter: int,
+        returns: str,
+        safeguard: bool,
+        backend: str,
+    ) -> None:
+        for name, function in (("f", f), ("loss", loss)):
+            if not callable(function):
+                raise TypeError(f"{name} must be callable, got {type(function).__name__}")
+        if not isinstance(args, tuple):
+            raise TypeError(f"args must be a tuple, got {type(args).__name__}; write args=(a,) for one argument")
+        self.f, self.loss, self.args, self.backend = f, loss, args, backend
+        self.z_layout = Layout(z0, "z0")
+        self.has_x = bool(pytree.tree_leaves(x0))
+        self.x_layout: Any = None  # of an absent x
+        self.x_leaves: list[Leaf] = []
+        self.x_tree: Callable[[list[Tensor]], Any] = lambda leaves: x0
+        if self.has_x:
+            self.x_layout = Layout(x0, "x0")
+            self.x_leaves, self.x_tree = self.x_layout.leaves, self.x_layout.unflatten
+        if self.has_x:
+            self._check_alike(z0, x0)
+        self.blocks = BLOCKS if self.has_x else BLOCKS[:2]
+        z_leaves = self._detached(z0)
+        mu_leaves = [torch.zeros_like(t) for t in z_leaves] if mu0 is None else self.z_layout.flatten(mu0, "mu0")
+        x_leaves = self._detached(x0)
+        self.start = [*z_leaves, *(t.detach() for t in mu_leaves), *x_leaves]
+        self.layout = Layout(self.start, "z0 and x0")
+        self.damping = _pair(damping)
+        self.solver = self._solver(solver)
+        self.accelerate = self._accelerated(accelerate)
+        self.rules = self._rules(rtol, atol)
+        self.max_iter = _positive_int("max_iter", max_iter)
+        if returns not in RETURNS:
+            raise ValueError(f"returns must be one of {', '.join(map(repr, RETURNS))}, got {returns!r}")
+        self.returns = returns
+        for name, flag in (("normalize", normalize), ("safeguard", safeguard)):
+            if flag is not True and flag is not False:
+                raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
+        self.safeguard, self.normalize = safeguard, normalize
+        self._rates: list[Tensor] | None = None
+        self._schedule = self._step_sizes(step_size)
+        self.projection = self._projection(project)
+
+    def _check_alike(self, z0: Any, x0: Any) -> None:
+        z, x = self.z_layout, self.x_layout
+        for what, a, b in (("batch", z.B, x.B), ("precision", z.dtype, x.dtype), ("device", z.device, x.device)):
+            if a != b:
+                raise ValueError(f"x0 must have the {what} of z0, expected {a}, got {b}")
+
+    @staticmethod
+    def _detached(tree: Any) -> list[Tensor]:
+        return [t.detach() for t in pytree.tree_leaves(tree)]
+
+    def _solver(self, solver: Any) -> Solver:
+        chosen = Anderson(m=20) if solver is None else choose_solver(solver)
+        if not isinstance(chosen, (Anderson, Picard)):
+            raise ValueError(f"solver must be Anderson or Picard, got {chosen}: a joint solve has no Broyden step")
+        return chosen
+
+    def _accelerated(self, names: Any) -> tuple[str, ...]:
+        if names is None:
+            return self.blocks
+        given = (names,) if isinstance(names, str) else tuple(names)
+        for name in given:
+            if name not in self.blocks:
+                raise ValueError(f"accelerate must name blocks of {self.blocks}, got {name!r}")
+        if not given:
+            raise ValueError("accelerate must name a block; for plain damped steps use solver=dq.Picard()")
+        mixing = getattr(self.solver, "mixing", 1.0) if isinstance(self.solver, Anderson) else 1.0
+        if mixing != 1 and len(set(given)) < len(self.blocks):
+            raise ValueError("accelerate: blocks that are left out move whole steps, which needs mixing=1")
+        return tuple(name for name in self.blocks if name in given)
+
+    def _rules(self, rtol: Any, atol: Any) -> list[tuple[float, float, float]]:
+        default = DEFAULT_RTOL[self.layout.dtype]
+        relative = [default if value is None else value for value in _per_block("rtol", rtol, self.blocks)]
+        absolute = [0.0 if value is None else value for value in _per_block("atol", atol, self.blocks)]
+        positive = [value for value in relative if value > 0]
+        least = min(positive) if len(positive) == len(relative) else 0.0
+        return [(r, a, least / r if least else 1.0) for r, a in zip(relative, absolute, strict=True)]
+
+    def _step_sizes(self, step_size: Any) -> Callable[[int], float]:
+        if not self.has_x:
+            return lambda k: 1.0
+        if callable(step_size):
+            return lambda k: _positive("step_size(k)", step_size(k))
+        if isinstance(step_size, bool) or not isinstance(step_size, (int, float)):
+            leaves = pytree.tree_leaves(step_size)
+            if not leaves or not all(isinstance(t, Tensor) for t in leaves):
+                got = type(step_size).__name__
+                raise TypeError(f"step_size must be a number, a function of the step or tensors like x0, got {got}")
+            if len(leaves) != len(self.x_leaves):
+                raise ValueError(f"step_size: expected {len(self.x_leaves)} tensors as in x0, got {len(leaves)}")
+            for t, leaf in zip(leaves, self.x_leaves, strict=True):
+                if torch.broadcast_shapes(t.shape, leaf.shape) != leaf.shape:
+                    raise ValueError(
+                        f"step_size must broadcast to x0, expected {tuple(leaf.shape)}, got {tuple(t.shape)}"
+                    )
+                if t.device.type == "cpu" and not bool((t > 0).all()):
+                    raise ValueError("step_size must be positive, got tensors with other numbers")
+            if self.normalize:
+                raise ValueError("step_size must be a number or a function of the step with normalize=True")
+            self._rates = [t.detach() for t in leaves]
+            return lambda k: 1.0
+        rate = _positive("step_size", step_size)
+        return lambda k: rate
+
+    def step_size(self, k: int) -> float:
+        """a_x of step ``k``."""
+        return self._schedule(k)
+
+    def _projection(self, project: Any) -> Projection | Callable[[Any], Any] | None:
+        if project is None:
+            return None
+        if not self.has_x:
+            raise ValueError("project needs an x0 to project")
+        if not callable(project):
+            raise TypeError(f"project must be a Projection or a function of x, got {type(project).__name__}")
+        if isinstance(project, Projection) and project.center is not None:
+            self.x_layout.flatten(project.center, "project.center")
+        x = self.x_tree(self.start[2 * len(self.z_layout.leaves) :])
+        # On a GPU looking at it would wait for the device.
+        if self.layout.device.type == "cpu" and self.layout.B:
+            inside = self.x_layout.flatten(project(x), "project(x)")
+            for t, p in zip(pytree.tree_leaves(x), inside, strict=True):
+                size = 1 + float(t.abs().max()) if t.numel() else 1.0
+                if t.numel() and float((t - p).abs().max()) > 1e3 * torch.finfo(t.dtype).eps * size:
+                    raise ValueError("x0 must lie within the projection; start from project(x0)")
+        return project
+
+    @property
+    def map_options(self) -> MapOptions:
+        """What the op needs to know."""
+        options = MapOptions(damping=self.damping, normalize=self.normalize)
+        if isinstance(self.projection, Projection):
+            p = self.projection
+            options.ball, options.radius, options.low, options.high = p.ball, p.radius, p.low, p.high
+        return options
+
+    def centers(self) -> list[Tensor | None]:
+        """(B, n) centre of the projection for each tensor of x, None for the others and where there is none."""
+        none: list[Tensor | None] = [None] * (2 * len(self.z_layout.leaves))
+        center = getattr(self.projection, "center", None) if isinstance(self.projection, Projection) else None
+        if center is None:
+            return none + [None] * len(self.x_leaves)
+        leaves = self.x_layout.flatten(center, "project.center")
+        return none + [
+            leaf.rows(t.detach()).to(self.layout.acc).contiguous()
+            for leaf, t in zip(self.x_leaves, leaves, strict=True)
+        ]
+
+    @property
+    def project_leaves(self) -> Callable[[list[Tensor]], list[Tensor]] | None:
+        """The caller's own projection on the tensors of x, None if the op does it."""
+        if self.projection is None or isinstance(self.projection, Projection):
+            return None
+        project = self.projection
+        return lambda leaves: self.x_layout.flatten(project(self.x_tree(leaves)), "project(x)")
+
+    def feasible(self, x: list[Tensor]) -> list[Tensor]:
+        """The tensors of x, projected."""
+        if self.projection is None:
+            return x
+        return self.x_layout.flatten(self.projection(self.x_tree(x)), "project(x)")
+
+    def evaluate(self, z: Any, mu: Any, x: Any, first: bool) -> tuple[list[Tensor], Tensor]:
+        """f, p = l_z + f_z^T mu and q = l_x + f_x^T mu as one list, and the (B,) cost."""
+        with torch.enable_grad():
+            z_in = [t.detach().requires_grad_() for t in pytree.tree_leaves(z)]
+            x_in = [t.detach().requires_grad_() for t in pytree.tree_leaves(x)]
+            z_tree, x_tree = self.z_layout.unflatten(z_in), self.x_tree(x_in)
+            fz = self.z_layout.flatten(self.f(z_tree, x_tree, *self.args), "f(z, x)")
+            cost = self.loss(z_tree, x_tree, *self.args)
+            if first:
+                self._check_first(fz, cost, z_in, x_in)
+            outputs = [t for t in (*fz, cost) if t.requires_grad]
+            weights = [m.to(t.dtype) for t, m in zip(fz, pytree.tree_leaves(mu), strict=True) if t.requires_grad]
+            if cost.requires_grad:
+                weights.append(torch.ones_like(cost))
+            found = torch.autograd.grad(outputs, [*z_in, *x_in], weights, allow_unused=True)
+        cost = cost.detach()
+        bad = ~torch.isfinite(cost)
+        values = [t.detach() for t in fz]
+        for t, gradient in zip([*z_in, *x_in], found, strict=True):
+            gradient = torch.zeros_like(t) if gradient is None else gradient
+            # A cost that is no number stops its sample, and no other.
+            values.append(torch.where(bad.view(-1, *([1] * (t.dim() - 1))), math.nan, gradient).to(t.dtype))
+        if self._rates is not None:
+            inputs = len(values) - len(self._rates)
+            values[inputs:] = [q * rate for q, rate in zip(values[inputs:], self._rates, strict=True)]
+        return values, cost.to(self.layout.acc)
+
+    def _check_first(self, fz: list[Tensor], cost: Any, z: list[Tensor], x: list[Tensor]) -> None:
+        B = self.layout.B
+        if not isinstance(cost, Tensor) or cost.shape != (B,) or not cost.is_floating_point():
+            got = f"{tuple(cost.shape)} {cost.dtype}" if isinstance(cost, Tensor) else type(cost).__name__
+            raise ValueError(
+                f"loss(z, x) must return one number a sample, expected ({B},) of a floating dtype, got {got}"
+            )
+        if not any(_depends(cost, t) for t in (*z, *x)):
+            raise ValueError("loss(z, x) must depend on z or x, got one that depends on neither through autograd")
+        if x and not any(_depends(t, leaf) for t in fz for leaf in x):
+            raise ValueError(
+                "f(z, x) must be differentiable in x, got one that does not depend on it through autograd; is x used "
+                "under no_grad, detached or rounded?"
+            )
+
+
+def _depends(output: Tensor, on: Tensor) -> bool:
+    if not output.requires_grad:
+        return False
+    (found,) = torch.autograd.grad(output.sum(), on, retain_graph=True, allow_unused=True)
+    return found is not None
+
+
+def _positive(name: str, value: Any) -> float:
+    check_number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return float(value)
+
+
+def _positive_int(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not 1 <= value < 2**31:
+        raise ValueError(f"{name} must be from 1 to 2**31 - 1, got {value}")
+    return value
+
+
+def _pair(damping: Any) -> tuple[float, float]:
+    values = damping if isinstance(damping, (tuple, list)) else (damping, damping)
+    if len(values) != 2:
+        raise ValueError(f"damping must be a number or two, for z and mu, got {damping!r}")
+    for value in values:
+        check_number("damping", value)
+        if not 0 < value <= 1:
+            raise ValueError(f"damping must be in (0, 1], got {value}")
+    return float(values[0]), float(values[1])
+
+
+def _per_block(name: str, given: Any, blocks: tuple[str, ...]) -> list[float | None]:
+    if isinstance(given, dict):
+        for key in given:
+            if key not in blocks:
+                raise ValueError(f"{name} must name blocks of {blocks}, got {key!r}")
+        values = [given.get(block) for block in blocks]
+    elif isinstance(given, (tuple, list)):
+        if len(given) != len(blocks):
+            raise ValueError(f"{name} must have a number for each of {blocks}, got {len(given)}")
+        values = list(given)
+    else:
+        values = [given] * len(blocks)
+    for value in values:
+        if value is None:
+            continue
+        check_number(name, value)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {value}")
+    return values
