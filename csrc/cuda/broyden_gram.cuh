@@ -213,7 +213,8 @@ class Gram {
 };
 
 template <class A, class S, int leaves>
-__global__ void __launch_bounds__(kGramThreads, 2) gram_reduce_kernel(const __grid_constant__ BroydenParams<leaves> p) {
+__global__ void __launch_bounds__(kGramThreads, sizeof(A) == 8 ? 1 : 2)
+    gram_reduce_kernel(const __grid_constant__ BroydenParams<leaves> p) {
     DEQFAST_SHARED(memory);
     const int64_t b = blockIdx.y;
     if (p.a.at(kStatus, b) != kRunning) return;
@@ -237,7 +238,8 @@ __global__ void __launch_bounds__(kWarpSize) gram_decide_kernel(const __grid_con
 }
 
 template <class A, class S, int leaves>
-__global__ void __launch_bounds__(kGramThreads, 2) gram_apply_kernel(const __grid_constant__ BroydenParams<leaves> p) {
+__global__ void __launch_bounds__(kGramThreads, sizeof(A) == 8 ? 1 : 2)
+    gram_apply_kernel(const __grid_constant__ BroydenParams<leaves> p) {
     DEQFAST_SHARED(memory);
     const int64_t b = blockIdx.y;
     const int32_t outcome = p.work.outcomes[b];
