@@ -1,0 +1,537 @@
+"""Joint solves: the closed form of a linear-quadratic problem, gradients, blocks, projections, bad input."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from problems import BACKENDS
+from torch import Tensor
+
+import deqfast as dq
+from deqfast import adjoint
+from deqfast.status import Status
+
+F64, F32 = torch.float64, torch.float32
+
+
+class LinearQuadratic:
+    """f = W z + U x, loss = |C z - y|^2 / 2 + ridge |x|^2 / 2; the optimal x in closed form, L its curvature."""
+
+    def __init__(self, B: int = 4, nz: int = 64, nx: int = 8, norm: float = 0.9, ridge: float = 1e-2, seed: int = 0):
+        g = torch.Generator().manual_seed(seed)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g, dtype=F64)
+
+        W = random(nz, nz)
+        self.W = W * norm / torch.linalg.matrix_norm(W, 2)
+        self.U, self.C, self.y = random(nz, nx) / nx**0.5, random(nz, nz) / nz**0.5, random(B, nz)
+        self.ridge, self.B, self.nz, self.nx = ridge, B, nz, nx
+
+    def tensors(self, dtype: torch.dtype = F64) -> tuple[Tensor, ...]:
+        return tuple(t.to(dtype) for t in (self.W, self.U, self.C, self.y))
+
+    def solution(self, W: Tensor, U: Tensor, C: Tensor, y: Tensor) -> tuple[Tensor, float]:
+        M = C @ torch.linalg.solve(torch.eye(self.nz, dtype=W.dtype) - W, U)
+        H = M.T @ M + self.ridge * torch.eye(self.nx, dtype=W.dtype)
+        return torch.linalg.solve(H, (y @ M).T).T, float(torch.linalg.eigvalsh(H.detach()).max())
+
+    @staticmethod
+    def f(z: Any, x: Any, W: Tensor, U: Tensor, C: Tensor, y: Tensor) -> Any:
+        return z @ W.T + x @ U.T
+
+    def loss(self, z: Any, x: Any, W: Tensor, U: Tensor, C: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * (z @ C.T - y).square().sum(1) + 0.5 * self.ridge * x.square().sum(1)
+
+    def solve(self, dtype: torch.dtype = F64, args: tuple[Tensor, ...] | None = None, **options: Any) -> Any:
+        args = self.tensors(dtype) if args is None else args
+        z0, x0 = torch.zeros(self.B, self.nz, dtype=dtype), torch.zeros(self.B, self.nx, dtype=dtype)
+        _, curvature = self.solution(*(t.detach().double() for t in args))
+        settings = {"step_size": 1 / curvature, "rtol": 0.0, "backward": "none", **options}
+        return dq.joint_solve(self.f, self.loss, z0, x0, args, **settings)
+
+    def error(self, solution: Any) -> float:
+        exact, _ = self.solution(*self.tensors())
+        return float((solution.x.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("dtype", "evaluations", "error"), [(F32, 50, 2e-5), (F32, 65, 3e-6), (F64, 150, 1e-10)], ids=str
+)
+def test_input_reaches_the_closed_form(backend, dtype, evaluations, error):
+    problem = LinearQuadratic()
+    solution = problem.solve(dtype, max_iter=evaluations, backend=backend)
+    assert problem.error(solution) < error
+    assert solution.nfe == evaluations
+
+
+def test_plain_map_diverges_where_the_accelerated_one_converges():
+    problem = LinearQuadratic()
+    plain = problem.solve(solver=dq.Picard(), damping=1.0, max_iter=100, returns="last")
+    assert problem.error(plain) > 100
+    assert problem.error(problem.solve(max_iter=100)) < 1e-10
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_state_and_adjoint_alone_are_the_forward_and_the_backward_solve(backend):
+    problem = LinearQuadratic(norm=0.8)
+    W, _, C, y = problem.tensors()
+    b = torch.randn(4, 64, dtype=F64)
+    solution = dq.joint_solve(
+        lambda z, x: torch.tanh(z @ W.T) + b,
+        lambda z, x: 0.5 * (z @ C.T - y).square().sum(1),
+        torch.zeros(4, 64, dtype=F64),
+        (),
+        rtol=1e-12,
+        max_iter=200,
+        backend=backend,
+        backward="none",
+    )
+    assert solution.converged.all() and solution.x == () and set(solution.residual) == {"z", "mu"}
+    given = b.clone().requires_grad_()
+    z = dq.fixed_point(lambda z: torch.tanh(z @ W.T) + given, torch.zeros(4, 64, dtype=F64), rtol=1e-13, max_iter=200).z
+    (0.5 * (z @ C.T - y).square().sum()).backward()
+    assert torch.allclose(solution.z, z, rtol=1e-9, atol=1e-10)
+    assert torch.allclose(solution.mu, given.grad, rtol=1e-8, atol=1e-9)  # df/db is the identity
+
+
+# ---- gradients ----
+
+
+def test_implicit_gradients_are_those_of_the_closed_form():
+    problem = LinearQuadratic(B=2, nz=10, nx=3, norm=0.7)
+    weights = torch.randn(2, 3, dtype=F64)
+
+    def of_solver(*args: Tensor) -> Tensor:
+        options = {"rtol": 1e-13, "max_iter": 300, "backward": dq.Implicit(rtol=1e-13, max_iter=300)}
+        return (problem.solve(args=args, **options).x * weights).sum()
+
+    def of_closed_form(*args: Tensor) -> Tensor:
+        return (problem.solution(*args)[0] * weights).sum()
+
+    args = tuple(t.requires_grad_() for t in problem.tensors())
+    expected = torch.autograd.grad(of_closed_form(*args), args)
+    for got, wanted in zip(torch.autograd.grad(of_solver(*args), args), expected, strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-6, atol=1e-8)
+
+
+class Nonlinear:
+    def __init__(self, n: int = 8, nx: int = 2) -> None:
+        self.W = torch.randn(n, n, dtype=F64)
+        self.W = (0.6 * self.W / torch.linalg.matrix_norm(self.W, 2)).requires_grad_()
+        self.U = torch.randn(n, nx, dtype=F64, requires_grad=True)
+        self.y = torch.randn(3, n, dtype=F64, requires_grad=True)
+        self.start = torch.zeros(3, n, dtype=F64), torch.zeros(3, nx, dtype=F64)
+
+    def f(self, z: Any, x: Any, y: Any) -> Any:
+        return torch.tanh(z @ self.W.T) + x @ self.U.T
+
+    def loss(self, z: Any, x: Any, y: Any) -> Tensor:
+        return 0.5 * (z - y).square().sum(1) + 0.1 * x.square().sum(1)
+
+    def solve(self, **options: Any) -> Any:
+        settings = {"step_size": 0.03, "rtol": 1e-11, "max_iter": 500, **options}
+        return dq.joint_solve(self.f, self.loss, *self.start, (self.y,), **settings)
+
+    def unrolled(self, steps: int = 600, inner: int = 60) -> tuple[Tensor, Tensor]:
+        """Gradient descent on x, with z and mu iterated anew for every step."""
+        z, x = self.start
+        for _ in range(steps):
+            for _ in range(inner // 10):
+                z = self.f(z, x, self.y)
+            x = x.detach().requires_grad_() if not x.requires_grad else x
+            zx = z
+            for _ in range(inner):
+                zx = self.f(zx, x, self.y)
+            cost = self.loss(zx, x, self.y).sum()
+            (q,) = torch.autograd.grad(cost, x, create_graph=False)
+            x = (x - 0.03 * q).detach()
+            z = zx.detach()
+        return z, x
+
+
+def test_optimum_is_that_of_nested_gradient_descent():
+    problem = Nonlinear()
+    solution = problem.solve(backward="none")
+    assert solution.converged.all()
+    _, x = problem.unrolled()
+    assert torch.allclose(solution.x, x, rtol=1e-5, atol=1e-6)
+
+
+def central_difference(function: Any, at: Tensor, direction: Tensor, step: float = 1e-5) -> float:
+    with torch.no_grad():
+        forward, backward = (function(at + sign * step * direction) for sign in (1, -1))
+    return float((forward - backward) / (2 * step))
+
+
+@pytest.mark.parametrize("name", ["W", "U", "y"])
+def test_envelope_gradient_is_that_of_the_optimal_cost(name):
+    problem = Nonlinear()
+    solution = problem.solve(backward="envelope")
+    assert not solution.x.requires_grad and not solution.mu.requires_grad
+    cost = problem.loss(solution.z, solution.x, problem.y).sum()
+    at = getattr(problem, name)
+    (got,) = torch.autograd.grad(cost, at)
+
+    def optimal_cost(value: Tensor) -> Tensor:
+        setattr(problem, name, value)
+        s = problem.solve(backward="none")
+        return problem.loss(s.z, s.x, problem.y).sum()
+
+    direction = torch.randn_like(at)
+    assert math.isclose(
+        central_difference(optimal_cost, at.detach(), direction), float((got * direction).sum()), rel_tol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["W", "U", "y"])
+def test_implicit_gradient_is_that_of_the_solution(name):
+    problem = Nonlinear()
+    weights = [torch.randn_like(t) for t in (*problem.start, problem.start[0])]
+
+    def total(s: Any) -> Tensor:
+        return sum((t * w).sum() for t, w in zip((s.z, s.x, s.mu), weights, strict=True))
+
+    at = getattr(problem, name)
+    solution = problem.solve(backward=dq.Implicit(rtol=1e-12, max_iter=300))
+    (got,) = torch.autograd.grad(total(solution), at)
+
+    def of(value: Tensor) -> Tensor:
+        setattr(problem, name, value)
+        return total(problem.solve(backward="none"))
+
+    direction = torch.randn_like(at)
+    assert math.isclose(central_difference(of, at.detach(), direction), float((got * direction).sum()), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, -3.0])
+def test_envelope_backward_begins_at_mu_and_needs_hardly_a_vjp(monkeypatch, scale):
+    problem = Nonlinear()
+    counts: list[int] = []
+    plain = adjoint.solve_linear
+
+    def counted(f: Any, *rest: Any) -> Any:
+        def counting(u: Any) -> Any:
+            counts[-1] += 1
+            return f(u)
+
+        counts.append(0)
+        return plain(counting, *rest)
+
+    monkeypatch.setattr(adjoint, "solve_linear", counted)
+    solution = problem.solve(backward="envelope")
+    (scale * problem.loss(solution.z, solution.x, problem.y).sum()).backward()
+    z = dq.fixed_point(lambda z: problem.f(z, solution.x, problem.y), problem.start[0], rtol=1e-8).z
+    (scale * problem.loss(z, solution.x, problem.y).sum()).backward()
+    assert counts[0] <= 2 < counts[1]
+
+
+# ---- blocks ----
+
+
+def test_converged_state_does_not_hide_an_input_that_moves():
+    """x is a thousandth of the state and slow: one norm over all of it would be met long before x is."""
+
+    def f(z: Any, x: Any) -> Any:
+        return 0.1 * z + 1000 + 0.0 * x
+
+    def loss(z: Any, x: Any) -> Tensor:
+        return (x - 1).square().sum(1) + 1e-6 * z.sum(1)
+
+    def solve(rtol: Any) -> Any:
+        start = torch.zeros(2, 3, dtype=F64)
+        return dq.joint_solve(
+            f, loss, start, start, step_size=0.05, solver="picard", damping=1.0, rtol=rtol, max_iter=300
+        )
+
+    loose, tight = solve({"z": 1e-3, "mu": 1e-3, "x": 1e9}), solve(1e-3)
+    assert loose.converged.all() and tight.converged.all()
+    assert float(loose.residual["x"].min()) > 1e-2 and float(tight.residual["x"].max()) <= 1e-3
+    assert bool((loose.steps < tight.steps).all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("accelerate", [("z",), ("z", "mu"), ("mu", "x"), "x"])
+def test_blocks_left_out_move_by_the_plain_map(backend, accelerate):
+    problem = LinearQuadratic(B=3, nz=12, nx=3, norm=0.5)
+    seen = []
+
+    def look(k: int, state: Any) -> None:
+        seen.append({name: getattr(state, name).clone() for name in ("z", "mu", "x")})
+
+    problem.solve(accelerate=accelerate, max_iter=9, backend=backend, callback=look, damping=(0.8, 0.6))
+    W, U, C, y = problem.tensors()
+    _, curvature = problem.solution(W, U, C, y)
+    for before, after in itertools.pairwise(seen[2:-1]):
+        z, mu, x = before["z"], before["mu"], before["x"]
+        p = (z @ C.T - y) @ C + mu @ W
+        q = problem.ridge * x + mu @ U
+        plain = {
+            "z": z + 0.8 * (problem.f(z, x, W, U, C, y) - z),
+            "mu": mu + 0.6 * (p - mu),
+            "x": x - q / curvature,
+        }
+        for name, value in plain.items():
+            assert torch.allclose(after[name], value) == (name not in accelerate), name
+
+
+def test_trees_in_every_block():
+    a = torch.randn(2, 3, 4, dtype=F64)
+
+    def f(z: Any, x: Any) -> Any:
+        return {"a": 0.3 * torch.cos(z["a"]) + x[0][:, None], "b": 0.5 * z["b"] + x[1] * z["a"].mean((1, 2))[:, None]}
+
+    def loss(z: Any, x: Any) -> Tensor:
+        return (z["a"] - a).square().sum((1, 2)) + z["b"].square().sum(1) + 0.1 * sum(t.square().sum(1) for t in x)
+
+    z0 = {"a": torch.zeros(2, 3, 4, dtype=F64), "b": torch.zeros(2, 5, dtype=F64)}
+    x0 = (torch.zeros(2, 4, dtype=F64), torch.zeros(2, 5, dtype=F64))
+    s = dq.joint_solve(f, loss, z0, x0, step_size=0.05, rtol=1e-9, max_iter=400, backward="implicit")
+    assert s.converged.all()
+    again = f(s.z, s.x)
+    assert all(torch.allclose(again[k], s.z[k], rtol=1e-7, atol=1e-8) for k in ("a", "b"))
+    assert [t.shape for t in s.x] == [t.shape for t in x0] and set(s.mu) == {"a", "b"}
+
+
+# ---- projections ----
+
+FEASIBLE = {
+    "box": (dq.project.Box(-0.05, 0.1), lambda x: bool((x >= -0.05).all() and (x <= 0.1).all())),
+    "l2": (dq.project.L2Ball(0.2), lambda x: bool((x.norm(dim=1) <= 0.2 * (1 + 1e-12)).all())),
+    "linf": (dq.project.LinfBall(0.1), lambda x: bool((x.abs() <= 0.1).all())),
+    "linf-box": (dq.project.LinfBall(0.1, low=0.0, high=1.0), lambda x: bool((x >= 0).all() and (x <= 0.1).all())),
+    "own": (lambda x: x.clamp(max=0.0), lambda x: bool((x <= 0).all())),
+}
+
+
+def constrained_optimum(problem: LinearQuadratic, project: Any) -> Tensor:
+    W, U, C, y = problem.tensors()
+    _, curvature = problem.solution(W, U, C, y)
+    M = C @ torch.linalg.solve(torch.eye(problem.nz, dtype=F64) - W, U)
+    x = torch.zeros(problem.B, problem.nx, dtype=F64)
+    for _ in range(2000):
+        x = project(x - (((x @ M.T - y) @ M) + problem.ridge * x) / curvature)
+    return x
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", FEASIBLE)
+def test_answer_is_the_constrained_optimum_and_feasible(backend, name):
+    problem = LinearQuadratic(B=3, nz=12, nx=3, norm=0.5)
+    project, inside = FEASIBLE[name]
+    s = problem.solve(project=project, rtol=1e-8, max_iter=150, backend=backend)
+    x = constrained_optimum(problem, project)
+    assert inside(s.x)
+    assert torch.allclose(s.x, x, atol=1e-5)
+    assert not torch.allclose(x, problem.solution(*problem.tensors())[0], atol=1e-3)  # the constraint binds
+
+
+@pytest.mark.parametrize("name", ["box", "l2", "linf", "linf-box"])
+def test_projected_input_may_step_plainly(name):
+    problem = LinearQuadratic(B=3, nz=12, nx=3, norm=0.5)
+    project, inside = FEASIBLE[name]
+    s = problem.solve(project=project, max_iter=80, accelerate=("z", "mu"), returns="cost")
+    assert inside(s.x)
+    args = problem.tensors()
+    x = constrained_optimum(problem, project)
+    z = dq.fixed_point(problem.f, torch.zeros(3, 12, dtype=F64), (x, *args), backward="none", rtol=1e-10).z
+    best = problem.loss(z, x, *args)
+    z = dq.fixed_point(problem.f, torch.zeros(3, 12, dtype=F64), (s.x, *args), backward="none", rtol=1e-10).z
+    assert bool((problem.loss(z, s.x, *args) <= 1.05 * best).all())
+
+
+def test_centres_shift_the_balls():
+    center = torch.full((3, 3), 0.5, dtype=F64)
+    problem = LinearQuadratic(B=3, nz=12, nx=3, norm=0.5)
+    args = problem.tensors()
+    for ball in (dq.project.L2Ball(0.1, center), dq.project.LinfBall(0.1, center)):
+        s = dq.joint_solve(
+            problem.f,
+            problem.loss,
+            torch.zeros(3, 12, dtype=F64),
+            center,
+            args,
+            step_size=0.1,
+            project=ball,
+            max_iter=50,
+        )
+        assert torch.allclose(ball(s.x), s.x)
+        assert float((s.x - center).norm(dim=1).max()) <= 0.1 * 3**0.5 + 1e-12
+
+
+# ---- what a solve returns ----
+
+
+def test_best_last_and_cost():
+    problem = LinearQuadratic()
+    solutions = {kind: problem.solve(max_iter=23, returns=kind, trace=True) for kind in ("best", "last", "cost")}
+    trace = solutions["best"].trace
+    largest = torch.stack(list(trace.values())).amax(0)
+    assert largest.shape == (23, 4)
+    residual = {kind: torch.stack(list(s.residual.values())).amax(0) for kind, s in solutions.items()}
+    assert torch.equal(residual["best"], largest.amin(0))
+    assert torch.equal(residual["last"], largest[-1])
+    assert bool((solutions["cost"].cost <= solutions["best"].cost).all())
+    for s in solutions.values():
+        values = (s.z, s.x, *problem.tensors())
+        assert torch.allclose(s.cost, problem.loss(*values))
+        moved = (problem.f(*values) - s.z).norm(dim=1) / problem.f(*values).norm(dim=1)
+        assert torch.allclose(s.residual["z"], moved)
+
+
+def test_callback_stops_trace_and_pickle():
+    problem = LinearQuadratic()
+    s = problem.solve(callback=lambda k, state: k == 4, trace=True, max_iter=50)
+    assert s.nfe == 4 and bool((s.status == Status.STOPPED).all()) and s.trace["x"].shape == (4, 4)
+    again = pickle.loads(pickle.dumps(s))
+    assert torch.equal(again.x, s.x) and again.summary() == s.summary()
+
+
+def test_throw_carries_the_solution():
+    with pytest.raises(dq.ConvergenceError, match="4 max_iter; 3 evaluations, mean cost") as caught:
+        LinearQuadratic().solve(max_iter=3, throw=True)
+    assert caught.value.solution.nfe == 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sample_is_the_same_alone_and_beside_bad_ones(backend):
+    rate = torch.tensor([0.3, 0.5, 0.2, 0.4])[:, None]
+    target = torch.tensor([1.0, math.nan, -1.0, 2.0])[:, None].expand(4, 6).clone()
+
+    def solve(rows: Any) -> Any:
+        def f(z: Any, x: Any) -> Any:
+            return rate[rows] * z + x
+
+        def loss(z: Any, x: Any) -> Tensor:
+            return (z - target[rows]).square().sum(1) + x.square().sum(1)
+
+        z0, x0 = torch.zeros(4, 6)[rows], torch.zeros(4, 6)[rows]
+        return dq.joint_solve(f, loss, z0, x0, step_size=0.1, max_iter=30, backend=backend, backward="none")
+
+    together = solve(slice(None))
+    assert int(together.status[1]) == Status.NON_FINITE
+    assert bool(torch.isfinite(together.z).all()) and bool(torch.isfinite(together.x).all())
+    for i in (0, 2, 3):
+        alone = solve(slice(i, i + 1))
+        for name in ("z", "x", "mu", "steps", "status"):
+            assert torch.equal(getattr(alone, name)[0], getattr(together, name)[i]), name
+
+
+def test_schedule_and_tensors_of_step_sizes():
+    problem = LinearQuadratic(B=2, nz=12, nx=3, norm=0.5)
+    _, curvature = problem.solution(*problem.tensors())
+    fixed = problem.solve(max_iter=7)
+    scheduled = problem.solve(max_iter=7, step_size=lambda k: 1 / curvature)
+    tensors = problem.solve(max_iter=7, step_size=torch.full((3,), 1 / curvature, dtype=F64))
+    assert torch.equal(fixed.x, scheduled.x)
+    assert torch.allclose(fixed.x, tensors.x, rtol=1e-12)
+    asked: list[int] = []
+    problem.solve(max_iter=4, step_size=lambda k: asked.append(k) or 0.1)
+    assert asked == [0, 1, 2, 3]
+
+
+def test_normalised_step_has_the_length_of_the_step_size():
+    problem = LinearQuadratic(B=2, nz=12, nx=3, norm=0.5)
+    seen = []
+    problem.solve(
+        normalize=True,
+        step_size=0.25,
+        accelerate=("z", "mu"),
+        max_iter=5,
+        callback=lambda k, s: seen.append(s.x.clone()),
+    )
+    # mu is zero at first and its gradient with it, where x is zero too: that step has no direction
+    for before, after in itertools.pairwise(seen[1:-1]):
+        assert torch.allclose((after - before).norm(dim=1), torch.full((2,), 0.25, dtype=F64))
+
+
+def test_empty_batch_and_empty_state():
+    f, loss = (lambda z, x: 0.5 * z + x), (lambda z, x: z.square().sum(1))
+    s = dq.joint_solve(f, loss, torch.zeros(0, 3), torch.zeros(0, 3), step_size=0.1)
+    assert s.nfe == 0 and s.z.shape == (0, 3)
+
+
+# ---- bad input ----
+
+Z0, X0 = torch.zeros(2, 3), torch.zeros(2, 3)
+
+
+def good_f(z: Any, x: Any) -> Any:
+    return 0.5 * z + x
+
+
+def good_loss(z: Any, x: Any) -> Tensor:
+    return (z - 1).square().sum(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"f": 1}, TypeError, "f must be callable, got int"),
+        ({"loss": None}, TypeError, "loss must be callable, got NoneType"),
+        (
+            {"loss": lambda z, x: z.square().mean()},
+            ValueError,
+            "must return one number a sample",
+        ),
+        ({"loss": lambda z, x: torch.ones(2)}, ValueError, "must depend on z or x"),
+        ({"f": lambda z, x: 0.5 * z + x.detach()}, ValueError, r"f\(z, x\) must be differentiable in x"),
+        ({"f": lambda z, x: z[:, :2]}, ValueError, r"f\(z, x\) must have the shape of z0"),
+        ({"step_size": 0.0}, ValueError, "step_size must be positive and finite, got 0.0"),
+        ({"step_size": -1}, ValueError, "step_size must be positive and finite, got -1"),
+        ({"step_size": None}, TypeError, "step_size must be a number"),
+        ({"step_size": lambda k: 0.0}, ValueError, r"step_size\(k\) must be positive"),
+        ({"step_size": torch.zeros(3)}, ValueError, "step_size must be positive"),
+        ({"step_size": torch.ones(4)}, (ValueError, RuntimeError), "."),
+        ({"damping": 0.0}, ValueError, r"damping must be in \(0, 1\], got 0.0"),
+        ({"damping": (0.5, 0.5, 0.5)}, ValueError, "damping must be a number or two"),
+        ({"project": 3}, TypeError, "project must be a Projection or a function"),
+        ({"project": dq.project.Box(1.0, 2.0)}, ValueError, "x0 must lie within the projection"),
+        (
+            {"project": dq.project.L2Ball(1.0, torch.zeros(2, 4))},
+            ValueError,
+            "project.center must have the shape of z0",
+        ),
+        ({"accelerate": ("w",)}, ValueError, "accelerate must name blocks of"),
+        ({"accelerate": ()}, ValueError, "accelerate must name a block"),
+        ({"accelerate": ("z",), "solver": dq.Anderson(mixing=0.5)}, ValueError, "needs mixing=1"),
+        ({"solver": "broyden"}, ValueError, "a joint solve has no Broyden step"),
+        ({"rtol": {"w": 1.0}}, ValueError, "rtol must name blocks of"),
+        ({"rtol": (1e-3, 1e-3)}, ValueError, "rtol must have a number for each of"),
+        ({"atol": -1.0}, ValueError, "atol must be finite and not negative"),
+        ({"max_iter": 0}, ValueError, "max_iter must be from 1"),
+        ({"returns": "first"}, ValueError, "returns must be one of"),
+        ({"backward": "unroll"}, ValueError, "backward must be 'envelope', 'implicit', 'none' or an Implicit"),
+        ({"x0": torch.zeros(3, 3)}, ValueError, "x0 must have the batch of z0, expected 2, got 3"),
+        ({"x0": torch.zeros(2, 3, dtype=F64)}, ValueError, "x0 must have the precision of z0"),
+        ({"mu0": torch.zeros(2, 4)}, ValueError, "mu0 must have the shape of z0"),
+        ({"args": [1]}, TypeError, "args must be a tuple"),
+        ({"safeguard": 1}, TypeError, "safeguard must be a bool"),
+        ({"backend": "fast"}, ValueError, "backend must be one of"),
+        ({"x0": (), "step_size": 1.0, "project": lambda x: x}, ValueError, "project needs an x0"),
+    ],
+)
+def test_wrong_calls_name_the_argument(changes, error, message):
+    call = {"f": good_f, "loss": good_loss, "z0": Z0, "x0": X0, "step_size": 0.1, **changes}
+    with pytest.raises(error, match=message):
+        dq.joint_solve(call.pop("f"), call.pop("loss"), call.pop("z0"), call.pop("x0"), **call)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: dq.project.Box(1.0, 1.0), "low must be below high"),
+        (lambda: dq.project.L2Ball(0.0), "radius must be positive"),
+        (lambda: dq.project.LinfBall(math.inf), "radius must be positive and finite"),
+        (lambda: dq.project.LinfBall(1.0, low=2.0, high=1.0), "low must be below high"),
+    ],
+)
+def test_wrong_sets_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
