@@ -12,6 +12,7 @@
 #include "deqfast/anderson.h"
 #include "deqfast/broyden.h"
 #include "deqfast/dispatch.h"
+#include "joint_plan.h"
 #ifdef DEQFAST_HAS_CUDA
 #include "cuda/graph_loop.h"
 #include "cuda/runtime.h"
@@ -449,4 +450,5 @@ PYBIND11_MODULE(_C, m) {
         .def("method", &AndersonPlan::method);
     declare<BroydenPlan>(m, "BroydenPlan", "One Broyden solve on a workspace; see deqfast.ops.native.")
         .def("method", &BroydenPlan::method);
+    deqfast::declare_joint(m);
 }

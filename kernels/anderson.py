@@ -59,6 +59,7 @@ def sample_kernel(
     ints,
     reals,
     settings,
+    block_norms,
     running,
     N,
     blocks,
@@ -73,6 +74,7 @@ def sample_kernel(
     MIXED: tl.constexpr,
     USEFUL: tl.constexpr,
     KEEP_BEST: tl.constexpr,
+    BLOCKS: tl.constexpr,
     SCALED: tl.constexpr,
     TILED: tl.constexpr,
     F_ROWS: tl.constexpr,
@@ -107,7 +109,9 @@ def sample_kernel(
         )  # fmt: skip
     else:
         ff, gg = squared_norms(f, x, 0, N, acc, BLOCK)
-    outcome, steps, unit = judge(ints, reals, settings, running, b, padded, max_iter, ff, gg, KEEP_BEST)
+    outcome, steps, unit = judge(
+        ints, reals, settings, running, b, padded, max_iter, ff, gg, KEEP_BEST, block_norms, BLOCKS
+    )
     tl.debug_barrier()
     spill_and_rest(x, x_prev, saved, outcome, 0, N, BLOCK)
     if (outcome & GOING) != 0:
@@ -223,6 +227,7 @@ def decide_kernel(
     ints,
     reals,
     settings,
+    block_norms,
     running,
     chunks,
     padded,
@@ -233,6 +238,7 @@ def decide_kernel(
     C: tl.constexpr,
     USEFUL: tl.constexpr,
     KEEP_BEST: tl.constexpr,
+    BLOCKS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
     """Add the chunks up, judge the evaluation, solve for gamma."""
@@ -246,7 +252,9 @@ def decide_kernel(
     if m > 0:
         unit = tl.load(reals + UNIT * padded + b)
         slot = tl.load(ints + SLOT * padded + b)
-    outcome, steps, new_unit = judge(ints, reals, settings, running, b, padded, max_iter, ff, gg, KEEP_BEST)
+    outcome, steps, new_unit = judge(
+        ints, reals, settings, running, b, padded, max_iter, ff, gg, KEEP_BEST, block_norms, BLOCKS
+    )
     if m > 0:
         if (outcome & GOING) != 0:
             j = tl.arange(0, M)

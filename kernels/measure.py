@@ -60,6 +60,7 @@ ATOL = tl.constexpr(1)
 ROOT_N = tl.constexpr(2)
 MIXING = tl.constexpr(3)
 RIDGE = tl.constexpr(4)
+RULES = tl.constexpr(5)  # rtol, atol and weight of each block of a state that is judged by its blocks
 
 UNIT_RANGE = tl.constexpr(2.0**40)
 GROWTH_LIMIT = tl.constexpr(1.5)
@@ -101,8 +102,31 @@ def new_unit(norm, root_n, unit, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def judge(ints, reals, settings, running, b, padded, max_iter, ff, gg, KEEP_BEST: tl.constexpr):
-    """Take up the squared norms of f and the residual: returns the outcome's bits, the step and the unit."""
+def ratio(moved, size):
+    """moved / size; 0 / 0 is 0."""
+    return tl.where(size > 0, moved / tl.where(size > 0, size, 1.0), tl.where(moved > 0, float("inf"), 0.0))
+
+
+@triton.jit
+def judge(
+    ints,
+    reals,
+    settings,
+    running,
+    b,
+    padded,
+    max_iter,
+    ff,
+    gg,
+    KEEP_BEST: tl.constexpr,
+    block_norms=None,
+    BLOCKS: tl.constexpr = 0,
+):
+    """Take up the squared norms of f and the residual: returns the outcome's bits, the step and the unit.
+
+    A state of several BLOCKS stops when each is within its rule; ``block_norms`` (BLOCKS, 2, padded) holds how far each
+    moves and how large it is, and the residual is the largest weighted one.
+    """
     acc = reals.dtype.element_ty
     LIMIT: tl.constexpr = 120 if acc == tl.float32 else 1000  # a unit, and its inverse, must be normal numbers
     f_norm, g_norm = tl.sqrt(ff), tl.sqrt(gg)
@@ -117,14 +141,23 @@ def judge(ints, reals, settings, running, b, padded, max_iter, ff, gg, KEEP_BEST
     tl.debug_barrier()
 
     finite = (f_norm < float("inf")) & (g_norm < float("inf"))
-    quotient = g_norm / tl.where(f_norm > 0, f_norm, 1.0)
-    relative = tl.where(f_norm > 0, quotient, tl.where(g_norm > 0, float("inf"), 0.0))
+    relative = ratio(g_norm, f_norm)
+    within = g_norm <= tl.load(settings + ATOL) + tl.load(settings + RTOL) * f_norm
+    if BLOCKS > 0:
+        relative = tl.where(finite, 0.0, relative)
+        within = finite
+        for i in tl.static_range(BLOCKS):
+            moved = tl.load(block_norms + 2 * i * padded + b)
+            size = tl.load(block_norms + (2 * i + 1) * padded + b)
+            rule = settings + RULES + 3 * i
+            finite = finite & (moved < float("inf")) & (size < float("inf"))
+            within = within & (moved <= tl.load(rule + 1) + tl.load(rule) * size)
+            relative = tl.maximum(relative, ratio(moved, size) * tl.load(rule + 2))
     relative = tl.where(finite, relative, float("inf")).to(acc)
     norm = g_norm.to(acc)
     first = tl.where(steps == 1, relative, first)
 
-    tolerance = tl.load(settings + ATOL) + tl.load(settings + RTOL) * f_norm
-    converged = finite & (g_norm <= tolerance)
+    converged = finite & within
     better = finite & (converged | (best_at == NOWHERE) | (relative < best))
     spill = (better == 0) & (best_at == PREVIOUS)
     best_at = tl.where(better, CURRENT, tl.where(spill, SAVED, best_at))

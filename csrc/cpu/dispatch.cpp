@@ -35,8 +35,9 @@ struct Candidate {
     namespace isa {                                          \
     void anderson_step(const AndersonArgs& args, int phase); \
     void broyden_step(const BroydenArgs& args, int phase);   \
+    void joint_map(const JointArgs& args);                   \
     }
-#define DEQFAST_CANDIDATE(isa) {{#isa, isa::anderson_step, isa::broyden_step}, has_##isa}
+#define DEQFAST_CANDIDATE(isa) {{#isa, isa::anderson_step, isa::broyden_step, isa::joint_map}, has_##isa}
 
 #ifdef DEQFAST_HAS_AVX512
 DEQFAST_DECLARE(avx512)

@@ -67,7 +67,8 @@ struct Judged {
 };
 
 // `judge` for the lanes in `ordinary` (running, started, not at their last evaluation) of samples b0, b0 + 1, ... The
-// lanes that turn out to need more, because they stop or need another unit, are left untouched and out of `going`.
+// lanes that turn out to need more, because they stop or need another unit, are left untouched and out of `going`; so
+// are all where a state is judged by its blocks.
 template <class A>
 inline Judged<A> judge_lanes(const SolveArgs& a, int64_t b0, int count, Vec<A> ff, Vec<A> gg, uint32_t ordinary) {
     using V = Vec<A>;
@@ -80,7 +81,7 @@ inline Judged<A> judge_lanes(const SolveArgs& a, int64_t b0, int count, Vec<A> f
     const V range = splat<A>(A(kUnitRange * kUnitRange));
     const auto fits = (mean <= range) & (mean * range >= splat<A>(1)) & (f_norm > splat<A>(0));
     const auto unfinished = g_norm > splat<A>(A(a.atol)) + A(a.rtol) * f_norm;
-    const auto going = lanes_of<A>(ordinary) & fits & unfinished;
+    const auto going = lanes_of<A>(a.n_blocks ? 0 : ordinary) & fits & unfinished;
 
     const V relative = g_norm / f_norm, best = read<V>(reals(kBest)), previous_norm = read<V>(reals(kNorm));
     const Ints going_ints = narrow_mask<A>(going), best_at = read<Ints>(ints(kBestAt));

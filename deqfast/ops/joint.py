@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from ..status import Status
-from . import bind
+from . import bind, native_joint, triton_joint
 from .layout import Leaf
+from .reference import _sum
 from .workspace import AndersonWorkspace, Int
 
 BLOCKS = ("z", "mu", "x")
@@ -107,6 +108,10 @@ Step = Callable[[list[Tensor], float], int]
 
 def bind_map(ws: JointWorkspace, backend: str) -> Map:
     """The first half: (f, p, q as one list in the order of ``parts``, a_x) -> ``mapped`` and ``block_norms``."""
+    if backend == "native":
+        return native_joint.bind_map(ws)
+    if backend == "triton":
+        return triton_joint.bind_map(ws)
     return lambda values, step_size: joint_map(ws, values, step_size)
 
 
@@ -148,8 +153,10 @@ def _move_plain(ws: JointWorkspace, plain: list[int], before: Tensor) -> None:
     core = ws.core
     status, cur = core.int_row(Int.STATUS), core.cur
     was_running, running = before == Status.RUNNING, status == Status.RUNNING
-    best = was_running & (core.int_row(Int.BEST_STEP) == core.int_row(Int.STEPS)) & (status != Status.NON_FINITE)
-    from_saved = ~best if core.keep_best else status == Status.NON_FINITE
+    best_step = core.int_row(Int.BEST_STEP)
+    best = was_running & (best_step == core.int_row(Int.STEPS)) & (status != Status.NON_FINITE)
+    # A sample whose first evaluation is no number has nothing saved: it stays where it began.
+    from_saved = (~best if core.keep_best else status == Status.NON_FINITE) & (best_step > 0)
     for i in plain:
         x, saved = ws.value(i), ws.plain_saved[i]
         assert saved is not None
@@ -229,7 +236,7 @@ def _project(options: MapOptions, centers: list[Tensor | None], x: list[Tensor])
 
 def _norm(rows: list[Tensor]) -> Tensor:
     """(B,) Euclidean norms in float64 of samples whose numbers lie in several (B, n)."""
-    return torch.stack([t.double().square().sum(dim=1) for t in rows]).sum(0).sqrt()
+    return torch.stack([_sum(t.double().square()) for t in rows]).sum(0).sqrt()
 
 
 def _where(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -138,15 +138,7 @@ def _general_step(
     alive = []
     for which, leaves in enumerate((f, f_prev or [])):
         for i, t in enumerate(leaves):
-            view = _real_view(t, ws.layout.leaves[i])
-            alive.append(view)
-            sizes, strides = _coalesce(view.shape[1:], view.stride()[1:])
-            if len(sizes) > MAX_DIMS:
-                view = view.contiguous()
-                alive[-1] = view
-                sizes, strides = [view[0].numel()], [1]
-            dense = len(sizes) == 0 or (len(sizes) == 1 and strides[0] == 1)
-            plan.source(i, which, view.data_ptr(), _code(view.dtype), view.stride(0), dense, sizes, strides)
+            alive.append(_place(functools.partial(plan.source, i, which), t, ws.layout.leaves[i]))
     rows = 0 if f_rows is None else f_rows.data_ptr()
     previous_rows = 0 if f_prev_rows is None else f_prev_rows.data_ptr()
     stream = _stream_of(ws.layout.device)
@@ -158,6 +150,18 @@ def _general_step(
         _C.STEP if phase is None else phase,
         0 if stream is None else stream(),
     )
+
+
+def _place(source: Callable[..., None], t: Tensor, leaf: Leaf) -> Tensor:
+    """Tell a plan where f's output for a leaf lies; returns the tensor to keep alive until the step is launched."""
+    view = _real_view(t, leaf)
+    sizes, strides = _coalesce(view.shape[1:], view.stride()[1:])
+    if len(sizes) > MAX_DIMS:
+        view = view.contiguous()
+        sizes, strides = [view[0].numel()], [1]
+    dense = len(sizes) == 0 or (len(sizes) == 1 and strides[0] == 1)
+    source(view.data_ptr(), _code(view.dtype), view.stride(0), dense, sizes, strides)
+    return view
 
 
 def _real_view(t: Tensor, leaf: Leaf) -> Tensor:

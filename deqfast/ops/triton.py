@@ -117,6 +117,7 @@ class _Plan:
         self.itemsize = layout.acc.itemsize
         self.lag = Lag(layout.B, layout.device, ws.max_iter, evaluations)
         numbers = [ws.rtol, ws.atol, math.sqrt(layout.N), getattr(ws, "mixing", 1.0), getattr(ws, "ridge", 0.0)]
+        numbers += [number for rule in ws.block_rules for number in rule]
         self.settings = torch.empty(len(numbers), dtype=torch.float64, device=self.device)
         for setting, value in zip(self.settings.unbind(), numbers, strict=True):
             setting.fill_(value)  # a copy of host memory would wait for the device
@@ -186,7 +187,8 @@ class _AndersonPlan(_Plan):
         shape = self.shapes.streaming(m, ws.layout.N, self.itemsize, self.tiled)
         method = {"m": m, "M": shape.M}
         space = {"C": ws.test_space}
-        solve = {"USEFUL": ws.evict_least_useful, "KEEP_BEST": ws.keep_best}
+        solve = {"USEFUL": ws.evict_least_useful, "KEEP_BEST": ws.keep_best, "BLOCKS": len(ws.block_rules)}
+        self.block_norms = ws.reals if ws.block_norms is None else ws.block_norms
         stored = {"SCALED": ws.history.dtype in SCALED_DTYPES}
         mixed = {"MIXED": ws.mixing != 1}
         streamed = {"BLOCK": shape.BLOCK, "num_warps": shape.warps, **COMPILER}
@@ -230,7 +232,8 @@ class _AndersonPlan(_Plan):
             f, f_prev, _or(f_rows, ws.ints), _or(f_prev_rows, ws.ints),
             part.x[ws.cur], part.x[1 - ws.cur], part.saved,
             ws.history, ws.scales, ws.matrix, ws.gram, ws.norms, ws.ages, ws.ints, ws.reals, self.settings,
-            self.running, part.n, self.blocks, ws.layout.B, ws.tiles, self.padded, ws.max_iter, int(previous),
+            self.block_norms, self.running, part.n, self.blocks, ws.layout.B, ws.tiles, self.padded, ws.max_iter,
+            int(previous),
             F_ROWS=f_rows is not None, F_PREV_ROWS=f_prev_rows is not None,
         )  # fmt: skip
 
@@ -249,7 +252,7 @@ class _AndersonPlan(_Plan):
             )  # fmt: skip
         self.decide(
             self.partials, self.outcomes, self.gammas, ws.matrix, ws.gram, ws.norms, ws.ages, ws.ints, ws.reals,
-            self.settings, self.running, self.chunks, self.padded, ws.max_iter, int(previous),
+            self.settings, self.block_norms, self.running, self.chunks, self.padded, ws.max_iter, int(previous),
         )  # fmt: skip
         for part, launch, now in zip(self.parts, self.mix, f, strict=True):
             launch(

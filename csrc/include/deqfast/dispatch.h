@@ -8,6 +8,7 @@ namespace deqfast {
 
 struct AndersonArgs;  // anderson.h
 struct BroydenArgs;   // broyden.h
+struct JointArgs;     // joint.h
 
 namespace cpu {
 
@@ -16,6 +17,7 @@ struct KernelTable {
     const char* name;
     void (*anderson_step)(const AndersonArgs& args, int phase);
     void (*broyden_step)(const BroydenArgs& args, int phase);
+    void (*joint_map)(const JointArgs& args);
 };
 
 // The kernels of the best instruction set that was built and that this processor has, or of the one that

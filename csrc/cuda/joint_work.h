@@ -1,0 +1,27 @@
+// What the CUDA kernels of the joint map need beside their args. No CUDA header, so that the bindings can read it.
+//
+// Every pointer of the args is a device pointer here, except `parts`, which is read on the host; `partials` and
+// `factors` have the sizes that JointSizes asks for. `threads` and `chunks` are not read.
+#pragma once
+
+#include "deqfast/joint.h"
+
+namespace deqfast::cuda {
+
+constexpr int kMaxParts = 32;  // tensors of z, mu and x together
+
+struct JointWork {
+    int32_t* arrivals = nullptr;  // (B), zeroed when allocated: blocks of a sample that have finished
+    void* stream = nullptr;       // cudaStream_t
+};
+
+struct JointSizes {  // in bytes
+    int64_t arrivals, partials, factors;
+};
+
+JointSizes joint_sizes(const JointArgs& args);
+
+// In order on `stream`; returns without waiting. std::invalid_argument for more than kMaxParts tensors.
+void joint_map(const JointArgs& args, const JointWork& work);
+
+}  // namespace deqfast::cuda
