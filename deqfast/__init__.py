@@ -15,6 +15,7 @@ from .broyden import Broyden
 from .implicit import Implicit, OneStep, Phantom
 from .jacobian import jacobian_penalty, spectral_radius
 from .joint import JointSolution, joint_solve
+from .joint_step_size import joint_step_size
 from .linear import GradientWarning
 from .nn import DEQ
 from .ops import library as _library  # noqa: F401  registers torch.ops.deqfast
@@ -50,6 +51,7 @@ __all__ = [
     "fixed_point",
     "jacobian_penalty",
     "joint_solve",
+    "joint_step_size",
     "project",
     "root",
     "spectral_radius",
