@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import BACKENDS, EPS, double_of, linear, needs_native, problem, pull, relative_residual, rows_of, same_bits
+from problems import (
+    BACKENDS,
+    EPS,
+    double_of,
+    linear,
+    needs_native,
+    problem,
+    pull,
+    relative_residual,
+    rows_of,
+    same_bits,
+)
 from torch.utils import _pytree as pytree
 
 import deqfast as dq
