@@ -28,7 +28,7 @@ LOCK = $(if $(FLOCK),$(FLOCK) $(1))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build inplace demo test lint test-min-torch bench bench-report sanitize emulated check-aarch64 check-cuda format clean
+.PHONY: help venv build inplace demo test lint test-min-torch bench bench-report gpu sanitize emulated check-aarch64 check-cuda format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-16s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -93,6 +93,10 @@ bench: build ## Run the benchmarks; results go to bench/results/
 bench-report: venv ## Write the tables of the documentation from bench/results/
 	$(BIN)/python -m bench.report
 	$(BIN)/python docs/make_readme.py
+
+# No environment of its own: PYTHON's torch, which brings its CUDA along; see docs/gpu-notes.md.
+gpu: ## On a machine with a GPU: build, test, sanitize and measure there (ten minutes, no network)
+	$(PYTHON) bench/run_gpu.py
 
 # The instrumented module goes into a copy of the package, so the one in deqfast/ stays as it is. libstdc++ is preloaded
 # because AddressSanitizer looks for __cxa_throw at start; leaks are not looked for, the interpreter has its own; pytest

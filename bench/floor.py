@@ -6,9 +6,20 @@ Anderson, k columns in use, the new column still on chip and its history re-read
     streamed.
 Broyden with one history vector a step, k columns: 5s + (2k+1)h streamed.
 The first step is plain iteration: read x and f, write x.
+
+On a GPU a sample that one block works on is read once, its history for the mix being near by; a larger one is split
+over blocks and takes two passes, with f and the columns that are mixed read again: 6s + (2k+1)h where only dG is
+multiplied (Type II), 6s + 3kh where both histories are. Broyden's chain form reads every step once, 3s + (k+1)h, its
+Gram form twice.
 """
 
 from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+WORK_H = Path(__file__).parents[1] / "csrc" / "cuda" / "work.h"
 
 
 def step_bytes(numbers: int, columns: int, h: int, *, mixed: bool = False, s: int = 4) -> int:
@@ -25,3 +36,29 @@ def anderson_bytes(numbers: int, evaluations: int, m: int, h: int, *, mixed: boo
 def broyden_bytes(numbers: int, evaluations: int, h: int = 4, s: int = 4) -> int:
     """Floor of a whole Broyden solve that never restarts."""
     return numbers * (3 * s + sum(5 * s + (2 * k + 1) * h for k in range(1, evaluations)))
+
+
+@cache
+def block_max_n() -> int:
+    """Numbers a sample up to which the CUDA kernels give it one block."""
+    found = re.search(r"kBlockMaxN = (\d+);", WORK_H.read_text())
+    assert found is not None, WORK_H
+    return int(found[1])
+
+
+def fits_a_block(N: int) -> bool:
+    return block_max_n() >= N
+
+
+def anderson_device_bytes(
+    numbers: int, columns: int, h: float, *, one_pass: bool, both: bool = False, s: int = 4
+) -> int:
+    """Floor of one Anderson step on a GPU with `columns` in use; `both`: both histories are multiplied."""
+    if one_pass:
+        return int(numbers * (5 * s + 2 * columns * h))
+    return int(numbers * (6 * s + (3 * columns if both else 2 * columns + 1) * h))
+
+
+def broyden_device_bytes(numbers: int, steps: int, one_pass: bool, *, h: int = 4, s: int = 4) -> int:
+    """Floor of one Broyden step on a GPU that ends with `steps` + 1 of them."""
+    return numbers * (3 * s + (steps + 1) * h if one_pass else 5 * s + (2 * steps + 1) * h)

@@ -1,8 +1,8 @@
 """Turns the newest results into docs/benchmarks.md and pictures: `python -m bench.report`.
 
-Reads bench/results/*.json: what pytest-benchmark wrote and what bench.convergence wrote.  Full runs are preferred to
-quick ones.  No number in the document is typed by hand; targets come from bench/targets.py and each is marked as met
-or not.
+Reads bench/results/*.json, what pytest-benchmark, bench.convergence and bench.breakdown wrote, and the gpu.json of runs
+on a GPU in folders below.  Full runs are preferred to quick ones.  No number in the document is typed by hand; targets
+come from bench/targets.py and each is marked as met or not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import free, methods, pictures, summary, targets
+from bench import free, gpu_report, methods, pictures, summary, targets
 
 Results = Mapping[str, Any]
 CROWDED = 0.15  # cores in other programs' hands above which times are not to be trusted
@@ -321,6 +321,7 @@ def write(results: Path, out: Path) -> None:
         shown = [method for method in methods.SHOWN if method in convergence["counts"]]
         pictures.performance_profiles(convergence, shown, img / "performance_profiles.png")
         parts += convergence_section(convergence) + time_section(convergence)
+    parts += gpu_report.section(gpu_report.newest(results))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n\n".join(parts) + "\n")
     print(f"wrote {out}")

@@ -40,3 +40,17 @@ EVALUATION_RATIO = {
 FAILED_PERCENT = 4.0
 TIME_RATIO = 5.0
 SCALING_CHANGE = {"powers of two": 0, "other": 1}
+
+# On an H200, float32 states. Bandwidth: floor bytes of the step's own schedule (bench/floor.py) over its device time,
+# as a fraction of a copy's; latency in microseconds of device time; ratios are rival over deqfast by wall time, our
+# fastest mode, 30 evaluations of a nearly free f; histories are ratios to float32's.
+GPU_COPY_FRACTION = 0.85
+GPU_BANDWIDTH_FROM = 256e6  # bytes a step, below which nothing is asked
+GPU_SMALL_STEP_US = {"Type II m=6": 6.0, "defaults": 10.0}
+GPU_SMALL_STEP_LAUNCHES = 1
+GPU_TORCHDEQ = {"64x1024": 15, "32x61440": 6, "20000x8": 10}
+GPU_COMPILED = {"64x1024": {"float32": 3.0}, "32x61440": {"float32": 1.4, "bfloat16": 2.0}}
+GPU_DEVICE_LOOP_US = 8.0
+GPU_HISTORY_MEMORY = {"bfloat16": 2.0, "int8": 4.0}
+GPU_HISTORY_SPEED = {"bfloat16": 1.7, "int8": 2.5}
+GPU_TRAINING = {"MLP 64 x 512": 4.0, "conv 32 x 61,440": 1.5}

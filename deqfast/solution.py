@@ -94,7 +94,7 @@ class Solution:
             _, ax = plt.subplots(figsize=(6, 4), layout="constrained")
         # A stopped sample keeps its last residual, so that late quantiles do not describe the slow samples alone.
         filled = _forward_fill(self.trace.detach().cpu().double())
-        low, middle, high = torch.quantile(filled, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), dim=1).numpy()
+        low, middle, high = torch.quantile(filled, filled.new_tensor([0.1, 0.5, 0.9]), dim=1).numpy()
         evaluations = range(1, self.nfe + 1)
         (line,) = ax.semilogy(evaluations, middle, label=label)
         ax.fill_between(evaluations, low, high, alpha=0.2, color=line.get_color(), linewidth=0)

@@ -1,4 +1,4 @@
-"""What every test shares: seeds, hypothesis settings, poisoned memory."""
+"""What every test shares: seeds, hypothesis settings, poisoned memory, the device that tensors are made on."""
 
 import importlib.util
 import os
@@ -7,24 +7,38 @@ import hypothesis
 import pytest
 import torch
 
-from deqfast.ops import pool
+from deqfast.ops import native, pool
 
 # No deadline: CI shares two cores. Derandomised: a red build is red again.
 hypothesis.settings.register_profile("deqfast", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("deqfast")
 
+DEVICE = os.environ.get("DEQFAST_TEST_DEVICE")
+if DEVICE:
+    # Two matrix products of one run must agree bit for bit, and deterministic algorithms ask for it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_default_device(DEVICE)
+
 
 def pytest_report_header() -> str:
-    native = importlib.util.find_spec("deqfast._C")
+    found = importlib.util.find_spec("deqfast._C")
     isa = os.environ.get("DEQFAST_CPU_ISA", "auto")
-    return (
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads; deqfast._C: {native and native.origin} ({isa})"
-    )
+    where = f"{torch.get_num_threads()} threads" if DEVICE in (None, "cpu") else DEVICE
+    return f"torch {torch.__version__}, {where}; deqfast._C: {found and found.origin} ({isa})"
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=bool(os.environ.get("DEQFAST_TEST_LAG")))
+def late_counts(monkeypatch):
+    """Emulated kernels tell the host late, as a GPU does: what a loop must put up with shows without one."""
+    lag = int(os.environ.get("DEQFAST_TEST_LAG", "0"))
+    for plan in (native._C.AndersonPlan, native._C.BroydenPlan):
+        now = plan.on_device
+        monkeypatch.setattr(plan, "on_device", lambda self, i, B, made, _, now=now: now(self, i, B, made, lag))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ has the same bits whatever the number of rows, their order, the strides or the n
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +22,19 @@ from deqfast import ops
 from deqfast.ops.workspace import Int, Real
 from deqfast.state import SolverState
 
-_NATIVE_MISSING = ops.why_not("native", torch.device("cpu"))
-BACKENDS = [
-    "reference",
-    pytest.param("native", marks=pytest.mark.skipif(_NATIVE_MISSING is not None, reason=str(_NATIVE_MISSING))),
-]
+# The tests of the steps run on another device too: DEQFAST_TEST_DEVICE=cuda. Numbers are drawn on the CPU, so that the
+# problems are the same everywhere.
+DEVICE = torch.device(os.environ.get("DEQFAST_TEST_DEVICE", "cpu"))
+
+
+def _backend(name: str) -> Any:
+    reason = ops.why_not(name, DEVICE)
+    return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
+
+
+# Triton's interpreter is too slow for every test; tests/triton/ has those that it runs on a CPU.
+BACKENDS = ["reference", _backend("native"), *([] if DEVICE.type == "cpu" else [_backend("triton")])]
+needs_native = pytest.mark.skipif(ops.why_not("native", DEVICE) is not None, reason="the native backend is not there")
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 SOLVERS = {
@@ -93,10 +102,11 @@ def problem(
     """B samples of ``shape`` that contract by rates from 0.05 to ``slowest``."""
     generator = torch.Generator().manual_seed(1000 * B + 10 * sum(shape) + seed)
     double = torch.complex128 if dtype.is_complex else torch.float64
-    x = torch.randn(B, *shape, dtype=double, generator=generator).to(dtype)
-    z0 = torch.randn(B, *shape, dtype=double, generator=generator).to(dtype)
+    cpu = {"device": "cpu", "generator": generator}
+    x = torch.randn(B, *shape, dtype=double, **cpu).to(DEVICE, dtype)
+    z0 = torch.randn(B, *shape, dtype=double, **cpu).to(DEVICE, dtype)
     real = x.real.dtype if dtype.is_complex else dtype
-    rate = (0.05 + (slowest - 0.05) * torch.rand(B, dtype=torch.float64, generator=generator)).to(real)
+    rate = (0.05 + (slowest - 0.05) * torch.rand(B, dtype=torch.float64, **cpu)).to(DEVICE, real)
     return Problem(torch.zeros_like(x) if zero else z0, x, rate)
 
 
@@ -105,16 +115,17 @@ def linear(
 ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """z -> A z + b with ||A||_2 = norm, and its fixed points (B, N); symmetric: eigenvalues spread from 0 to norm."""
     generator = torch.Generator().manual_seed(seed)
-    A = torch.randn(N, N, dtype=torch.float64, generator=generator)
+    cpu = {"device": "cpu", "dtype": torch.float64}
+    A = torch.randn(N, N, generator=generator, **cpu)
     if symmetric:
         Q = torch.linalg.qr(A)[0]
-        A = (Q * torch.linspace(0, norm, N, dtype=torch.float64)) @ Q.mT
+        A = (Q * torch.linspace(0, norm, N, **cpu)) @ Q.mT
     else:
         A *= norm / torch.linalg.matrix_norm(A, 2)
-    b = torch.randn(B, N, dtype=torch.float64, generator=generator)
-    exact = torch.linalg.solve(torch.eye(N, dtype=torch.float64) - A, b.mT).mT
-    A, b = A.to(dtype), b.to(dtype)
-    return lambda z: z @ A.mT + b, exact.to(dtype)
+    b = torch.randn(B, N, generator=generator, **cpu)
+    exact = torch.linalg.solve(torch.eye(N, **cpu) - A, b.mT).mT
+    A, b = A.to(DEVICE, dtype), b.to(DEVICE, dtype)
+    return lambda z: z @ A.mT + b, exact.to(DEVICE, dtype)
 
 
 def solve(p: Problem, f: Callable[..., Any] = pull, **options: Any) -> dq.Solution:

@@ -13,6 +13,7 @@ from problems import (
     double_of,
     in_double,
     linear,
+    needs_native,
     problem,
     pull,
     rows_of,
@@ -172,6 +173,7 @@ def test_low_precision_columns_are_rounded_once_in_blocks(history, dtype, backen
     check_step(options(m=3, history_dtype=HISTORY[history]), dtype, 3, 2100, backend, steps=6)
 
 
+@needs_native
 @pytest.mark.parametrize("solver", [OPTIONS[name] for name in ("mixed-m5", "1-m5", "2-m5", "mixed-history-int8")])
 def test_native_columns_have_the_bits_of_the_reference(solver):
     p = problem(5, 1100, zero=False)
@@ -198,7 +200,8 @@ def textbook(f, z: Tensor, m: int, steps: int) -> list[Tensor]:
         if gs.shape[2] == 1:
             z = values[-1]
         else:
-            gamma = torch.linalg.lstsq(gs.diff(dim=2), residuals[-1][..., None], driver="gelsd").solution
+            columns, newest = gs.diff(dim=2).cpu(), residuals[-1][..., None].cpu()  # this driver is the CPU's
+            gamma = torch.linalg.lstsq(columns, newest, driver="gelsd").solution.to(z.device)
             z = values[-1] - (fs.diff(dim=2) @ gamma)[..., 0]
         iterates.append(z)
     return iterates
@@ -250,7 +253,8 @@ def test_growth_of_a_type_2_residual_keeps_the_newest_column_alone(backend):
     z0 = torch.zeros(2, 6, dtype=torch.float64)
     state = dq.Anderson(m=4, type=2).init(z0, rtol=0.0, backend=backend)
     generator = torch.Generator().manual_seed(0)
-    directions = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=generator))[0]
+    drawn = torch.randn(6, 6, dtype=torch.float64, generator=generator, device="cpu")
+    directions = torch.linalg.qr(drawn)[0].to(z0.device)
     for size, other in ((1.0, 1.0), (0.9, 0.9), (0.8, 0.8), (1.21, 1.19)):  # 1.5 times 0.8 is 1.2
         sizes = torch.tensor([[size], [other]], dtype=torch.float64)
         state.step(state.z + sizes * directions[state.nfe])

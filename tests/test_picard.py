@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import BACKENDS, EPS, double_of, linear, problem, pull, relative_residual, rows_of, same_bits
+from problems import (
+    BACKENDS,
+    EPS,
+    double_of,
+    linear,
+    needs_native,
+    problem,
+    pull,
+    relative_residual,
+    rows_of,
+    same_bits,
+)
 from torch.utils import _pytree as pytree
 
 import deqfast as dq
@@ -91,6 +102,7 @@ def test_picard_keeps_no_history():
     assert numbers <= 3 * 3 * 1000 + 1000  # three iterates, a little for the samples
 
 
+@needs_native
 def test_fixed_point_of_a_linear_map_is_reached_by_every_backend_alike():
     f, exact = linear(4, 20, norm=0.5)
     answers = [

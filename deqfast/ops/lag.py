@@ -30,7 +30,7 @@ class Lag:
         self.rewind(evaluations)
         if self._cuda:
             with torch.inference_mode(False):  # steps may be made in another mode
-                self._seen = torch.empty(SLOTS, dtype=torch.int32, pin_memory=True)
+                self._seen = torch.empty(SLOTS, dtype=torch.int32, device="cpu", pin_memory=True)
             self._events = [torch.cuda.Event() for _ in range(SLOTS)]
 
     def rewind(self, evaluations: int) -> None:

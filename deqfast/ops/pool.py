@@ -46,7 +46,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
             buffer = min(fitting, key=Tensor.numel)
             _free[:] = [t for t in _free if t is not buffer]
     if buffer is None:
-        buffer = torch.empty(size, dtype=torch.uint8)
+        buffer = torch.empty(size, dtype=torch.uint8, device=device)
     return buffer[:size].view(dtype).view(shape), buffer
 
 
