@@ -16,6 +16,8 @@ from torch.utils import _pytree as pytree
 
 from .state import check_number
 
+__all__ = ["Box", "L2Ball", "LinfBall"]
+
 
 @dataclass(frozen=True)
 class Projection:

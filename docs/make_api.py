@@ -26,13 +26,14 @@ from deqfast import info  # noqa: E402
 
 GROUPS = {
     "Solving": ["fixed_point", "root", "Solution", "Status", "ConvergenceError"],
+    "Joint solves": ["joint_solve", "JointSolution", "joint_step_size", "project"],
     "Solvers": ["Anderson", "Broyden", "Picard", "SolverState"],
     "Gradients": ["Implicit", "Phantom", "OneStep", "Unroll", "GradientWarning"],
     "Layers and the Jacobian": ["DEQ", "jacobian_penalty", "spectral_radius"],
 }
 # How the package talks to itself; and what torch.nn.Module calls.
 INTERNAL = {"workspace", "uses_previous", "attach", "solves", "advance", "answer", "evaluated", "release", "extra_repr"}
-INTERNAL |= {"copies_z"}
+INTERNAL |= {"copies_z", "update", "previous", "restart", "resume", "finish", "known_running", "failed"}
 SECTIONS = ("Args", "Attributes", "Returns", "Raises")
 
 
@@ -66,8 +67,15 @@ def _entry(name: str, thing: Any) -> Iterator[str]:
         comments = {name: f": {comment}" for name, comment in _comments(thing).items()}
         yield "\n".join(f"- `{m.name}` = {m.value}{comments.get(m.name, '')}" for m in thing)
         return
+    if inspect.ismodule(thing):
+        yield from _docstring(thing)
+        for function in thing.__all__:
+            yield f"#### {name}.{function}"
+            yield _signature(f"dq.{name}.{function}", getattr(thing, function))
+            yield from _docstring(getattr(thing, function))
+        return
     is_error = inspect.isclass(thing) and issubclass(thing, (Exception, Warning))
-    made_by_caller = name not in ("Solution", "SolverState") and not is_error
+    made_by_caller = name not in ("Solution", "JointSolution", "SolverState") and not is_error
     if made_by_caller:
         yield _signature(f"dq.{name}", thing)
     yield from _docstring(thing)
