@@ -65,13 +65,35 @@ class Event:
         pass
 
 
-def test_host_reads_the_count_of_two_steps_ago():
-    lag = Lag(9, torch.device("cpu"))
-    assert lag.read(torch.tensor([4], dtype=torch.int32)) == 4
+def lag_of_a_device(limit: int = 0, evaluations: int = 0) -> Lag:
+    lag = Lag(9, torch.device("cpu"), limit, evaluations)
     lag._cuda, lag._seen, lag._events = True, torch.empty(SLOTS, dtype=torch.int32), [Event() for _ in range(SLOTS)]
+    return lag
+
+
+def number(count: int) -> torch.Tensor:
+    return torch.tensor([count], dtype=torch.int32)
+
+
+def test_host_reads_the_count_of_two_steps_ago():
+    assert Lag(9, torch.device("cpu"), 0, 0).read(number(4)) == 4
+    lag = lag_of_a_device()
     counts = list(range(20, 0, -1))
-    seen = [lag.read(torch.tensor([count], dtype=torch.int32)) for count in counts]
-    assert seen == [9] * LAG + counts[:-LAG]
+    assert [lag.read(number(count)) for count in counts] == [9] * LAG + counts[:-LAG]
+    lag.rewind(0)
+    assert [lag.read(number(count)) for count in counts] == [9] * LAG + counts[:-LAG]
+
+
+def test_after_the_last_evaluation_nothing_runs():
+    lag = lag_of_a_device(limit=5)
+    assert [lag.read(number(7)) for _ in range(5)] == [9, 9, 7, 7, 0]
+    assert lag_of_a_device(limit=5, evaluations=4).read(number(7)) == 0
+
+
+def test_report_reads_the_count_of_any_number_of_reports_ago():
+    lag = lag_of_a_device()
+    assert [lag.report(number(count), 1) for count in (5, 4, 3)] == [9, 5, 4]
+    assert lag.report(number(2), 0) == 2
 
 
 def test_other_devices_are_refused(monkeypatch):

@@ -27,11 +27,8 @@ class Lag:
         self._device = device
         self._limit = limit  # evaluations after which nothing runs, 0: none
         self._cuda = device.type == "cuda"
+        self._events: list[torch.cuda.Event] = []
         self.rewind(evaluations)
-        if self._cuda:
-            with torch.inference_mode(False):  # steps may be made in another mode
-                self._seen = torch.empty(SLOTS, dtype=torch.int32, device="cpu", pin_memory=True)
-            self._events = [torch.cuda.Event() for _ in range(SLOTS)]
 
     def rewind(self, evaluations: int) -> None:
         """For a solve in the same memory, which the caller has made as new."""
@@ -54,6 +51,10 @@ class Lag:
 
     def report(self, count: Tensor, lag: int) -> int:
         """Note the count as of now on the current stream; the one noted ``lag`` times before, or what is known."""
+        if not self._events:  # not while a graph is captured, which forbids to pin memory
+            with torch.inference_mode(False):  # steps may be made in another mode
+                self._seen = torch.empty(SLOTS, dtype=torch.int32, device="cpu", pin_memory=True)
+            self._events = [torch.cuda.Event() for _ in range(SLOTS)]
         slot = self._noted % SLOTS
         self._seen[slot : slot + 1].copy_(count, non_blocking=True)
         self._events[slot].record()

@@ -149,7 +149,10 @@ class _Plan:
         """Samples that stopped without having converged; waits for the device, and knows nothing under capture."""
         if capturing(self.device):
             return 0
-        return int((self.ws.int_row(Int.STATUS) > Status.CONVERGED).sum())
+        failed = (self.ws.int_row(Int.STATUS) > Status.CONVERGED).sum().to(torch.int32)
+        if self.device.type == "cpu":
+            return int(failed)
+        return Lag(self.ws.layout.B, self.device, 0, 0).report(failed, 0)
 
     def renew(self) -> None:
         """For a new solve in the same memory."""
