@@ -2,12 +2,17 @@
 
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
 from deqfast.ops import native, pool
+
+# bench/ is tested too. Last: a copy of the package that PYTHONPATH names comes first.
+sys.path.append(str(Path(__file__).parents[1]))
 
 # No deadline: CI shares two cores. Derandomised: a red build is red again.
 hypothesis.settings.register_profile("deqfast", deadline=None, derandomize=True, print_blob=True)

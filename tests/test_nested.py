@@ -1,15 +1,10 @@
 """The nested baseline of the benchmarks solves the same problem as the joint solve, and counts its work."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from test_joint_step_size import quadratic
 
 import deqfast as dq
-
-sys.path.append(str(Path(__file__).parents[1]))
 from bench.nested import SOLVERS, Counted, nested_solve
 
 
