@@ -14,6 +14,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <vector>
 
@@ -62,6 +63,8 @@ class Block {
     char* shared = nullptr;
 
     void run(dim3 grid_size, dim3 block_size, size_t shared_bytes, const std::function<void()>& body) {
+        static std::mutex one_at_a_time;  // of the threads that launch
+        const std::lock_guard<std::mutex> guard(one_at_a_time);
         grid = grid_size;
         size = block_size;
         const int threads = int(size.x * size.y * size.z);
