@@ -247,14 +247,19 @@ def adjoint_map(graph: Graph, z: Sequence[Tensor], g: list[Tensor], layout: Layo
 
 def _replayed_adjoint(attachment: Attachment, z: Sequence[Tensor], g: list[Tensor]) -> list[Tensor] | None:
     """``solve_adjoint`` by a recording, which evaluates f once more; None, with a warning, where there can be none."""
-    layout, options = attachment.layout, attachment.options
-    tensors, rebuild, rest = graphs.split(attachment.args)
+    f, layout, options = attachment.f, attachment.layout, attachment.options
+    autocast, copy_z = attachment.autocast, attachment.copy_z  # a recording must not keep the attachment's graph
+    try:
+        tensors, rebuild, rest, others = graphs.split(attachment.args, layout.device)
+    except graphs.CannotRecord as reason:
+        graphs.warn(options.mode, str(reason))
+        return None
     many = len(z)
 
     def prepare(inputs: list[Tensor]) -> Callable[[Any], Any]:
         at = [t.detach().requires_grad_() for t in inputs[:many]]
-        with torch.enable_grad(), _autocast(layout.device.type, attachment.autocast):
-            graph = Graph(_evaluate(attachment.f, at, rebuild(inputs[2 * many :]), layout, attachment.copy_z))
+        with torch.enable_grad(), _autocast(layout.device.type, autocast):
+            graph = Graph(_evaluate(f, at, rebuild(inputs[2 * many :]), layout, copy_z))
         if not graph.which:
             raise graphs.CannotRecord("f does not depend on z")
         return adjoint_map(graph, at, inputs[many : 2 * many], layout)
@@ -267,8 +272,8 @@ def _replayed_adjoint(attachment: Attachment, z: Sequence[Tensor], g: list[Tenso
     program = graphs.Program(
         prepare=prepare,
         inputs=[*z, *g, *tensors],
-        key=("adjoint", identity(attachment.f), rest, attachment.autocast, attachment.copy_z),
-        family=graphs.family(attachment.f),
+        key=("adjoint", identity(f, layout.device), rest, autocast, copy_z),
+        family=graphs.family(f),
         layout=layout,
         solver=options.solver,
         rtol=options.rtol,
@@ -277,7 +282,7 @@ def _replayed_adjoint(attachment: Attachment, z: Sequence[Tensor], g: list[Tenso
         keep_best=True,
         backend=options.backend,
         mode=options.mode,
-        alive=(attachment.f, attachment.args),
+        alive=(f, others),
     )
     start = adjoint_start(g, layout, options)
     return graphs.replayed(program, [t.detach() for t in pytree.tree_leaves(start)], finish)

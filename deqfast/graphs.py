@@ -15,20 +15,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .compiled import Compiled
-from .guards import identity
+from .guards import cell_content, identity
 from .ops import native
+from .ops.lag import capturing
 from .ops.layout import Layout
 from .state import Solver, SolverState
 
@@ -37,7 +39,8 @@ if TYPE_CHECKING:
 
 MODES = ("loop", "graph", "device")
 PASS = {"graph": 4, "device": 2}  # evaluations in a pass; even, so that a pass ends in the buffer it began in
-KEPT = 8  # recordings
+KEPT = 32  # recordings
+NO_ROOM = "there is no memory for a recording beside what is in use: deqfast.graphs.clear() frees the older ones"
 NEW_EVERY_TIME = 4  # recordings of one f after which its closure is taken to hold other tensors at every call
 
 
@@ -88,25 +91,39 @@ class Recorder:
         return None
 
     @contextlib.contextmanager
-    def aside(self, device: torch.device) -> Any:
-        """A stream beside the current one, in order with it; what is captured must have run there before."""
+    def aside(self, device: torch.device, stream: Any) -> Iterator[None]:
+        """Run on ``stream``, in order with the current one; what is captured there must have run there before."""
         current = torch.cuda.current_stream(device)
-        stream = torch.cuda.Stream(device)
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            yield
-        current.wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            current.wait_stream(stream)
 
     def random_state(self, device: torch.device) -> Tensor:
         """The state of the generator that f draws from, if it does."""
         return torch.cuda.get_rng_state(device)
 
-    def record(self, run: Callable[[], None], pool: Any, keep: bool) -> Any:
+    def record(self, run: Callable[[], None], device: torch.device, stream: Any, pool: Any, keep: bool) -> Any:
         """A graph of what ``run`` launches, with ``replay``; ``keep`` it open for a loop on the device."""
         graph = torch.cuda.CUDAGraph(keep_graph=True) if keep else torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            run()
+        with torch.cuda.device(device):
+            current = torch.cuda.current_stream(device)
+            try:
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    run()
+            finally:
+                torch.cuda.set_stream(current)  # a capture that fails at its end leaves its stream behind
         return graph
+
+    def capturing(self, device: torch.device) -> bool:
+        """Whether the caller captures a graph of his own."""
+        return capturing(device)
+
+    def own_stream(self, device: torch.device) -> Any:
+        """A stream for one recording."""
+        return torch.cuda.Stream(device)
 
     def pool(self) -> Any:
         """Memory that the graphs of one recording share."""
@@ -135,7 +152,7 @@ class Recording:
     """One program in static memory."""
 
     def __init__(self, program: Program) -> None:
-        self.program = program
+        self.program = replace(program, inputs=[])  # the first caller's tensors are not kept
         self.lock = threading.Lock()
         self.inputs = [torch.empty_like(t) for t in program.inputs]
         layout = program.layout
@@ -165,9 +182,10 @@ class Recording:
         """
         state, program = self.state, self.program
         device = program.layout.device
+        self.stream = RECORDER.own_stream(device)
         self._copy_in(start, inputs)
-        before = RECORDER.random_state(device)
-        with RECORDER.aside(device):
+        before, versions = RECORDER.random_state(device), [t._version for t in self.inputs]
+        with RECORDER.aside(device, self.stream):
             for _ in range(2):  # what a library does at its first and second call only must be over
                 f = program.prepare(self.inputs)
                 state.restart(self.start)
@@ -177,6 +195,8 @@ class Recording:
             raise CannotRecord("f draws random numbers, and a graph would draw other ones")
         if state.copies_z:
             raise CannotRecord("f writes into the iterate that it is given")
+        if versions != [t._version for t in self.inputs]:
+            raise CannotRecord("f writes into its args")
         try:
             self._capture(RECORDER.pool())
         except CannotRecord:
@@ -187,10 +207,11 @@ class Recording:
 
     def _capture(self, pool: Any) -> None:
         state, on_device = self.state, self.program.mode == "device" and self.passes > 0
-        self.first = RECORDER.record(self._first, pool, False)
+        record = functools.partial(RECORDER.record, device=state.layout.device, stream=self.stream, pool=pool)
+        self.first = record(self._first, keep=False)
         self.held = state.previous
-        self.pass_ = RECORDER.record(lambda: self._go_on(self.steps), pool, on_device) if self.passes else None
-        self.last = RECORDER.record(lambda: self._go_on(self.rest), pool, on_device) if self.rest else None
+        self.pass_ = record(lambda: self._go_on(self.steps), keep=on_device) if self.passes else None
+        self.last = record(lambda: self._go_on(self.rest), keep=on_device) if self.rest else None
         self.loop = None
         if on_device:
             self.loop = RECORDER.loop(state, (self.pass_, self.last), self.made, self.program.max_iter)
@@ -247,6 +268,7 @@ class Recording:
 T = TypeVar("T")
 _kept: OrderedDict[tuple[Hashable, Hashable], Recording | str] = OrderedDict()
 _lock = threading.Lock()
+_recording = threading.RLock()  # one capture at a time in a process; f may hold a solve of its own
 
 
 def clear() -> None:
@@ -261,7 +283,10 @@ def replayed(program: Program, start: list[Tensor], conclude: Callable[[SolverSt
     None, with a ``ModeWarning``, if the program cannot be recorded. The state belongs to the recording: ``conclude``
     copies what it returns.
     """
-    with torch.no_grad():
+    if RECORDER.capturing(program.layout.device):
+        warn(program.mode, "a CUDA graph is being captured")
+        return None
+    with torch.inference_mode(False), torch.no_grad():  # static memory must serve later calls in any mode
         found = _find(program, start)
         if isinstance(found, str):
             warn(program.mode, found)
@@ -271,9 +296,12 @@ def replayed(program: Program, start: list[Tensor], conclude: Callable[[SolverSt
 
 
 def warn(mode: str, reason: str) -> None:
-    """Say that a solve runs in the plain loop, and why."""
+    """Say that a solve runs in the plain loop, and why; at the line of the caller outside of this package."""
     text = f"mode={mode!r} is not possible here, the solve runs in the plain loop: {reason}"
-    warnings.warn(text, ModeWarning, stacklevel=5)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "deqfast":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, ModeWarning, stacklevel=level)
 
 
 def _find(program: Program, start: list[Tensor]) -> Recording | str:
@@ -281,27 +309,59 @@ def _find(program: Program, start: list[Tensor]) -> Recording | str:
     stream = RECORDER.stream(device) if device.type == "cuda" else 0
     inputs = tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in program.inputs)
     options = (program.solver, program.rtol, program.atol, program.max_iter, program.keep_best, program.backend)
-    common = (program.family, inputs, repr(program.layout), device, options, program.mode, stream)
+    common = (program.family, inputs, repr(program.layout), device, options, program.mode, stream, _global_choices())
     key = (program.key, common)
-    with _lock:
-        known = _kept.get(key)
+    known = _look_up(key)
+    if known is not None:
+        return known
+    with _recording:
+        known = _look_up(key)
         if known is not None:
-            _kept.move_to_end(key)
             return known
-        siblings = sum(other[1] == common for other in _kept)
-    made: Recording | str
-    if siblings >= NEW_EVERY_TIME:
-        return "f closes over tensors that are others at every call: hand them over through args"
-    try:
-        made = Recording(program)
-        made.record(start, program.inputs)
-    except CannotRecord as reason:
-        made = str(reason)
+        with _lock:
+            siblings = sum(other[1] == common for other in _kept)
+        if siblings >= NEW_EVERY_TIME:
+            return "f closes over tensors that are others at every call: hand them over through args"
+        made = _record(program, start)
+    if made == NO_ROOM:
+        return made
     with _lock:
         _kept[key] = made
         while len(_kept) > KEPT:
             _kept.popitem(last=False)
     return made
+
+
+def _look_up(key: tuple[Hashable, Hashable]) -> Recording | str | None:
+    with _lock:
+        known = _kept.get(key)
+        if known is not None:
+            _kept.move_to_end(key)
+        return known
+
+
+def _record(program: Program, start: list[Tensor]) -> Recording | str:
+    try:
+        made = Recording(program)
+        made.record(start, program.inputs)
+        return made
+    except CannotRecord as reason:
+        return str(reason)
+    except torch.OutOfMemoryError:
+        return NO_ROOM  # not kept: there may be room another time
+
+
+def _global_choices() -> Hashable:
+    """Settings of torch by which f's operations choose their kernels."""
+    attention = torch.backends.cuda
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.deterministic,
+        attention.flash_sdp_enabled(),
+        attention.mem_efficient_sdp_enabled(),
+        attention.math_sdp_enabled(),
+    )
 
 
 def autocast_mode(device: torch.device) -> tuple[bool, torch.dtype]:
@@ -325,7 +385,7 @@ def forward_program(problem: Problem, atol: float, *, keep_best: bool) -> Progra
     if problem.transformed:
         raise CannotRecord("a torch.func transform or forward mode surrounds the call")
     f, device = problem.f, problem.layout.device
-    tensors, rebuild, rest = split(problem.args)
+    tensors, rebuild, rest, others = split(problem.args, device)
 
     def prepare(inputs: list[Tensor]) -> Callable[[Any], Any]:
         given = rebuild(inputs)
@@ -339,7 +399,7 @@ def forward_program(problem: Problem, atol: float, *, keep_best: bool) -> Progra
     return Program(
         prepare=prepare,
         inputs=tensors,
-        key=("forward", identity(f), rest, autocast_mode(device)),
+        key=("forward", identity(f, device), rest, autocast_mode(device)),
         family=family(f),
         layout=problem.layout,
         solver=problem.solver,
@@ -349,28 +409,54 @@ def forward_program(problem: Problem, atol: float, *, keep_best: bool) -> Progra
         keep_best=keep_best,
         backend=problem.backend,
         mode=problem.mode,
-        alive=(f, problem.args),
+        alive=(f, others),
     )
 
 
-def split(args: tuple[Any, ...]) -> tuple[list[Tensor], Callable[[list[Tensor]], tuple[Any, ...]], Hashable]:
-    """The tensors of args, what puts others in their places, and the identity of everything else."""
+def split(
+    args: tuple[Any, ...], device: torch.device
+) -> tuple[list[Tensor], Callable[[list[Tensor]], tuple[Any, ...]], Hashable, Any]:
+    """The tensors of args, what puts others in their places, the identity of everything else, and that itself.
+
+    Raises:
+        CannotRecord: a tensor that a graph cannot read anew.
+    """
     leaves, spec = pytree.tree_flatten(args)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    differentiated = tuple(leaves[i].requires_grad for i in places)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not _is_number(leaf, device)]
+    tensors = [leaves[i] for i in places]
+    for t in tensors:
+        if t.device != device:
+            raise CannotRecord(
+                f"args holds a tensor on {t.device}, which a graph does not read again; move it to {device}"
+            )
+        if t.layout != torch.strided:
+            raise CannotRecord(f"args holds a tensor of layout {t.layout}, which has no memory of its own to copy to")
+    differentiated = tuple(t.requires_grad for t in tensors)
+    others = [None if i in places else leaf for i, leaf in enumerate(leaves)]
 
     def rebuild(tensors: list[Tensor]) -> tuple[Any, ...]:
-        filled = list(leaves)
+        filled = list(others)
         for i, t, wanted in zip(places, tensors, differentiated, strict=True):
             filled[i] = t.detach().requires_grad_(wanted)  # f may take derivatives of its own
         return pytree.tree_unflatten(filled, spec)
 
-    others = tuple(identity(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
-    return [leaves[i].detach() for i in places], rebuild, (str(spec), tuple(places), differentiated, others)
+    key = (str(spec), tuple(places), differentiated, tuple(identity(leaf, device) for leaf in others))
+    return [t.detach() for t in tensors], rebuild, key, others
+
+
+def _is_number(t: Tensor, device: torch.device) -> bool:
+    """Whether operations on ``device`` take ``t`` as a number: it is then part of the key."""
+    return t.dim() == 0 and t.device.type == "cpu" and device.type != "cpu"
 
 
 def family(f: Any) -> Hashable:
-    """The same for functions that differ only in what they close over."""
+    """The same for functions that differ only in which tensors they close over."""
     while isinstance(f, (functools.partial, Compiled)):
         f = f.func if isinstance(f, functools.partial) else f.f
-    return getattr(getattr(f, "__func__", f), "__code__", None) or id(f)
+    function = getattr(f, "__func__", f)
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return id(f)
+    cells = [cell_content(cell) for cell in function.__closure__ or ()]
+    owners = [getattr(f, "__self__", None), *(value for value in cells if isinstance(value, nn.Module))]
+    return code, tuple(id(owner) for owner in owners)

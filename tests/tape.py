@@ -71,19 +71,22 @@ class TapeRecorder(graphs.Recorder):
         return None if hasattr(state.update, "report") else f"the {state.backend} backend has no reports"
 
     @contextlib.contextmanager
-    def aside(self, device):
+    def aside(self, device, stream):
         yield
 
     def random_state(self, device):
         return torch.get_rng_state()
 
-    def record(self, run, pool, keep):
+    def record(self, run, device, stream, pool, keep):
         self.recorded += 1
         with Tape() as tape:
             run()
         return tape
 
     def pool(self):
+        return None
+
+    def own_stream(self, device):
         return None
 
     def loop(self, state, parts, made, limit):

@@ -1,7 +1,9 @@
 """Solves recorded as CUDA graphs, here on a tape of CPU operations that is replayed into the same memory."""
 
 import functools
+import gc
 import warnings
+import weakref
 
 import pytest
 import tape
@@ -200,6 +202,100 @@ def test_what_cannot_be_recorded_runs_in_the_loop_and_says_why(recorder, f, reas
     assert solution.mode == "loop" and solution.nfe > 1
 
 
+def test_args_that_f_writes_to_are_refused(recorder):
+    counter = torch.zeros(2, 1)
+
+    def f(z, counter):
+        return 0.5 * torch.cos(z + 0 * counter.add_(1))
+
+    with pytest.warns(graphs.ModeWarning, match="f writes into its args"):
+        solution = dq.fixed_point(f, torch.zeros(2, 8), (counter,), mode="graph", backward="none")
+    assert int(counter[0]) == solution.nfe
+
+
+def test_sparse_tensors_are_closed_over_or_refused(recorder):
+    matrix = (0.3 * torch.eye(8)).to_sparse()
+    solution = dq.fixed_point(lambda z: torch.sparse.mm(matrix, z.T).T + 1, torch.zeros(2, 8), mode="graph")
+    assert solution.mode == "graph" and solution.converged.all()
+    with pytest.warns(graphs.ModeWarning, match="args holds a tensor of layout torch.sparse_coo"):
+        dq.fixed_point(lambda z, a: torch.sparse.mm(a, z.T).T + 1, torch.zeros(2, 8), (matrix,), mode="graph")
+
+
+def test_recordings_of_inference_mode_serve_training_too(recorder):
+    cell, x = Cell(), torch.randn(2, 24)
+    with torch.inference_mode():
+        first = dq.fixed_point(cell, torch.zeros(2, 24), (x,), mode="graph").z.clone()
+    second = dq.fixed_point(cell, torch.zeros(2, 24), (x,), mode="graph")
+    second.z.sum().backward()
+    assert torch.equal(first, second.z) and cell.inner.weight.grad is not None
+    assert recorder.recorded == 6
+
+
+def test_recordings_do_not_keep_the_callers_tensors_alive(recorder):
+    cell = Cell()
+    encoder = nn.Linear(24, 24)
+    x = encoder(torch.randn(2, 24))
+    seen = weakref.ref(x)
+    dq.fixed_point(cell, torch.zeros(2, 24), (x,), mode="graph").z.sum().backward()
+    del x
+    gc.collect()
+    assert seen() is None
+
+
+def test_hooks_and_attributes_of_modules_are_seen(recorder):
+    class Scaled(Cell):
+        def __init__(self):
+            super().__init__()
+            self.factors = [1.0]
+
+        def forward(self, z, x):
+            return self.factors[0] * super().forward(z, x)
+
+    cell, x = Scaled(), torch.randn(2, 24)
+    changes = [
+        lambda: cell.factors.__setitem__(0, 0.5),
+        lambda: cell.inner.register_forward_hook(lambda *a: 0.1 * a[2]),
+    ]
+    for change in changes:
+        change()
+        recorded = dq.fixed_point(cell, torch.zeros(2, 24), (x,), backward="none", mode="graph")
+        same(recorded, dq.fixed_point(cell, torch.zeros(2, 24), (x,), backward="none"))
+
+
+def test_within_a_capture_of_the_caller_the_loop_runs(recorder, monkeypatch):
+    monkeypatch.setattr(recorder, "capturing", lambda device: True)
+    with pytest.warns(graphs.ModeWarning, match="a CUDA graph is being captured") as caught:
+        assert dq.fixed_point(torch.cos, torch.zeros(2, 8), mode="graph").mode == "loop"
+    assert caught[0].filename == __file__
+    assert recorder.recorded == 0
+
+
+def test_no_memory_for_a_recording_is_no_error_and_not_for_ever(recorder, monkeypatch):
+    record = graphs.Recording.record
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(graphs.Recording, "record", out_of_memory)
+    with pytest.warns(graphs.ModeWarning, match="no memory for a recording"):
+        dq.fixed_point(torch.cos, torch.zeros(2, 8), mode="graph")
+    monkeypatch.setattr(graphs.Recording, "record", record)
+    assert dq.fixed_point(torch.cos, torch.zeros(2, 8), mode="graph").mode == "graph"
+
+
+def test_many_layers_of_one_class_are_programs_of_their_own(recorder):
+    class Layer:
+        def __init__(self, shift):
+            self.shift = torch.full((8,), shift)
+
+        def f(self, z):
+            return 0.5 * torch.cos(z) + self.shift
+
+    layers = [Layer(float(i)) for i in range(graphs.NEW_EVERY_TIME + 2)]
+    for layer in layers:
+        assert dq.fixed_point(layer.f, torch.zeros(2, 8), mode="graph").mode == "graph"
+
+
 def test_own_exceptions_of_f_pass_through(recorder):
     def f(z):
         raise KeyError("mine")
@@ -256,25 +352,32 @@ class Holder:
         return z + self.t
 
 
+same_program = functools.partial(identity, device=torch.device("cpu"))
+
+
 def test_identity_follows_what_a_recording_would_read():
     t, cell = torch.zeros(3), Cell(3)
     make = lambda t: lambda z: z + t  # noqa: E731
-    assert identity(make(t)) == identity(make(t))
-    assert identity(make(t)) != identity(make(t.clone()))
-    assert identity(make(t)) != identity(make(t[:2]))
-    assert identity(functools.partial(torch.add, t)) != identity(functools.partial(torch.add, t.clone()))
-    assert identity(Holder(t).f) != identity(Holder(t).f)  # an object of an unknown kind is itself alone
-    before = identity(cell)
-    assert identity(cell) == before
+    assert same_program(make(t)) == same_program(make(t))
+    assert same_program(make(t)) != same_program(make(t.clone()))
+    assert same_program(make(t)) != same_program(make(t[:2]))
+    assert same_program(functools.partial(torch.add, t)) != same_program(functools.partial(torch.add, t.clone()))
+    assert same_program(Holder(t).f) != same_program(Holder(t).f)  # an object of an unknown kind is itself alone
+    before = same_program(cell)
+    assert same_program(cell) == before
     cell.eval()
-    assert identity(cell) != before
+    assert same_program(cell) != before
     cell.train()
-    assert identity(cell) == before
+    assert same_program(cell) == before
     cell.note = 1.5
-    assert identity(cell) != before
+    assert same_program(cell) != before
     recursive = lambda z: recursive  # noqa: E731
-    assert identity(recursive) == identity(recursive)
-    assert identity([1, "a", {"k": (None, t)}]) == identity([1, "a", {"k": (None, t)}]) != identity([1, "a", {"k": t}])
+    assert same_program(recursive) == same_program(recursive)
+    assert (
+        same_program([1, "a", {"k": (None, t)}])
+        == same_program([1, "a", {"k": (None, t)}])
+        != same_program([1, "a", {"k": t}])
+    )
 
 
 def test_a_compiled_model_records_compiled_evaluations(recorder):
