@@ -69,6 +69,7 @@ class Device {
     }
     template <class Args>
     void use(Args& args, bool halves, char* memory) {
+        deqfast::cuda::check_supported(args);
         (void)lay_out(args, halves, memory, work_);
         halves_ = halves;
     }
@@ -87,12 +88,17 @@ class Device {
         } else if (phase & deqfast::kApply) {
             point_ring(stream);
         }
-        device_step(args, work_, phase);
+        try {
+            device_step(args, work_, phase);
+        } catch (...) {
+            if (!captured && phase & deqfast::kApply) counts_->take_back();
+            throw;
+        }
         if (phase == deqfast::kReduce) return known_;
         ++evaluations_;
         counted_ = captured ? 0 : counted_ + 1;
         if (args.max_iter && evaluations_ >= args.max_iter) return known_ = 0;
-        if (counted_ > lag_) known_ = counts_->read(lag_).running;
+        if (counted_ > lag_) take_note(counts_->read(lag_));
         return known_;
     }
 
@@ -100,6 +106,7 @@ class Device {
     void rewind(int64_t evaluations) {
         evaluations_ = evaluations;
         known_ = B_;
+        failed_ = -1;
         counted_ = 0;
     }
 
@@ -107,22 +114,30 @@ class Device {
     // before.
     int64_t report(void* stream, int lag) {
         const deqfast::cuda::OnDevice on(index_);
+        if (deqfast::cuda::capturing(stream)) throw std::logic_error("a report cannot be captured");
         point_ring(stream);
         deqfast::cuda::report(work_);
-        if (++counted_ > lag) known_ = counts_->read(lag).running;
+        if (++counted_ > lag) take_note(counts_->read(lag));
         return known_;
     }
 
-    // Samples that stopped without having converged, after the newest step; waits for it.
-    int64_t failed() const { return counted_ > 0 ? counts_->read(0).failed : 0; }
+    // Samples that stopped without having converged, after the newest step: waits for it unless that is known. -1: the
+    // host was told of no step.
+    int64_t failed() const { return failed_ >= 0 ? failed_ : counted_ > 0 ? counts_->read(0).failed : -1; }
 
    private:
     int index_, lag_;
     int64_t B_, evaluations_, known_ = B_;
+    int64_t failed_ = -1;  // known once no sample runs
     int64_t counted_ = 0;  // steps in a row that the host is told about
     bool halves_ = false;
     deqfast::cuda::DeviceWork work_;
     std::unique_ptr<deqfast::cuda::Counts> counts_;
+
+    void take_note(const deqfast::cuda::Counts::Entry& entry) {
+        known_ = entry.running;
+        if (known_ == 0) failed_ = entry.failed;
+    }
 
     void point_ring(void* stream) {
         if (!counts_) counts_.reset(new deqfast::cuda::Counts);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +47,7 @@ class Solution:
     converged: Tensor
     steps: Tensor
     residual: Tensor
-    evaluations: int | Tensor  # a loop on the device leaves a tensor
+    evaluations: int | Tensor = field(repr=False)  # a loop on the device leaves a tensor
     status: Tensor
     trace: Tensor | None
     backend: str

@@ -525,15 +525,17 @@ class SolverState:
         self._check_fits(saved)
         tensors = saved["tensors"]
         if "own_residual" in tensors:
-            self._serve_residual(torch.empty_like(tensors["own_residual"]))
+            self._serve_residual(torch.empty_like(tensors["own_residual"], device=self.layout.device))
         for name, t in self.ws.tensors().items():
             t.copy_(tensors[name])
         previous = [
-            tensors[f"previous.{i}"].clone() for i in range(len(self.layout.leaves)) if f"previous.{i}" in tensors
+            tensors[f"previous.{i}"].to(self.layout.device, copy=True)
+            for i in range(len(self.layout.leaves))
+            if f"previous.{i}" in tensors
         ]
         self._previous = previous or None
         rows = tensors.get("previous_rows")
-        self._previous_rows = None if rows is None else rows.clone()
+        self._previous_rows = None if rows is None else rows.to(self.layout.device, copy=True)
         self._origin, self._origin_versions, self._origin_storages = [], [], []
         self._z0 = [] if saved["nfe"] else [t.clone() for t in self.ws.x[self.ws.cur]]
         self._copy_f, self._copy_z = saved["copies_f"], saved["copies_z"]

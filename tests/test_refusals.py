@@ -11,6 +11,7 @@ from problems import (
 )
 
 import deqfast as dq
+from deqfast.ops import native
 
 
 def never(*_):
@@ -171,3 +172,24 @@ def test_error_of_f_passes_through_untouched(error):
     with pytest.raises(type(error)) as caught:
         dq.fixed_point(f, Z, rtol=0.0, backward="none")
     assert caught.value is error
+
+
+EMULATED = native._C is not None and native.EMULATED
+
+
+@pytest.mark.skipif(not EMULATED, reason="says what CUDA kernels refuse; make emulated runs it")
+@pytest.mark.parametrize(
+    ("solver", "z0", "message"),
+    [
+        (
+            dq.Anderson(m=200),
+            torch.zeros(1, 300),
+            "m=200 is more than the CUDA kernels have room for; use backend='triton'",
+        ),
+        (dq.Broyden(memory=3000), torch.zeros(1, 70000), "memory=3000 is more than"),
+        (dq.Picard(), [torch.zeros(1, 9)] * 17, "z0: the CUDA kernels take at most 16 tensors, got 17"),
+    ],
+)
+def test_what_the_cuda_kernels_do_not_take_is_said_before_f_is_called(solver, z0, message):
+    with pytest.raises(ValueError, match=message):
+        dq.fixed_point(never, z0, solver=solver, backend="native", max_iter=3)

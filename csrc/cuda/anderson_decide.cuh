@@ -19,10 +19,7 @@ struct Shared {
     int* columns;                      // columns in use
     A* largest;                        // (2, warps)
 
-    static __host__ __device__ int64_t bytes(int m, int warps) {
-        const int64_t d = anderson_products(m);
-        return 8 * (d * (warps + 1)) + int64_t(sizeof(A)) * (int64_t(m) * m + 5 * m + 2 * warps) + 4 * m + 64;
-    }
+    static __host__ __device__ int64_t bytes(int m, int warps) { return anderson_shared(m, warps, sizeof(A)); }
     __device__ Shared(char* p, int m, int warps) {
         const int64_t d = anderson_products(m);
         warp_sums = reinterpret_cast<double*>(p);

@@ -73,16 +73,17 @@ template <class A, class S, class H, int leaves>
 __global__ void __launch_bounds__(kThreads, kBlocks<A>) reduce_kernel(const __grid_constant__ Params<leaves> p) {
     DEQFAST_SHARED(memory);
     const AndersonArgs& a = p.a;
-    const int64_t b = blockIdx.y, chunks = gridDim.x;
+    const Place place(p, a.n_leaves);
+    const int64_t b = place.b, chunks = place.chunks;
     if (a.at(kStatus, b) != kRunning) return;
     Step<A, S, H, leaves> step(p, b, memory);
     const int D = int(anderson_products(a.m)), slot = step.new_slot(), n = step.open(slot);
-    const Chunk chunk(p, blockIdx.x);
+    const Chunk chunk(p, place.index);
     step.reduce(chunk.leaf, chunk.begin, kSplitChunk, slot, n);
     step.close();
     double* partials = p.work.partials + b * D * chunks;
     for (int d = int(threadIdx.x); d < D; d += int(blockDim.x))
-        partials[d * chunks + blockIdx.x] = step.shared().sums[d];
+        partials[d * chunks + place.index] = step.shared().sums[d];
     if (!last_to_arrive(&p.work.arrivals[b], chunks)) return;
     add_chunks(partials, chunks, D, step.shared().sums);
     if (!(p.phase & kApply)) {
@@ -110,14 +111,15 @@ template <class A, class S, class H, int leaves>
 __global__ void __launch_bounds__(kThreads, 2) mix_kernel(const __grid_constant__ Params<leaves> p) {
     DEQFAST_SHARED(memory);
     const AndersonArgs& a = p.a;
-    const int64_t b = blockIdx.y, chunks = gridDim.x;
+    const Place place(p, a.n_leaves);
+    const int64_t b = place.b, chunks = place.chunks;
     const int32_t outcome = p.work.outcomes[b];
     if (outcome & kJudged) {
         Step<A, S, H, leaves> step(p, b, memory);
         for (int j = int(threadIdx.x); j < a.m; j += int(blockDim.x))
             step.shared().gamma[j] = static_cast<const A*>(p.work.coefficients)[b * a.m + j];
         __syncthreads();
-        const Chunk chunk(p, blockIdx.x);
+        const Chunk chunk(p, place.index);
         const Leaf& leaf = p.leaf[chunk.leaf];
         const int64_t end = min(chunk.begin + kSplitChunk, leaf.n);
         spill_and_rest<S>(leaf, b, outcome, chunk.begin, end);
@@ -135,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 2) mix_kernel(const __grid_constant_
             if (threadIdx.x == 0) p.work.outcomes[b] = p.work.infinite[b] = 0;
         }
     }
-    finish(p.work, int64_t(gridDim.x) * gridDim.y);
+    finish(p.work, gridDim.x);
 }
 
 template <class A, class S, class H, int leaves>
@@ -152,7 +154,7 @@ void run(const AndersonArgs& a, const DeviceWork& work, int phase) {
     const int64_t shared = Shared<A>::bytes(a.m, threads / kWarpSize);
     if (a.N <= kBlockMaxN && phase == kStep)
         return launch(sample_kernel<A, S, H, leaves>, dim3(unsigned(a.B)), threads, shared, work.stream, p);
-    const dim3 grid(unsigned(split_chunks(a)), unsigned(a.B));
+    const dim3 grid = grid_of(a.B, split_chunks(a));
     if (phase & kReduce) launch(reduce_kernel<A, S, H, leaves>, grid, threads, shared, work.stream, p);
     if (phase == kApply)
         launch(decide_kernel<A, S, H, leaves>, dim3(unsigned(a.B)), kWarpSize, Shared<A>::bytes(a.m, 1), work.stream,

@@ -9,13 +9,14 @@
 
 namespace deqfast::cuda {
 
-constexpr int kTinyThreads = 64;
+template <class A>
+constexpr int kTinyThreads = sizeof(A) == 8 ? 32 : 64;  // as many as their small matrices leave room for
 
 template <class A, class S, class H>
 class TinyStep {
    public:
     static __host__ __device__ int64_t bytes(const AndersonArgs& a) {
-        return kTinyThreads * int64_t(sizeof(A)) * (2 * a.m * a.N + int64_t(a.m) * a.m + 4 * a.m);
+        return kTinyThreads<A> * int64_t(sizeof(A)) * (2 * a.m * a.N + int64_t(a.m) * a.m + 4 * a.m);
     }
     __device__ TinyStep(const Params<1>& params, int64_t sample, char* memory)
         : p(params),
@@ -25,7 +26,7 @@ class TinyStep {
           m(a.m),
           N(int(a.N)),
           type2(a.test_space == 0),
-          d_f{reinterpret_cast<A*>(memory) + threadIdx.x, kTinyThreads},
+          d_f{reinterpret_cast<A*>(memory) + threadIdx.x, kTinyThreads<A>},
           d_g(d_f.from(m * N)),
           system(d_g.from(m * N)),
           y(system.from(m * m)),
@@ -253,9 +254,9 @@ class TinyStep {
 };
 
 template <class A, class S, class H>
-__global__ void __launch_bounds__(kTinyThreads) tiny_kernel(const __grid_constant__ Params<1> p) {
+__global__ void __launch_bounds__(kTinyThreads<A>) tiny_kernel(const __grid_constant__ Params<1> p) {
     DEQFAST_SHARED(memory);
-    const int64_t b = int64_t(blockIdx.x) * kTinyThreads + threadIdx.x;
+    const int64_t b = int64_t(blockIdx.x) * kTinyThreads<A> + threadIdx.x;
     if (b < p.a.B && p.a.at(kStatus, b) == kRunning) TinyStep<A, S, H>(p, b, memory).run();
     finish(p.work, gridDim.x);
 }
@@ -272,8 +273,8 @@ void run_tiny(const AndersonArgs& a, const DeviceWork& work, int phase) {
     p.phase = phase;
     p.leaf[0] = a.leaves[0];
     p.a.leaves = nullptr;
-    const int64_t blocks = (a.B + kTinyThreads - 1) / kTinyThreads;
-    launch(tiny_kernel<A, S, H>, dim3(unsigned(blocks)), kTinyThreads, TinyStep<A, S, H>::bytes(a), work.stream, p);
+    const int64_t blocks = (a.B + kTinyThreads<A> - 1) / kTinyThreads<A>;
+    launch(tiny_kernel<A, S, H>, dim3(unsigned(blocks)), kTinyThreads<A>, TinyStep<A, S, H>::bytes(a), work.stream, p);
 }
 
 }  // namespace deqfast::cuda

@@ -17,12 +17,12 @@ void run(const BroydenArgs& a, const DeviceWork& work, int phase) {
     if (!a.gram) {
         int threads = kChainThreads;
         while (threads > kWarpSize && a.N <= threads / 2 * kItems) threads /= 2;
-        const int64_t z = a.N <= kBlockMaxN ? a.N * int64_t(sizeof(A)) : 0;
+        const int64_t z = chain_in_shared(a) ? a.N * int64_t(sizeof(A)) : 0;
         launch(chain_kernel<A, S, leaves>, dim3(unsigned(a.B)), threads, BlockSum::bytes + z, work.stream, p);
         return;
     }
     const int64_t shared = Gram<A, S, leaves>::bytes(a.memory);
-    const dim3 grid(unsigned(split_chunks(a)), unsigned(a.B));
+    const dim3 grid = grid_of(a.B, split_chunks(a));
     if (phase & kReduce) launch(gram_reduce_kernel<A, S, leaves>, grid, kGramThreads, shared, work.stream, p);
     if (phase == kApply)
         launch(gram_decide_kernel<A, S, leaves>, dim3(unsigned(a.B)), kWarpSize, shared, work.stream, p);

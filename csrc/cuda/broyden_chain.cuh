@@ -1,5 +1,5 @@
 // Broyden's chain form, a block a sample: every step vector is read once, added to z and multiplied with it. z lies in
-// registers where a block holds the sample in one tile, else in shared memory, else (N > kBlockMaxN) in global memory.
+// registers where a block holds the sample in one tile, else in shared memory, else in global memory.
 // What moves, per number: x, f and k steps are read, one step and x written: 3s + (k+1)h, with x read again from cache.
 #pragma once
 
@@ -39,7 +39,7 @@ class Chain {
         : s(p, b),
           a(p.a),
           sum(reinterpret_cast<double*>(memory)),
-          z(a.N <= kBlockMaxN ? reinterpret_cast<A*>(memory + BlockSum::bytes) : static_cast<A*>(p.work.z) + b * a.N),
+          z(chain_in_shared(a) ? reinterpret_cast<A*>(memory + BlockSum::bytes) : static_cast<A*>(p.work.z) + b * a.N),
           stride(int64_t(blockDim.x) * kItems) {}
 
     __device__ void run() {

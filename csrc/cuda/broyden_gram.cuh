@@ -18,9 +18,7 @@ constexpr int kTogether = 4;  // steps read at a time
 template <class A, class S, int leaves>
 class Gram {
    public:
-    static __host__ __device__ int64_t bytes(int memory) {
-        return 8 * broyden_products(memory) * (kGramThreads / kWarpSize + 1);
-    }
+    static __host__ __device__ int64_t bytes(int memory) { return gram_shared(memory, kGramThreads / kWarpSize); }
     __device__ Gram(const BroydenParams<leaves>& p, int64_t b, char* memory)
         : s(p, b),
           a(p.a),
@@ -216,10 +214,10 @@ template <class A, class S, int leaves>
 __global__ void __launch_bounds__(kGramThreads, sizeof(A) == 8 ? 1 : 2)
     gram_reduce_kernel(const __grid_constant__ BroydenParams<leaves> p) {
     DEQFAST_SHARED(memory);
-    const int64_t b = blockIdx.y;
-    if (p.a.at(kStatus, b) != kRunning) return;
-    Gram<A, S, leaves> gram(p, b, memory);
-    if (!gram.reduce(blockIdx.x, gridDim.x)) return;
+    const Place place(p, p.a.n_leaves);
+    if (p.a.at(kStatus, place.b) != kRunning) return;
+    Gram<A, S, leaves> gram(p, place.b, memory);
+    if (!gram.reduce(place.index, place.chunks)) return;
     if (!(p.phase & kApply))
         gram.save_sums();
     else if (warp_of() == 0)
@@ -241,10 +239,10 @@ template <class A, class S, int leaves>
 __global__ void __launch_bounds__(kGramThreads, sizeof(A) == 8 ? 1 : 2)
     gram_apply_kernel(const __grid_constant__ BroydenParams<leaves> p) {
     DEQFAST_SHARED(memory);
-    const int64_t b = blockIdx.y;
-    const int32_t outcome = p.work.outcomes[b];
-    if (outcome & kJudged) Gram<A, S, leaves>(p, b, memory).apply(blockIdx.x, gridDim.x, outcome);
-    finish(p.work, int64_t(gridDim.x) * gridDim.y);
+    const Place place(p, p.a.n_leaves);
+    const int32_t outcome = p.work.outcomes[place.b];
+    if (outcome & kJudged) Gram<A, S, leaves>(p, place.b, memory).apply(place.index, place.chunks, outcome);
+    finish(p.work, gridDim.x);
 }
 
 }  // namespace deqfast::cuda

@@ -18,13 +18,14 @@ struct Loop {
     const int32_t* running;
     int32_t* made;
     int steps, limit;
+    bool has_rest;  // a condition without a node of its own may not exist
 };
 
 __device__ void decide(const Loop& loop) {
     const bool going = *static_cast<volatile const int32_t*>(loop.running) > 0;
     const bool room = *loop.made + loop.steps <= loop.limit;
     cudaGraphSetConditional(loop.again, going && room);
-    cudaGraphSetConditional(loop.remain, going && !room && *loop.made < loop.limit);
+    if (loop.has_rest) cudaGraphSetConditional(loop.remain, going && !room && *loop.made < loop.limit);
 }
 
 __global__ void begin_kernel(const __grid_constant__ Loop loop) {
@@ -137,9 +138,11 @@ DeviceLoop::DeviceLoop(int device, void* pass, void* rest, int steps, const int3
     cudaGraph_t graph;
     check(cudaGraphCreate(&graph, 0), "graph");
     try {
-        Loop loop{0, 0, running, made, steps, limit};
+        Loop loop{0, 0, running, made, steps, limit, rest != nullptr};
         check(cudaGraphConditionalHandleCreate(&loop.again, graph, 0, cudaGraphCondAssignDefault), "graph condition");
-        check(cudaGraphConditionalHandleCreate(&loop.remain, graph, 0, cudaGraphCondAssignDefault), "graph condition");
+        if (rest)
+            check(cudaGraphConditionalHandleCreate(&loop.remain, graph, 0, cudaGraphCondAssignDefault),
+                  "graph condition");
         Chain top(graph);
         top.kernel(begin_kernel, loop);
         Chain body(top.conditional(loop.again, cudaGraphCondTypeWhile));

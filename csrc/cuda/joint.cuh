@@ -180,18 +180,19 @@ __global__ void __launch_bounds__(kJointThreads, 2) joint_factors_kernel(const _
 template <class A, class S, int parts>
 __global__ void __launch_bounds__(kJointThreads, 2) joint_chunk_kernel(const __grid_constant__ JointParams<parts> p) {
     const JointArgs& a = p.a;
-    const int64_t b = blockIdx.y, chunks = gridDim.x;
+    const Place place(p, a.n_parts);
+    const int64_t b = place.b, chunks = place.chunks;
     if (a.status[b] != kRunning) return;
     const bool given = a.needs_factors();
     const InputStep<A> input(a, given ? a.factors[2 * b] : a.step_size, given ? a.factors[2 * b + 1] : 1);
-    const Chunk chunk(p, blockIdx.x);
+    const Chunk chunk(p, place.index);
     const JointPart& part = p.leaf[chunk.leaf];
     const int64_t end = min(chunk.begin + kSplitChunk, part.n);
     const Squares found = block_sums(map_numbers<A, S>(a, part, b, chunk.begin, end, input));
     double* partials = a.partials + b * 2 * chunks;  // (2, chunks)
     if (threadIdx.x == 0) {
-        partials[blockIdx.x] = found.moved;
-        partials[chunks + blockIdx.x] = found.size;
+        partials[place.index] = found.moved;
+        partials[chunks + place.index] = found.size;
     }
     if (!last_to_arrive(&p.work.arrivals[b], chunks)) return;
     int64_t first = 0;
@@ -224,7 +225,7 @@ void run_joint(const JointArgs& a, const JointWork& work, int64_t numbers, int64
         return launch(joint_sample_kernel<A, S, parts>, samples, threads, 0, work.stream, p);
     }
     if (a.needs_factors()) launch(joint_factors_kernel<A, S, parts>, samples, kJointThreads, 0, work.stream, p);
-    launch(joint_chunk_kernel<A, S, parts>, dim3(unsigned(chunks), unsigned(a.B)), kJointThreads, 0, work.stream, p);
+    launch(joint_chunk_kernel<A, S, parts>, grid_of(a.B, chunks), kJointThreads, 0, work.stream, p);
 }
 
 }  // namespace deqfast::cuda

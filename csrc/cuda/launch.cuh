@@ -19,8 +19,9 @@ namespace deqfast::cuda {
 
 inline void check_shared(int64_t bytes) {
     if (bytes > kMaxShared)
-        throw std::invalid_argument("the solver's memory: " + std::to_string(bytes) +
-                                    " bytes of shared memory are more than a block has; ask for fewer columns");
+        throw std::invalid_argument("the solver's columns need " + std::to_string(bytes) +
+                                    " bytes of shared memory, a block has " + std::to_string(kMaxShared) +
+                                    "; keep fewer (m or memory), or use backend='triton'");
 }
 
 #ifdef __CUDACC__

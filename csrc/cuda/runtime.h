@@ -25,7 +25,7 @@ class OnDevice {
 };
 
 // How the host learns how many samples still run. The last block of a step writes the step's ticket and its counts into
-// pinned host memory; the host reads them `kLag` steps later, so that the device always has work queued, and without
+// pinned host memory; the host reads them a few steps later, so that the device always has work queued, and without
 // any call that waits for the device. Reading at a fixed distance keeps the number of evaluations the same in every
 // run.
 //
@@ -33,7 +33,7 @@ class OnDevice {
 // used twice, so that a late write of an earlier solve is not taken for one of this solve.
 class Counts {
    public:
-    static constexpr int kEntries = 8, kLag = 2;
+    static constexpr int kEntries = 8;
 
     Counts();
     ~Counts();
@@ -47,6 +47,9 @@ class Counts {
         streams_[ticket_ % kEntries] = stream;
         return ticket_;
     }
+
+    // The step of the newest ticket was not launched.
+    void take_back() { --ticket_; }
 
     struct Entry {
         int64_t running, failed;

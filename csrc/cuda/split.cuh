@@ -2,6 +2,8 @@
 // order that depends on the sample's size alone.
 #pragma once
 
+#include <stdexcept>
+
 #include "verdict.cuh"
 
 namespace deqfast::cuda {
@@ -18,6 +20,23 @@ struct Chunk {
     }
     static __device__ int64_t chunks_in(int64_t n) { return (n + kSplitChunk - 1) / kSplitChunk; }
 };
+
+// Which sample and which of its chunks a block has. Grids are one-dimensional: the second dimension ends at 65,535.
+struct Place {
+    int64_t chunks = 0, b, index;
+
+    template <class Params>
+    __device__ Place(const Params& p, int tensors) {
+        for (int i = 0; i < tensors; ++i) chunks += Chunk::chunks_in(p.leaf[i].n);
+        b = int64_t(blockIdx.x) / chunks;
+        index = int64_t(blockIdx.x) % chunks;
+    }
+};
+
+inline dim3 grid_of(int64_t B, int64_t chunks) {
+    if (B * chunks > 0x7fffffff) throw std::invalid_argument("z0: too large for one launch; solve a smaller batch");
+    return dim3(unsigned(B * chunks));
+}
 
 // The last block of a sample: totals of `n` products, (n, chunks), over its chunks; the whole block.
 __device__ inline void add_chunks(const double* partials, int64_t chunks, int n, double* totals) {

@@ -8,6 +8,8 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 #include "deqfast/anderson.h"
 #include "deqfast/broyden.h"
@@ -17,7 +19,7 @@ namespace deqfast::cuda {
 constexpr int kMaxLeaves = 16;          // tensors of a state
 constexpr int64_t kBlockMaxN = 16384;   // samples up to this take one block and one launch a step
 constexpr int64_t kSplitChunk = 4096;   // numbers of a larger sample that one block handles
-constexpr int64_t kMaxShared = 160000;  // bytes of shared memory a block may ask for on every architecture built for
+constexpr int64_t kMaxShared = 101376;  // bytes of shared memory a block may ask for, from compute capability 8.0 on
 
 // Zeroed when allocated; WorkSizes says how many bytes each needs. Arrays of size 0 may be null.
 struct DeviceWork {
@@ -65,9 +67,37 @@ inline WorkSizes work_sizes(const AndersonArgs& a, bool halves) {
     return sizes;
 }
 
+// Shared memory of a block of so many warps.
+DEQFAST_HD inline int64_t anderson_shared(int columns, int warps, int64_t number) {
+    const int64_t m = columns, d = anderson_products(columns);
+    return 8 * (d * (warps + 1)) + number * (m * m + 5 * m + 2 * warps) + 4 * m + 64;
+}
+DEQFAST_HD inline int64_t gram_shared(int memory, int warps) { return 8 * broyden_products(memory) * (warps + 1); }
+
+// std::invalid_argument for what the kernels do not take, before anything is evaluated.
+inline void check_supported(const SolveArgs& a, int64_t shared, const std::string& columns) {
+    const std::string otherwise = "; use backend='triton'";
+    if (a.n_leaves > kMaxLeaves)
+        throw std::invalid_argument("z0: the CUDA kernels take at most " + std::to_string(kMaxLeaves) +
+                                    " tensors, got " + std::to_string(a.n_leaves) + otherwise);
+    if (shared > kMaxShared)
+        throw std::invalid_argument(columns + " is more than the CUDA kernels have room for" + otherwise);
+}
+inline void check_supported(const AndersonArgs& a) {
+    check_supported(a, anderson_shared(a.m, 8, a.dtype == DType::f64 ? 8 : 4), "m=" + std::to_string(a.m));
+}
+inline void check_supported(const BroydenArgs& a) {
+    check_supported(a, a.gram ? gram_shared(a.memory, 8) : 0, "memory=" + std::to_string(a.memory));
+}
+
+// Whether Broyden's chain keeps z in shared memory, beside what a block's sums take there.
+DEQFAST_HD inline bool chain_in_shared(const BroydenArgs& a) {
+    return a.N <= kBlockMaxN && a.N * (a.dtype == DType::f64 ? 8 : 4) + 1024 <= kMaxShared;
+}
+
 inline WorkSizes work_sizes(const BroydenArgs& a, bool) {
     if (a.gram) return split_sizes(a, broyden_products(a.memory));
-    return {3 * 4, 0, 0, 0, 0, 0, 0, a.N > kBlockMaxN ? a.B * a.N * accumulation_size(a.dtype) : 0};
+    return {3 * 4, 0, 0, 0, 0, 0, 0, chain_in_shared(a) ? 0 : a.B * a.N * accumulation_size(a.dtype)};
 }
 
 // One step, or with kReduce and kApply its halves, in order on `stream`; returns without waiting. kReduce leaves the

@@ -124,12 +124,12 @@ def _anderson_step(
     scaled = history.dtype in SCALED_DTYPES
     blocks = sum(math.ceil(leaf.n / BLOCK) for leaf in layout.leaves) if scaled else 0
     side = kept if test_space else 0
-    _expect("history", history, history_shape(layout, m, history.dtype), history.dtype)
-    _expect("scales", scales, (2, layout.B, m, blocks), torch.float32)
-    _expect("matrix", matrix, (ws.tiles, side, side, TILE), acc)
-    _expect("gram", gram, (ws.tiles, kept, kept, TILE), acc)
-    _expect("norms", norms, (ws.tiles, 2, m, TILE), acc)
-    _expect("ages", ages, (ws.tiles, m, TILE), torch.int32)
+    _expect("history", history, history_shape(layout, m, history.dtype), history.dtype, layout.device)
+    _expect("scales", scales, (2, layout.B, m, blocks), torch.float32, layout.device)
+    _expect("matrix", matrix, (ws.tiles, side, side, TILE), acc, layout.device)
+    _expect("gram", gram, (ws.tiles, kept, kept, TILE), acc, layout.device)
+    _expect("norms", norms, (ws.tiles, 2, m, TILE), acc, layout.device)
+    _expect("ages", ages, (ws.tiles, m, TILE), torch.int32, layout.device)
     ws.m, ws.test_space, ws.mixing, ws.ridge, ws.evict_least_useful = m, test_space, mixing, ridge, evict_least_useful
     ws.history, ws.scales, ws.matrix, ws.gram, ws.norms, ws.ages = history, scales, matrix, gram, norms, ages
     return _run(ws, f, f_prev, f_rows, f_prev_rows)
@@ -158,9 +158,9 @@ def _broyden_step(
         raise ValueError(f"history: expected (B, memory, N) with at least 2 steps of memory, got {_is(history)}")
     memory = history.shape[1]
     side = memory if layout.N >= BroydenWorkspace.GRAM_MIN_N else 0
-    _expect("history", history, (layout.B, memory, layout.N), layout.acc)
-    _expect("norms", norms, (layout.B, memory), layout.acc)
-    _expect("gram", gram, (layout.B, side, side), layout.acc)
+    _expect("history", history, (layout.B, memory, layout.N), layout.acc, layout.device)
+    _expect("norms", norms, (layout.B, memory), layout.acc, layout.device)
+    _expect("gram", gram, (layout.B, side, side), layout.acc, layout.device)
     ws.memory, ws.scale_first = memory, scale_first
     ws.history, ws.norms, ws.gram = history, norms, gram
     return _run(ws, f, None, f_rows, None)
@@ -184,13 +184,15 @@ def _share(
         if len(leaves) != len(x):
             raise ValueError(f"{name}: expected {len(x)} tensors as in x, got {len(leaves)}")
         for t, leaf in zip(leaves, layout.leaves, strict=True):
+            if t.device != layout.device:
+                raise ValueError(f"{name}: expected tensors on {layout.device}, where x is, got one on {t.device}")
             if t.shape != leaf.shape or t.dtype != leaf.dtype or not _same_memory(t, leaf.stride):
                 expected = f"{tuple(leaf.shape)} {leaf.dtype} with strides {tuple(leaf.stride)}"
                 raise ValueError(f"{name}: expected {expected}, got {_is(t)} with strides {t.stride()}")
     ws.layout = layout
     ws.tiles = math.ceil(layout.B / TILE)
-    _expect("ints", ints, (16, ws.tiles * TILE), torch.int32)
-    _expect("reals", reals, (8, ws.tiles * TILE), layout.acc)
+    _expect("ints", ints, (16, ws.tiles * TILE), torch.int32, layout.device)
+    _expect("reals", reals, (8, ws.tiles * TILE), layout.acc, layout.device)
     ws.rtol, ws.atol, ws.max_iter, ws.keep_best = rtol, atol, max_iter, keep_best
     ws.x, ws.cur, ws.saved = (list(x), list(x_prev)), 0, list(saved)
     ws.ints, ws.reals, ws.buffer = ints, reals, None
@@ -219,7 +221,7 @@ def _check_sources(layout: Layout, leaves: list[Tensor], rows: Tensor | None, na
     if rows is None:
         layout.flatten(leaves, name)
         return
-    _expect(f"{name}_rows", rows, (layout.B,), torch.int32)
+    _expect(f"{name}_rows", rows, (layout.B,), torch.int32, layout.device)
     batch = leaves[0].shape[0] if leaves and leaves[0].dim() else 0
     layout.flatten(leaves, name, batch)
     if int(rows.max()) >= batch or int(rows.min()) < -1:
@@ -230,7 +232,9 @@ def _check_sources(layout: Layout, leaves: list[Tensor], rows: Tensor | None, na
         raise ValueError(f"{name}_rows: -1 says that a sample was dropped, got it for one that is running")
 
 
-def _expect(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def _expect(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if t.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, where x is, got one on {t.device}")
     if t.shape != shape or t.dtype != dtype or not t.is_contiguous():
         raise ValueError(f"{name}: expected contiguous {shape} {dtype}, got {_is(t)} with strides {t.stride()}")
 

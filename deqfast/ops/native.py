@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..status import Status
+from .lag import capturing
 from .layout import Layout, Leaf
 from .workspace import AndersonWorkspace, BroydenWorkspace, Int, Workspace
 
@@ -106,8 +107,14 @@ def bind(
             running.fill_(layout.B)
             plan.rewind(0)
 
+        def failed() -> int:
+            count = plan.failed()
+            if count < 0 and not capturing(layout.device):  # resumed, and no step made since
+                count = int((ws.int_row(Int.STATUS) > Status.CONVERGED).sum())
+            return max(0, count)
+
         attributes = {
-            "failed": plan.failed,
+            "failed": failed,
             "renew": renew,
             "rewind": plan.rewind,
             "report": lambda lag: plan.report(stream(), lag),
@@ -247,6 +254,7 @@ def _device_memory(plan: Any, ws: Workspace, evaluations: int, halves: bool) -> 
     running = memory[:4].view(torch.int32)
     if evaluations:
         running.copy_((ws.int_row(Int.STATUS) == Status.RUNNING).sum())
+        memory[8:12].view(torch.int32).copy_((ws.int_row(Int.STATUS) > Status.CONVERGED).sum())
     else:
         running.fill_(ws.layout.B)
     plan.use(memory.data_ptr(), halves)

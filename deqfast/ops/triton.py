@@ -86,7 +86,7 @@ def bind(ws: Workspace, evaluations: int = 0) -> Callable[[list[Tensor], list[Te
         attributes |= {
             "renew": plan.renew,
             "rewind": plan.lag.rewind,
-            "report": lambda lag: plan.lag.report(plan.running, lag),
+            "report": plan.report,
             "running": plan.running,
         }
     vars(update).update(attributes)
@@ -152,7 +152,13 @@ class _Plan:
         failed = (self.ws.int_row(Int.STATUS) > Status.CONVERGED).sum().to(torch.int32)
         if self.device.type == "cpu":
             return int(failed)
-        return Lag(self.ws.layout.B, self.device, 0, 0).report(failed, 0)
+        with torch.cuda.device(self.device):
+            return Lag(self.ws.layout.B, self.device, 0, 0).report(failed, 0)
+
+    def report(self, lag: int) -> int:
+        """The samples running as of ``lag`` reports before."""
+        with torch.cuda.device(self.device):  # events belong to a stream of the current one
+            return self.lag.report(self.running, lag)
 
     def renew(self) -> None:
         """For a new solve in the same memory."""
