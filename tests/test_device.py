@@ -222,3 +222,19 @@ def test_failure_that_is_to_be_thrown_carries_the_solution(backend):
     with pytest.raises(dq.ConvergenceError, match="2 evaluations") as caught:
         solve(p, solver=SOLVERS["mixed"], rtol=1e-7, max_iter=2, throw=True, backend=backend)
     assert caught.value.solution.status.tolist() == [dq.Status.MAX_ITER] * 3
+
+
+@every_backend
+def test_state_saved_to_the_cpu_goes_on_on_the_gpu(backend):
+    p = problem(3, 33)
+    states = [dq.Anderson(m=3).init(p.z0, rtol=0.0, max_iter=8, backend=backend) for _ in range(2)]
+    for _ in range(4):
+        states[0].step(problems.pull(states[0].z, *p.args))
+    saved = states[0].state_dict()
+    saved["tensors"] = {name: t.cpu() for name, t in saved["tensors"].items()}
+    states[1].load_state_dict(saved)
+    for state in states:
+        while not state.done:
+            state.step(problems.pull(state.z, *p.args))
+    assert torch.equal(states[0].z, states[1].z)
+    assert states[1].failed() == 3

@@ -266,3 +266,8 @@ def test_rows_of_samples_that_have_stopped_may_be_dropped():
     state.ws.int_row(Int.STATUS)[0] = dq.Status.CONVERGED
     given = library.arguments(state.ws, [torch.ones(1, 4)], f_rows=torch.tensor([-1, 0], dtype=torch.int32))
     assert int(torch.ops.deqfast.anderson_step(*given)) == 1
+
+
+def test_memory_on_another_device_is_refused_by_name():
+    with pytest.raises(ValueError, match="ints: expected a tensor on cpu, where x is, got one on meta"):
+        library._expect("ints", torch.zeros(16, 16, device="meta"), (16, 16), torch.float32, torch.device("cpu"))
