@@ -79,6 +79,7 @@ class Device {
     int64_t step(const Args& args, int phase, void* stream) {
         if (!work_.counters) throw std::logic_error("a plan on a device was given no memory");
         if (phase != deqfast::kStep && !halves_) throw std::invalid_argument("this plan takes whole steps only");
+        if (args.B == 0) return 0;
         const deqfast::cuda::OnDevice on(index_);
         // A captured graph may be replayed when this plan is gone, so that its steps tell nobody.
         const bool captured = deqfast::cuda::capturing(stream);
