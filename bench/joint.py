@@ -81,12 +81,13 @@ class Own:
         for i, t in enumerate(maps.start):
             self.ws.value(i, 0).copy_(t)
         self._step = bind_joint(self.ws, "native")
+        self.running = shape.batch
 
     def evaluate(self) -> list[Tensor]:
         return self.maps([self.ws.value(i) for i in range(len(BLOCKS))])
 
     def step(self, values: list[Tensor]) -> None:
-        self._step(values, STEP_SIZE)
+        self.running = self._step(values, STEP_SIZE)
 
 
 class Torch:
@@ -163,6 +164,8 @@ def compare(name: str, rounds: int) -> tuple[dict[str, dict[str, Any]], dict[str
             for label, row in rows.items():
                 taken[label].append(_seconds(row.step, row.evaluate()))
             taken["copy"].append(_seconds(lambda _: copy(), None))
+        for row in rows.values():
+            assert not isinstance(row, Own) or row.running == shape.batch, "a frozen sample is no work"
     bandwidth = copied / statistics.median(taken["copy"])
     for label in rows:
         seconds = statistics.median(taken[label])
