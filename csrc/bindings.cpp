@@ -1,4 +1,4 @@
-// deqfast._C: the only file that knows Python.
+// deqfast._C. This and joint_plan.h are the only files that know Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,6 +13,7 @@
 #include "deqfast/broyden.h"
 #include "deqfast/dispatch.h"
 #include "joint_plan.h"
+#include "place.h"
 #ifdef DEQFAST_HAS_CUDA
 #include "cuda/graph_loop.h"
 #include "cuda/runtime.h"
@@ -225,17 +226,7 @@ class Plan {
     void source(int leaf, int which, Address data, DType dtype, int64_t batch_stride, bool dense,
                 const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
         deqfast::Source& s = which ? leaves_.at(size_t(leaf)).f_prev : leaves_.at(size_t(leaf)).f;
-        if (sizes.size() > deqfast::kMaxDims)
-            throw std::invalid_argument("f(z): at most " + std::to_string(deqfast::kMaxDims) +
-                                        " inner dimensions can be read through strides, got " +
-                                        std::to_string(sizes.size()));
-        s.data = pointer<void>(data);
-        s.dtype = dtype;
-        s.batch_stride = batch_stride;
-        s.dense = dense;
-        s.ndim = int(sizes.size());
-        std::copy(sizes.begin(), sizes.end(), s.size);
-        std::copy(strides.begin(), strides.end(), s.stride);
+        deqfast::place(s, data, dtype, batch_stride, dense, sizes, strides);
     }
 
     // One leaf, dense, of the state's dtype: only addresses change. f_prev 0: there is none.

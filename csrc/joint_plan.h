@@ -5,12 +5,12 @@
 #include <pybind11/pybind11.h>
 
 #include <memory>
-#include <stdexcept>
 #include <tuple>
 #include <vector>
 
 #include "deqfast/dispatch.h"
 #include "deqfast/joint.h"
+#include "place.h"
 #ifdef DEQFAST_HAS_CUDA
 #include "cuda/joint_work.h"
 #include "cuda/runtime.h"
@@ -60,15 +60,7 @@ class JointPlan {
     // Where f, p or q of a part lies; strides in numbers.
     void source(int part, Address data, DType dtype, int64_t batch_stride, bool dense,
                 const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
-        Source& s = parts_.at(size_t(part)).value;
-        if (sizes.size() > kMaxDims) throw std::invalid_argument("f(z, x): too many inner dimensions");
-        s.data = at<void>(data);
-        s.dtype = dtype;
-        s.batch_stride = batch_stride;
-        s.dense = dense;
-        s.ndim = int(sizes.size());
-        std::copy(sizes.begin(), sizes.end(), s.size);
-        std::copy(strides.begin(), strides.end(), s.stride);
+        place(parts_.at(size_t(part)).value, data, dtype, batch_stride, dense, sizes, strides);
     }
 
     void step(int cur, double step_size, Address stream) {

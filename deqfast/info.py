@@ -16,7 +16,7 @@ import deqfast
 from . import ops
 from .ops import native
 
-OPS = ("anderson_step", "broyden_step")
+OPS = ("anderson_step", "broyden_step", "joint_step")
 ENVIRONMENT = {
     "DEQFAST_BACKEND": 'what backend="auto" means',
     "DEQFAST_CPU_ISA": "instruction set of the CPU kernels",

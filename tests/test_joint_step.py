@@ -273,6 +273,7 @@ def test_threads_change_no_bit(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch(backend):
     at = start(0, 5, 3)
+    bind_map(workspace(at, **PROJECTIONS["normalised-l2"]), backend)(at.every(), 0.1)
     assert bind_joint(workspace(at, dq.Anderson(m=2)), backend)(at.every(), 0.1) == 0
 
 

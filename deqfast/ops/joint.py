@@ -128,6 +128,8 @@ def bind_joint(ws: JointWorkspace, backend: str, project: Callable[[list[Tensor]
 
     def step(values: list[Tensor], step_size: float) -> int:
         nonlocal first
+        if core.layout.B == 0:
+            return 0
         with torch.no_grad():
             to_mapped(values, step_size)
             mapped = ws.mapped[core.cur]

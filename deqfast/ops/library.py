@@ -113,6 +113,7 @@ def _anderson_step(
     keep_best: bool,
 ) -> Tensor:
     ws = AndersonWorkspace.__new__(AndersonWorkspace)
+    ws.own_previous, ws.own_columns = None, None
     layout = _share(ws, x, x_prev, saved, ints, reals, rtol, atol, max_iter, keep_best)
     if history.dim() not in (4, 5) or history.dtype not in HISTORY_DTYPES:
         raise ValueError(f"history: expected (2, B, m, N) of {HISTORY_DTYPES}, got {_is(history)}")
@@ -180,6 +181,7 @@ def _share(
 ) -> Layout:
     """Fill what both workspaces have with the given memory, checked: the kernels see addresses alone."""
     layout = Layout(list(x), "x")
+    ws.own_residual, ws.block_norms, ws.block_rules = None, None, []
     for name, leaves in (("x", x), ("x_prev", x_prev), ("saved", saved)):
         if len(leaves) != len(x):
             raise ValueError(f"{name}: expected {len(x)} tensors as in x, got {len(leaves)}")

@@ -19,7 +19,9 @@ from triton.compiler import ASTSource
 
 import deqfast as dq
 from deqfast import ops
-from deqfast.kernels import anderson, broyden
+from deqfast.kernels import anderson, broyden, joint
+from deqfast.ops.joint import JointWorkspace, MapOptions, Part, bind_joint
+from deqfast.ops.layout import Layout
 from deqfast.state import SolverState
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -57,6 +59,14 @@ SHARED = [
     (dq.Broyden(), F32, [100_000], 80),
     (dq.Broyden(scale="first_step"), F64, [1001, 500], 90),
 ]
+# (solver, options of the map, centre, dtype of the state, sizes of z and x, compute capability)
+JOINT = [
+    (dq.Anderson(m=20), MapOptions((0.8, 0.6)), False, F32, [47_824, 784], 90),
+    (dq.Anderson(m=40), MapOptions((0.8, 0.6), normalize=True, ball="l2", radius=1.0), True, F32, [1001, 100], 80),
+    (dq.Anderson(m=5), MapOptions(ball="linf", radius=0.1, low=0.0, high=1.0), True, F64, [100, 10_001], 90),
+    (dq.Anderson(m=5), MapOptions(normalize=True, ball="l2", radius=1.0), False, BF16, [500, 1], 80),
+    (dq.Picard(), MapOptions((1.0, 0.5), low=0.0), False, F16, [64, 64], 90),
+]
 
 
 class Launches:
@@ -69,20 +79,43 @@ class Launches:
         return self.note
 
     def note(self, *args, **options) -> None:
-        self.found[self.launched.__name__] = (self.launched, args, options)
+        calls = self.found.setdefault(self.launched.__name__, [])
+        if all(options != known for _, _, known in calls):
+            calls.append((self.launched, args, options))
 
 
 def launches(solver, dtype, sizes) -> dict:
     """Every kernel that one step launches, with its arguments."""
     z0 = tuple(torch.zeros(2, n, dtype=dtype) for n in sizes)
     state = SolverState(solver, z0, backend="reference")
+    found = listen()
+    step = ops.bind(state.ws, "triton")
+    step(list(z0), [t.clone() for t in z0] if state._uses_previous else None, None, None)
+    return found
+
+
+def joint_launches(solver, options, centered, dtype, sizes) -> dict:
+    """The same for a joint step on z and x of these sizes."""
+    every = [torch.zeros(2, n, dtype=dtype) for n in (sizes[0], *sizes)]
+    layout = Layout(every, "every")
+    core = solver.workspace(layout, rtol=0.0, atol=0.0, max_iter=0, keep_best=True)
+    core.judge_blocks([(1e-3, 0.0, 1.0)] * 3)
+    center = torch.zeros(2, sizes[1], dtype=layout.acc) if centered else None
+    parts = [Part(i, leaf, i, center if i == 2 else None) for i, leaf in enumerate(layout.leaves)]
+    found = listen()
+    step = bind_joint(JointWorkspace(core, parts, options), "triton")
+    for _ in range(2):  # the second makes a column
+        step(every, 0.1)
+    return found
+
+
+def listen() -> dict:
+    """Where the kernels leave the arguments they are launched with from now on."""
     found: dict = {}
-    for module in (anderson, broyden):
+    for module in (anderson, broyden, joint):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             kernel = getattr(module, name)
             setattr(module, name, Launches(kernel.launched if isinstance(kernel, Launches) else kernel, found))
-    step = ops.bind(state.ws, "triton")
-    step(list(z0), [t.clone() for t in z0] if state._uses_previous else None, None, None)
     return found
 
 
@@ -119,11 +152,20 @@ def usage(binary: bytes) -> dict[str, int]:
 
 def main() -> None:
     for solver, dtype, sizes, capability in ONE_PROGRAM + SHARED:
-        for name, (kernel, args, options) in launches(solver, dtype, sizes).items():
+        report(launches(solver, dtype, sizes), f"{solver} {dtype} {sizes}", capability)
+    for solver, options, centered, dtype, sizes, capability in JOINT:
+        report(
+            joint_launches(solver, options, centered, dtype, sizes), f"{solver} {options} {dtype} {sizes}", capability
+        )
+
+
+def report(launched: dict, what: str, capability: int) -> None:
+    """Compile what was launched and print what it uses."""
+    for name, calls in launched.items():
+        for kernel, args, options in calls:
             code = compiled(kernel, args, options, capability)
-            case = f"{name} {solver} {dtype} {sizes} sm_{capability}"
             used = {"shared": code.metadata.shared, **usage(code.asm["cubin"])}
-            print(json.dumps({"case": case, "kernel": name, **used}), flush=True)
+            print(json.dumps({"case": f"{name} {what} sm_{capability}", "kernel": name, **used}), flush=True)
 
 
 if __name__ == "__main__":

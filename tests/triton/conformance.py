@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import test_anderson
 import test_broyden
+import test_joint_step as joint
 import torch
 from problems import problem, pull, run, same_bits, same_state, solve
 
@@ -235,3 +236,57 @@ def test_solve_saved_by_one_backend_goes_on_in_the_other(solver):
         run(state, lambda z: pull(z, *p.args))
     assert same_state(triton, again)
     assert torch.allclose(triton.z, reference.z, rtol=1e-4, atol=1e-5)
+
+
+# ---- the joint step ----
+
+
+@pytest.mark.parametrize("projection", joint.PROJECTIONS)
+@pytest.mark.parametrize(("B", "nz", "nx"), [(2, 33, 9), (1, 1, 1)])
+def test_joint_map_agrees_with_float64(B, nz, nx, projection):
+    options = joint.PROJECTIONS[projection]
+    joint.check_map(joint.start(B, nz, nx, center=options.get("center", False)), "triton", **options)
+
+
+@pytest.mark.parametrize("dtype", [F64, BF16, F16, torch.complex64], ids=str)
+@pytest.mark.parametrize("projection", ["none", "normalised-l2", "linf-box"])
+def test_joint_map_agrees_for_all_dtypes(dtype, projection):
+    options = joint.PROJECTIONS[projection]
+    joint.check_map(joint.start(2, 40, 17, dtype=dtype, center=options.get("center", False)), "triton", **options)
+
+
+@pytest.mark.parametrize(("nz", "nx"), [(8195, 64), (3, 8195), (5, 0)])
+def test_joint_map_agrees_where_programs_share_a_sample(nz, nx):
+    options = joint.PROJECTIONS["normalised-l2" if nx else "none"]
+    joint.check_map(joint.start(1, nz, nx, center=bool(nx)), "triton", **options)
+
+
+@pytest.mark.parametrize(
+    ("claim", "arguments"),
+    [
+        (joint.test_trees_are_read_in_any_memory_order, ("normalised-l2",)),
+        (joint.test_narrower_values_are_read, (F32, BF16)),
+        (joint.test_expanded_value_is_read, ()),
+        (joint.test_stopped_samples_are_left_alone, (40,)),
+        (joint.test_sample_is_unaffected_by_a_neighbour_that_is_no_number, (torch.nan, "normalised-l2")),
+        (joint.test_sample_is_unaffected_by_a_neighbour_that_is_no_number, (torch.inf, "linf-box")),
+        (joint.test_sample_has_the_same_bits_in_any_batch, (40, 9)),
+        (joint.test_sample_has_the_same_bits_in_any_batch, (5, 4100)),
+        (joint.test_empty_batch, ()),
+        (joint.test_step_of_trees_agrees, ()),
+        (joint.test_blocks_left_out_move_to_their_mapped_value, (("z", "mu"),)),
+        (joint.test_sample_stops_when_every_block_is_within_its_tolerance, (6, joint.BLOCKS)),
+        (joint.test_sample_stops_when_every_block_is_within_its_tolerance, (6, ("z",))),
+        (joint.test_sample_stops_when_every_block_is_within_its_tolerance, (9000, ("z",))),
+        (joint.test_absolute_tolerance_of_a_block, ()),
+        (joint.test_sample_that_is_no_number_in_one_block_stops_alone, (joint.BLOCKS,)),
+    ],
+    ids=lambda part: part.__name__ if callable(part) else str(part),
+)
+def test_claim_about_the_joint_step_of_every_backend_holds(claim, arguments):
+    claim(*arguments, "triton")
+
+
+@pytest.mark.parametrize("solver", ["mixed", "type-2-int8", "picard"])
+def test_joint_step_agrees_with_float64(solver):
+    joint.check_step(joint.SOLVERS[solver], joint.start(2, 33, 9), "triton", steps=4)
