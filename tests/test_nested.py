@@ -10,7 +10,7 @@ from test_joint_step_size import quadratic
 import deqfast as dq
 
 sys.path.append(str(Path(__file__).parents[1]))
-from bench.nested import SOLVERS, Counted, nested_solve  # noqa: E402
+from bench.nested import SOLVERS, Counted, nested_solve
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
