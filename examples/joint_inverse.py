@@ -223,9 +223,9 @@ def publish(tasks: list[Task], args) -> None:
 def draw(path: Path, tasks: list[Task], speed: str) -> None:
     from matplotlib import pyplot
 
-    figure = pyplot.figure(figsize=(12.5, 11.5), facecolor="white")
+    figure = pyplot.figure(figsize=(12.5, 10), facecolor="white")
     outer = figure.add_gridspec(
-        4, 1, left=0.03, right=0.98, top=0.92, bottom=0.02, hspace=0.16, height_ratios=[1, 1, 1.5, 1.5]
+        4, 1, left=0.03, right=0.98, top=0.92, bottom=0.02, hspace=0.16, height_ratios=[0.5, 0.5, 1.5, 1.5]
     )
     for row, task in enumerate(tasks):
         panels = [("truth", task.truth), (task.name, before(task))]
