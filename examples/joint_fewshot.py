@@ -1,7 +1,7 @@
 """A few-shot equilibrium learner: its context vector is the input that a joint solve optimises, an episode a sample.
 
 In an episode with support digits s_1..s_n, z*_i = tanh(W z*_i + U s_i + V x + b) share the context x (codes,), which
-also writes the read-out: logits H(x) z*_i with H(x) = H_0 + M x. The context minimises the summed cross-entropy of
+also writes the read-out: logits (H_0 + M x) z*_i. The context minimises the summed cross-entropy of
 the support and penalty ||x||^2; the weights then minimise that of the queries.
 """
 
@@ -52,12 +52,20 @@ class Learner(nn.Module):
         weight *= (NORM_BOUND / torch.linalg.matrix_norm(weight, 2)).clamp(max=1.0)
 
 
-class Episodes:
-    """Draws episodes: ``ways`` of the given classes in random order, ``shots`` support and ``queries`` of each."""
+def turned(pools: list[Tensor]) -> list[Tensor]:
+    """Eight classes of each: quarter turns, and those of the mirror image."""
+    found = []
+    for pool in pools:
+        image = pool.view(-1, 8, 8)
+        found += [torch.rot90(t, k, (1, 2)).reshape(len(pool), 64) for t in (image, image.mT) for k in range(4)]
+    return found
 
-    def __init__(self, pixels: Tensor, labels: Tensor, classes: list[int], ways: int, seed: int) -> None:
-        self.pools = [pixels[labels == c] for c in classes]
-        self.ways, self.generator = ways, torch.Generator().manual_seed(seed)
+
+class Episodes:
+    """Draws episodes: ``ways`` of the classes in random order, ``shots`` support digits and ``queries`` of each."""
+
+    def __init__(self, pools: list[Tensor], ways: int, seed: int) -> None:
+        self.pools, self.ways, self.generator = pools, ways, torch.Generator().manual_seed(seed)
 
     def draw(self, batch: int, shots: int, queries: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Support (B, ways * shots, 64) and its labels, queries (B, ways * queries, 64) and theirs."""
