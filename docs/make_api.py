@@ -26,6 +26,7 @@ from deqfast import info  # noqa: E402
 
 GROUPS = {
     "Solving": ["fixed_point", "root", "Solution", "Status", "ConvergenceError"],
+    "Joint solves": ["joint_solve", "joint_step_size", "JointSolution", "project"],
     "Solvers": ["Anderson", "Broyden", "Picard", "SolverState"],
     "Gradients": ["Implicit", "Phantom", "OneStep", "Unroll", "GradientWarning"],
     "Layers and the Jacobian": ["DEQ", "jacobian_penalty", "spectral_radius"],
@@ -61,13 +62,21 @@ def page() -> str:
 
 def _entry(name: str, thing: Any) -> Iterator[str]:
     yield f"### {name}"
+    if inspect.ismodule(thing):
+        yield from _docstring(thing)
+        for member, value in vars(thing).items():
+            if inspect.isfunction(value) and value.__module__ == thing.__name__ and not member.startswith("_"):
+                yield f"#### {name}.{member}()"
+                yield _signature(f"dq.{name}.{member}", value)
+                yield from _docstring(value)
+        return
     if inspect.isclass(thing) and issubclass(thing, enum.Enum):
         yield from _docstring(thing)
         comments = {name: f": {comment}" for name, comment in _comments(thing).items()}
         yield "\n".join(f"- `{m.name}` = {m.value}{comments.get(m.name, '')}" for m in thing)
         return
     is_error = inspect.isclass(thing) and issubclass(thing, (Exception, Warning))
-    made_by_caller = name not in ("Solution", "SolverState") and not is_error
+    made_by_caller = name not in ("Solution", "SolverState", "JointSolution") and not is_error
     if made_by_caller:
         yield _signature(f"dq.{name}", thing)
     yield from _docstring(thing)
