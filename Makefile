@@ -28,7 +28,7 @@ LOCK = $(if $(FLOCK),$(FLOCK) $(1))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build inplace demo test lint test-min-torch bench bench-report gpu sanitize emulated check-aarch64 check-cuda format clean
+.PHONY: help venv build inplace demo examples test lint test-min-torch bench bench-report gpu sanitize emulated check-aarch64 check-cuda format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-16s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,12 @@ inplace: ## Use the tree without pip: PYTHON's torch is enough, kernels/ is link
 demo: build ## Classify digits with an equilibrium network; plots go to out/
 	@mkdir -p out
 	$(BIN)/python examples/digits.py --out out
+
+EXAMPLES = generation inverse adversarial metalearning
+
+examples: build ## Run the joint solve's examples, minutes; tables and pictures go to out/
+	@mkdir -p out
+	for name in $(EXAMPLES); do $(BIN)/python examples/joint_$$name.py --out out || exit 1; done
 
 lint: venv ## Formats, style and types
 	$(BIN)/ruff check .

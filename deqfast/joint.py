@@ -119,8 +119,8 @@ def joint_solve(
         max_iter: evaluations at most, default 100.
         returns: "best" (default), the iterate whose largest residual, relative to the tolerances, is least; "last"; or
             "cost", the one accepted last, where a lower cost is accepted at up to 1.3 times the best residual.
-        safeguard: forget a sample's history when its residual grows beyond twice its best; for maps that walk to
-            saddles.
+        safeguard: forget a sample's history when its residual grows beyond twice the best since it last did; for maps
+            that walk to saddles.
         mu0: start of the adjoint, default zeros.
         backward: "envelope" (default): gradients reach z, and through it parameters and args, with x as a constant,
             which is right where the outer loss is the inner one; the backward solve starts at mu. "implicit" or an

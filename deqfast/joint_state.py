@@ -16,7 +16,7 @@ from .ops.workspace import AndersonWorkspace, At, Int, Real
 from .status import Status
 
 COST_SLACK = 1.3  # a lower cost is taken at a residual up to this times the best one
-SAFEGUARD = 2.0  # a residual this far above the best one forgets the history
+SAFEGUARD = 2.0  # a residual this far above the best one since the last restart forgets the history
 
 
 class JointState:
@@ -60,6 +60,7 @@ class JointState:
         B, acc, device = layout.B, layout.acc, layout.device
         self._best_blocks = torch.full((len(problem.rules), B), math.inf, dtype=torch.float64, device=device)
         self._best_cost = torch.full((B,), math.nan, dtype=acc, device=device)
+        self._least = torch.full((B,), math.inf, dtype=core.real_row(Real.BEST).dtype, device=device)
         self._kept: list[Tensor] | None = None  # with returns="cost": the iterate that was accepted last
 
     def _block(self, kind: int) -> list[Tensor]:
@@ -134,7 +135,11 @@ class JointState:
         self._best_blocks = torch.where(take, self._residuals(), self._best_blocks)
         self._best_cost = torch.where(take, cost, self._best_cost)
         if problem.safeguard:
-            self._forget(before & (now > SAFEGUARD * best) & torch.isfinite(best))
+            # Against the best since the last restart: against the best of all, a sample whose plain steps climb would
+            # restart at each of them and never be accelerated again.
+            grown = measured & (now > SAFEGUARD * self._least)
+            self._least = torch.where(measured, torch.where(grown, now, torch.minimum(self._least, now)), self._least)
+            self._forget(grown)
         return self._running == 0
 
     def _keep(self, at: list[Tensor], take: Tensor) -> None:
