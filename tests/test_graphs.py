@@ -380,7 +380,8 @@ def test_identity_follows_what_a_recording_would_read():
     )
 
 
-def test_a_compiled_model_records_compiled_evaluations(recorder):
+def test_a_compiled_model_records_compiled_evaluations(recorder, request):
+    request.addfinalizer(torch.compiler.reset)
     cell = Cell()
     solve = torch.compile(
         lambda x: dq.fixed_point(cell, torch.zeros(2, 24), (x,), mode="graph", backward="none").z, backend="eager"
