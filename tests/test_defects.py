@@ -324,6 +324,7 @@ def assert_compiled_in_three_graphs(solver) -> None:
         warnings.simplefilter("ignore")  # of the compiler's imports, and what the tracer meets
         dynamo = importlib.import_module("torch._dynamo")
         dynamo.reset()
+        dynamo.utils.counters.clear()
         torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
         breaks = sum(dynamo.utils.counters["graph_break"].values())
         graphs = dynamo.utils.counters["stats"]["unique_graphs"]
