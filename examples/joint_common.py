@@ -176,7 +176,7 @@ def palette() -> dict[str, str]:
 
 def show_image(axis: Any, image: Tensor, title: str = "") -> None:
     """A grey picture (H, W) in [0, 1], without a frame."""
-    axis.imshow(image.detach().cpu().clamp(0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.imshow(image.detach().cpu().clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axis.set_axis_off()
     if title:
         axis.set_title(title, fontsize=9, fontweight="normal", loc="center")

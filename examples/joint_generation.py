@@ -139,7 +139,7 @@ def draw(path: Path, runs: list[Run], pixels, test, args, wall: float) -> None:
         for run in runs:
             spent = torch.tensor(quantity(run), dtype=torch.float64).cumsum(0)
             colour = colours[COLOURS[run.kind]]
-            axis.plot(spent, run.test_objective, "o-", color=colour, label=run.name, lw=2, ms=4)
+            axis.plot(spent.tolist(), run.test_objective, "o-", color=colour, label=run.name, lw=2, ms=4)
         axis.set(xscale="log", xlabel=label, ylabel="test objective")
         axis.legend(frameon=False, fontsize=8.5)
     low = figure.add_gridspec(4, 14, left=0.13, right=0.98, top=0.44, bottom=0.02, wspace=0.08, hspace=0.12)

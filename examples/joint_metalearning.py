@@ -208,7 +208,7 @@ def publish(runs: list[Run], unseen, args) -> None:
 def draw(path: Path, groups: dict[str, list[Run]], unseen, args, wall: float) -> None:
     from matplotlib import pyplot
 
-    figure = pyplot.figure(figsize=(13, 6.4), facecolor="white")
+    figure = pyplot.figure(figsize=(13, 5.4), facecolor="white")
     left = figure.add_gridspec(1, 1, left=0.06, right=0.46, top=0.84, bottom=0.1)
     axis = figure.add_subplot(left[0])
     palette = common.palette()
@@ -216,7 +216,7 @@ def draw(path: Path, groups: dict[str, list[Run]], unseen, args, wall: float) ->
         clocks = [run.cpu if args.device == "cpu" else run.wall for run in group]
         spent = torch.tensor(clocks, dtype=torch.float64).mean(0).cumsum(0)
         right = 100 * torch.tensor([run.accuracy for run in group], dtype=torch.float64).mean(0)
-        axis.plot(spent, right, "o-", color=palette[colour], lw=2, ms=4, label=name)
+        axis.plot(spent.tolist(), right.tolist(), "o-", color=palette[colour], lw=2, ms=4, label=name)
     axis.axhline(100 / WAYS, color="#BBBBBB", lw=1, ls="--")
     axis.set(xscale="log", xlabel="seconds of meta-training", ylabel="queries of unseen classes right, %")
     axis.legend(frameon=False, fontsize=8.5)
