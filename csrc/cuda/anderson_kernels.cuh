@@ -15,14 +15,19 @@
 namespace deqfast::cuda {
 
 // Blocks of a multiprocessor, at least: left to itself ptxas aims for more, and spills to get there.
-template <class A>
-constexpr int kBlocks = sizeof(A) == 8 ? 1 : 2;
 constexpr int kThreads = 256, kScaledThreads = 128;  // 128 * 8 numbers share one scale
+template <class H>
+constexpr int kMostThreads = kScaled<H> ? kScaledThreads : kThreads;
+template <class A, class H>
+constexpr int kBlocks = sizeof(A) == 8 ? 1
+                        : kScaled<H>   ? 3
+                                       : 2;
 
 // ---- a block a sample ----
 
 template <class A, class S, class H, int leaves>
-__global__ void __launch_bounds__(kThreads, kBlocks<A>) sample_kernel(const __grid_constant__ Params<leaves> p) {
+__global__ void __launch_bounds__(kMostThreads<H>, kBlocks<A, H>)
+    sample_kernel(const __grid_constant__ Params<leaves> p) {
     DEQFAST_SHARED(memory);
     DEQFAST_BLOCK_SHARED int32_t outcome;
     const AndersonArgs& a = p.a;
@@ -70,7 +75,8 @@ __device__ void judge_and_decide(const Params<leaves>& p, int64_t b, Step<A, S, 
 }
 
 template <class A, class S, class H, int leaves>
-__global__ void __launch_bounds__(kThreads, kBlocks<A>) reduce_kernel(const __grid_constant__ Params<leaves> p) {
+__global__ void __launch_bounds__(kMostThreads<H>, kBlocks<A, H>)
+    reduce_kernel(const __grid_constant__ Params<leaves> p) {
     DEQFAST_SHARED(memory);
     const AndersonArgs& a = p.a;
     const Place place(p, a.n_leaves);
