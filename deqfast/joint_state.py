@@ -117,8 +117,8 @@ class JointState:
         problem, core = self.problem, self.ws.core
         values, cost = problem.evaluate(self.z, self.mu, self.x, first=self.nfe == 0)
         before = core.int_row(Int.STATUS) == Status.RUNNING
-        best = core.real_row(Real.BEST).clone()
         if problem.returns == "cost":
+            best = core.real_row(Real.BEST).clone()
             at = [self.ws.value(i).clone() for i in range(len(self.ws.parts))]
         self._running = self._step(values, problem.step_size(self.nfe))
         self.nfe += 1

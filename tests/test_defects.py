@@ -150,7 +150,7 @@ def test_broyden_of_torchdeq_with_six_columns_does_not(torchdeq):
 # ---- one slow sample ----
 
 
-def finished_samples_rest(solve) -> None:
+def assert_finished_samples_rest(solve) -> None:
     """Rows with rate 0.1 are done after about nine evaluations; one row with rate 0.99 is not."""
     rate = torch.full((8, 1), 0.1, dtype=torch.float64)
     rate[3] = 0.99
@@ -169,13 +169,13 @@ def finished_samples_rest(solve) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_finished_samples_rest_while_a_slow_one_goes_on(backend):
     options = {"solver": "picard", "rtol": 1e-8, "max_iter": 3000, "backend": backend, "backward": "none"}
-    finished_samples_rest(lambda f, z0: dq.fixed_point(f, z0, **options))
+    assert_finished_samples_rest(lambda f, z0: dq.fixed_point(f, z0, **options))
 
 
 def test_finished_samples_still_move_in_torchdeq(torchdeq):
     run = torchdeq.solver.get_solver("fixed_point_iter")
     with pytest.raises(AssertionError, match="still move"):
-        finished_samples_rest(lambda f, z0: run(f, z0, max_iter=3000, tol=1e-8, stop_mode="rel", tau=0.9))
+        assert_finished_samples_rest(lambda f, z0: run(f, z0, max_iter=3000, tol=1e-8, stop_mode="rel", tau=0.9))
 
 
 def assert_slow_sample_pays_alone(rows) -> None:

@@ -20,7 +20,7 @@ def gradients(cell, x, device=GPU, **options):
     return [given.grad, *(p.grad for p in cell.parameters())]
 
 
-def close(found, expected, error):
+def assert_close(found, expected, error):
     for a, b in zip(found, expected, strict=True):
         assert float((a.cpu() - b.cpu()).norm()) <= error * float(b.norm())
 
@@ -36,7 +36,7 @@ def test_forward_and_backward_do_not_wait_for_the_device(mode, solver, backend):
     cell.zero_grad()
     with no_sync():
         found = gradients(cell, x, **options)
-    close(found, expected, 1e-5)
+    assert_close(found, expected, 1e-5)
 
 
 @every_backend
@@ -48,7 +48,7 @@ def test_gradients_are_those_of_the_cpu(way, solver, backend):
     expected = gradients(
         cell.cpu(), x, torch.device("cpu"), solver=solver, backend="reference", backward=way, rtol=1e-6, max_iter=200
     )
-    close(found, expected, 2e-4)
+    assert_close(found, expected, 2e-4)
 
 
 @every_backend
@@ -72,7 +72,7 @@ def test_gradients_under_autocast_are_near_those_in_full_precision(dtype, solver
     with torch.autocast(GPU.type, dtype=dtype):
         found = gradients(cell, x, solver=solver, backend=backend, rtol=2e-2)
     assert all(bool(torch.isfinite(t).all()) and t.dtype == torch.float32 for t in found)
-    close(found, expected, 0.1)
+    assert_close(found, expected, 0.1)
 
 
 @native_only
@@ -109,4 +109,4 @@ def test_compiled_model_gives_the_answers_and_gradients_of_the_eager_one(mode):
             out = run(x)
             out.square().sum().backward()
             found.append([out.detach().clone(), *(p.grad.clone() for p in model.parameters())])
-        close(found[1], found[0], 1e-3)
+        assert_close(found[1], found[0], 1e-3)

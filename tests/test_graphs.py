@@ -38,7 +38,7 @@ class Cell(nn.Module):
         return torch.tanh(self.inner(z) + x)
 
 
-def same(a, b):
+def assert_same(a, b):
     for one, other in zip(torch.utils._pytree.tree_leaves(a.z), torch.utils._pytree.tree_leaves(b.z), strict=True):
         assert torch.equal(one, other)
     for name in ("converged", "steps", "residual", "status"):
@@ -54,7 +54,7 @@ def test_recorded_solve_gives_the_bits_of_the_loop(recorder, mode, solver):
         options = {"solver": solver, "rtol": 1e-5, "backward": "none"}
         plain = dq.fixed_point(cell, z0, (x,), **options)
         recorded = dq.fixed_point(cell, z0, (x,), mode=mode, **options)
-        same(recorded, plain)
+        assert_same(recorded, plain)
         assert plain.nfe <= recorded.nfe <= plain.nfe + 2 * graphs.PASS[mode]
         assert (plain.mode, recorded.mode) == ("loop", mode)
     assert recorder.recorded == 3  # the first evaluation, a pass, the rest: once for all three
@@ -66,7 +66,7 @@ def test_recorded_solve_makes_max_iter_evaluations_at_most(recorder, mode, max_i
     cell, x = Cell(), torch.randn(3, 24)
     options = {"rtol": 0.0, "max_iter": max_iter, "backward": "none"}
     recorded = dq.fixed_point(cell, torch.zeros(3, 24), (x,), mode=mode, **options)
-    same(recorded, dq.fixed_point(cell, torch.zeros(3, 24), (x,), **options))
+    assert_same(recorded, dq.fixed_point(cell, torch.zeros(3, 24), (x,), **options))
     assert recorded.nfe == max_iter
 
 
@@ -90,7 +90,7 @@ def test_weights_changed_in_place_are_seen(recorder):
     cell, x = Cell(), torch.randn(2, 24)
     for _ in range(2):
         recorded = dq.fixed_point(cell, torch.zeros(2, 24), (x,), backward="none", mode="graph")
-        same(recorded, dq.fixed_point(cell, torch.zeros(2, 24), (x,), backward="none"))
+        assert_same(recorded, dq.fixed_point(cell, torch.zeros(2, 24), (x,), backward="none"))
         with torch.no_grad():
             cell.inner.weight.mul_(0.5)
     assert recorder.recorded == 3
@@ -100,7 +100,7 @@ def test_weights_that_were_replaced_are_seen(recorder):
     cell, x = Cell(), torch.randn(2, 24)
     for _ in range(2):
         recorded = dq.fixed_point(cell, torch.zeros(2, 24), (x,), backward="none", mode="graph")
-        same(recorded, dq.fixed_point(cell, torch.zeros(2, 24), (x,), backward="none"))
+        assert_same(recorded, dq.fixed_point(cell, torch.zeros(2, 24), (x,), backward="none"))
         cell.inner.weight = nn.Parameter(0.5 * cell.inner.weight.detach())
     assert recorder.recorded == 6
 
@@ -115,7 +115,7 @@ def test_tree_of_tensors_and_reused_output(recorder):
     z0 = {"a": torch.zeros(3, 4, 5).mT, "b": b}
     options = {"rtol": 1e-6, "backward": "none"}
     for mode in ("graph", "device"):
-        same(dq.fixed_point(f, z0, (a.mT,), mode=mode, **options), dq.fixed_point(f, z0, (a.mT,), **options))
+        assert_same(dq.fixed_point(f, z0, (a.mT,), mode=mode, **options), dq.fixed_point(f, z0, (a.mT,), **options))
 
 
 @pytest.mark.parametrize("mode", ["graph", "device"])
@@ -259,7 +259,7 @@ def test_hooks_and_attributes_of_modules_are_seen(recorder):
     for change in changes:
         change()
         recorded = dq.fixed_point(cell, torch.zeros(2, 24), (x,), backward="none", mode="graph")
-        same(recorded, dq.fixed_point(cell, torch.zeros(2, 24), (x,), backward="none"))
+        assert_same(recorded, dq.fixed_point(cell, torch.zeros(2, 24), (x,), backward="none"))
 
 
 def test_within_a_capture_of_the_caller_the_loop_runs(recorder, monkeypatch):
