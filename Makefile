@@ -12,7 +12,7 @@ CUDA ?= $(if $(shell command -v nvidia-smi),auto,off)
 SANITIZE_TESTS ?= tests/test_memory.py
 # One is enough to notice breakage; wheels have CMakeLists.txt's default.
 CUDA_ARCHS ?= 90-real
-EMULATED_TESTS ?= $(patsubst %,tests/test_%.py,anderson broyden picard halves low_precision joint_step refusals)
+EMULATED_TESTS ?= $(patsubst %,tests/test_%.py,anderson broyden picard halves low_precision joint_step joint_finish refusals)
 SANITIZE_ISAS ?= avx512 avx2 baseline
 AARCH64_CXX ?= aarch64-linux-gnu-g++
 

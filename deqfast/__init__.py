@@ -15,6 +15,7 @@ from .broyden import Broyden
 from .implicit import Implicit, OneStep, Phantom
 from .jacobian import jacobian_penalty, spectral_radius
 from .joint import JointSolution, joint_solve
+from .joint_gradient import Envelope
 from .joint_step_size import joint_step_size
 from .linear import GradientWarning
 from .nn import DEQ
@@ -38,6 +39,7 @@ __all__ = [
     "Anderson",
     "Broyden",
     "ConvergenceError",
+    "Envelope",
     "GradientWarning",
     "Implicit",
     "JointSolution",

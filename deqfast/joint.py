@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import compiled
 from .implicit import Implicit
-from .joint_gradient import attach_envelope, attach_implicit
+from .joint_gradient import Envelope, attach_envelope, attach_implicit
 from .joint_problem import Problem
 from .joint_state import JointState
 from .solution import ConvergenceError
@@ -87,7 +87,7 @@ def joint_solve(
     returns: str = "best",
     safeguard: bool = False,
     mu0: Any = None,
-    backward: str | Implicit = "envelope",
+    backward: str | Envelope | Implicit = "envelope",
     trace: bool = False,
     callback: Callable[[int, JointState], bool | None] | None = None,
     throw: bool = False,
@@ -122,10 +122,10 @@ def joint_solve(
         safeguard: forget a sample's history when its residual grows beyond twice the best since it last did; for maps
             that walk to saddles.
         mu0: start of the adjoint, default zeros.
-        backward: "envelope" (default): gradients reach z, and through it parameters and args, with x as a constant,
-            which is right where the outer loss is the inner one; the backward solve starts at mu. "implicit" or an
-            ``Implicit``: z, x and mu as functions of parameters and args, through the joint map (second derivatives of
-            f and loss). "none".
+        backward: "envelope" (default) or an ``Envelope``: gradients reach z, and through it parameters and args, with x
+            as a constant, which is right where the outer loss is the inner one; the backward solve starts at mu.
+            "implicit" or an ``Implicit``: z, x and mu as functions of parameters and args, through the joint map
+            (second derivatives of f and loss); its tolerance is by default the least of ``rtol``. "none".
         trace: record residuals of every block, (nfe, B) each.
         callback: called as callback(k, state) after every evaluation; True stops.
         throw: raise ``ConvergenceError`` unless every sample converged.
@@ -137,8 +137,7 @@ def joint_solve(
             at the first evaluation.
         ConvergenceError: with ``throw=True``.
     """
-    if backward not in ("envelope", "implicit", "none") and not isinstance(backward, Implicit):
-        raise ValueError(f"backward must be 'envelope', 'implicit', 'none' or an Implicit, got {backward!r}")
+    gradient = _gradient(backward)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable, got {type(callback).__name__}")
     for name, flag in (("trace", trace), ("throw", throw), ("progress", progress)):
@@ -167,19 +166,26 @@ def joint_solve(
     state = JointState(problem)
     rows = _loop(state, trace, callback, progress)
     solution = _conclude(state, rows)
-    if backward != "none" and torch.is_grad_enabled():
-        if backward == "envelope":
-            solution.z = attach_envelope(problem, solution)
+    if gradient is not None and torch.is_grad_enabled():
+        if isinstance(gradient, Envelope):
+            solution.z = attach_envelope(problem, solution, gradient)
         else:
-            options = backward if isinstance(backward, Implicit) else Implicit()
-            solution.z, solution.mu, solution.x = attach_implicit(problem, solution, options)
+            solution.z, solution.mu, solution.x = attach_implicit(problem, solution, gradient)
     if throw and not bool(solution.converged.all()):
         raise ConvergenceError(solution)
     return solution
 
 
-def _loop(state: JointState, trace: bool, callback: Any, progress: bool) -> list[Tensor] | None:
-    rows: list[Tensor] | None = [] if trace else None
+def _gradient(backward: Any) -> Envelope | Implicit | None:
+    if isinstance(backward, (Envelope, Implicit)):
+        return backward
+    if isinstance(backward, str) and backward in ("envelope", "implicit", "none"):
+        return {"envelope": Envelope(), "implicit": Implicit(), "none": None}[backward]
+    raise ValueError(f"backward must be 'envelope', 'implicit', 'none', an Envelope or an Implicit, got {backward!r}")
+
+
+def _loop(state: JointState, trace: bool, callback: Any, progress: bool) -> list[dict[str, Tensor]] | None:
+    rows: list[dict[str, Tensor]] | None = [] if trace else None
     bar = progress_bar(state.problem.max_iter) if progress else None
     try:
         with torch.no_grad():
@@ -187,7 +193,7 @@ def _loop(state: JointState, trace: bool, callback: Any, progress: bool) -> list
                 state.advance()
                 if rows is not None:
                     newest = state.steps == state.nfe
-                    rows.append(torch.where(newest, state._residuals(), math.nan))
+                    rows.append({name: torch.where(newest, r, math.nan) for name, r in state.residual.items()})
                 if bar is not None:
                     bar.update()
                     bar.set_postfix_str(f"{state.known_running} running", refresh=False)
@@ -199,7 +205,7 @@ def _loop(state: JointState, trace: bool, callback: Any, progress: bool) -> list
     return rows
 
 
-def _conclude(state: JointState, rows: list[Tensor] | None) -> JointSolution:
+def _conclude(state: JointState, rows: list[dict[str, Tensor]] | None) -> JointSolution:
     problem = state.problem
     leaves = state.answer()
     status = state.status.clone()
@@ -210,15 +216,14 @@ def _conclude(state: JointState, rows: list[Tensor] | None) -> JointSolution:
     many = len(problem.z_layout.leaves)
     trace = None
     if rows is not None:
-        empty = state._residuals().new_empty(0, *state._residuals().shape)
-        stacked = torch.stack(rows) if rows else empty
-        trace = {name: stacked[:, i] for i, name in enumerate(problem.blocks)}
+        empty = {name: r.new_empty(0, *r.shape) for name, r in state.residual.items()}
+        trace = {name: torch.stack([row[name] for row in rows]) if rows else t for name, t in empty.items()}
     return JointSolution(
         z=problem.z_layout.unflatten(leaves[:many]),
         mu=problem.z_layout.unflatten(leaves[many : 2 * many]),
         x=problem.x_tree(problem.feasible(leaves[2 * many :])),
-        cost=state._best_cost,
-        residual={name: state._best_blocks[i] for i, name in enumerate(problem.blocks)},
+        cost=state.best_cost,
+        residual=state.best_residual,
         converged=status == Status.CONVERGED,
         steps=state.steps.clone(),
         status=status,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,20 +15,46 @@ from .anderson import Anderson
 from .choose import choose_solver
 from .implicit import Implicit
 from .linear import LinearOptions
-from .state import DEFAULT_RTOL
+from .state import DEFAULT_RTOL, Solver, check_stopping
 
 if TYPE_CHECKING:
     from .joint import JointSolution
     from .joint_problem import Problem
 
 
-def attach_envelope(problem: Problem, solution: JointSolution) -> Any:
+@dataclass(frozen=True)
+class Envelope:
+    """Gradients of a joint solve at a fixed x: those of an outer loss that is the inner one.
+
+    At the optimal x the inner loss does not change with x, so the gradient that flows through x is zero (the envelope
+    theorem). The backward solve starts at mu, which is its answer up to the tolerance of the joint solve.
+
+    Args:
+        solver: of the backward solve; default that of the joint solve.
+        rtol: relative tolerance of the backward solve, sample by sample; default that of mu in the joint solve, where
+            that is 0 the default of the dtype.
+        max_iter: vjps at most; default that of the joint solve.
+
+    Source: Gurumurthy, Bai, Manchester and Kolter, Joint Inference and Input Optimization in Equilibrium Networks,
+    NeurIPS 2021.
+    """
+
+    solver: str | Solver | None = None
+    rtol: float | None = None
+    max_iter: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.solver is not None:
+            choose_solver(self.solver)
+        check_stopping(self.rtol, 0.0, self.max_iter, torch.float32)
+
+
+def attach_envelope(problem: Problem, solution: JointSolution, envelope: Envelope) -> Any:
     """Z with its gradient at a fixed x; the backward solve starts at mu, scaled to the incoming gradient.
 
     For an outer loss that is a multiple of the inner one, sample by sample, that start is the answer.
     """
-    options = _options(problem, Implicit(), problem.z_layout.dtype)
-    options = replace(options, u0=_scaled_adjoint(problem, solution))
+    options = _options(problem, envelope, problem.rules[1][0], _scaled_adjoint(problem, solution))
     x = pytree.tree_map(torch.Tensor.detach, solution.x)
 
     def f(z: Any, *args: Any) -> Any:
@@ -84,7 +110,7 @@ def attach_implicit(problem: Problem, solution: JointSolution, gradient: Implici
             return [*fz, *p_q[:many], *problem.feasible(stepped)]
 
     leaves = [*pytree.tree_leaves(solution.z), *pytree.tree_leaves(solution.mu), *pytree.tree_leaves(solution.x)]
-    options = _options(problem, gradient, problem.layout.dtype)
+    options = _options(problem, gradient, min(rule[0] for rule in problem.rules), gradient.u0)
     found = adjoint.attach(joint_map, problem.args, problem.layout, leaves, options)
     return (
         problem.z_layout.unflatten(found[:many]),
@@ -93,9 +119,10 @@ def attach_implicit(problem: Problem, solution: JointSolution, gradient: Implici
     )
 
 
-def _options(problem: Problem, gradient: Implicit, dtype: torch.dtype) -> LinearOptions:
+def _options(problem: Problem, gradient: Envelope | Implicit, forward_rtol: float, u0: Any) -> LinearOptions:
     forward = problem.solver if isinstance(problem.solver, Anderson) else Anderson(m=20)
     solver = forward if gradient.solver is None else choose_solver(gradient.solver)
-    rtol = DEFAULT_RTOL[dtype] if gradient.rtol is None else gradient.rtol
+    default = forward_rtol if forward_rtol > 0 else DEFAULT_RTOL[problem.layout.dtype]
+    rtol = default if gradient.rtol is None else gradient.rtol
     max_iter = problem.max_iter if gradient.max_iter is None else gradient.max_iter
-    return LinearOptions(solver, rtol, max_iter, problem.backend, gradient.u0)
+    return LinearOptions(solver, rtol, max_iter, problem.backend, u0)

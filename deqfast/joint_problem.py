@@ -211,27 +211,26 @@ class Problem:
         with torch.enable_grad():
             z_in = [t.detach().requires_grad_() for t in pytree.tree_leaves(z)]
             x_in = [t.detach().requires_grad_() for t in pytree.tree_leaves(x)]
+            inputs = [*z_in, *x_in]
             z_tree, x_tree = self.z_layout.unflatten(z_in), self.x_tree(x_in)
             fz = self.z_layout.flatten(self.f(z_tree, x_tree, *self.args), "f(z, x)")
             cost = self.loss(z_tree, x_tree, *self.args)
             if first:
                 self._check_first(fz, cost, z_in, x_in)
+                self._ones = torch.ones_like(cost)
             outputs = [t for t in (*fz, cost) if t.requires_grad]
             weights = [m.to(t.dtype) for t, m in zip(fz, pytree.tree_leaves(mu), strict=True) if t.requires_grad]
             if cost.requires_grad:
-                weights.append(torch.ones_like(cost))
-            found = torch.autograd.grad(outputs, [*z_in, *x_in], weights, allow_unused=True)
-        cost = cost.detach()
-        bad = ~torch.isfinite(cost)
+                weights.append(self._ones)
+            found = torch.autograd.grad(outputs, inputs, weights, allow_unused=True)
         values = [t.detach() for t in fz]
-        for t, gradient in zip([*z_in, *x_in], found, strict=True):
-            gradient = torch.zeros_like(t) if gradient is None else gradient
-            # A cost that is no number stops its sample, and no other.
-            values.append(torch.where(bad.view(-1, *([1] * (t.dim() - 1))), math.nan, gradient).to(t.dtype))
+        values += [
+            torch.zeros_like(t) if gradient is None else gradient for t, gradient in zip(inputs, found, strict=True)
+        ]
         if self._rates is not None:
-            inputs = len(values) - len(self._rates)
-            values[inputs:] = [q * rate for q, rate in zip(values[inputs:], self._rates, strict=True)]
-        return values, cost.to(self.layout.acc)
+            first_x = len(values) - len(self._rates)
+            values[first_x:] = [q * rate for q, rate in zip(values[first_x:], self._rates, strict=True)]
+        return values, cost.detach().to(self.layout.acc)
 
     def _check_first(self, fz: list[Tensor], cost: Any, z: list[Tensor], x: list[Tensor]) -> None:
         B = self.layout.B
@@ -240,20 +239,30 @@ class Problem:
             raise ValueError(
                 f"loss(z, x) must return one number a sample, expected ({B},) of a floating dtype, got {got}"
             )
-        if not any(_depends(cost, t) for t in (*z, *x)):
+        if not _depends([cost], [*z, *x]):
             raise ValueError("loss(z, x) must depend on z or x, got one that depends on neither through autograd")
-        if x and not any(_depends(t, leaf) for t in fz for leaf in x):
+        if x and not _depends(fz, x):
             raise ValueError(
                 "f(z, x) must be differentiable in x, got one that does not depend on it through autograd; is x used "
                 "under no_grad, detached or rounded?"
             )
 
 
-def _depends(output: Tensor, on: Tensor) -> bool:
-    if not output.requires_grad:
-        return False
-    (found,) = torch.autograd.grad(output.sum(), on, retain_graph=True, allow_unused=True)
-    return found is not None
+def _depends(outputs: list[Tensor], on: list[Tensor]) -> bool:
+    """Whether autograd's graph leads from one of the outputs to one of the leaves."""
+    wanted = {id(t) for t in on}
+    if any(id(t) in wanted for t in outputs):
+        return True
+    todo = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        if id(getattr(node, "variable", None)) in wanted:
+            return True
+        new = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= new
+        todo += new
+    return False
 
 
 def _positive(name: str, value: Any) -> float:

@@ -26,7 +26,7 @@ from deqfast import info  # noqa: E402
 
 GROUPS = {
     "Solving": ["fixed_point", "root", "Solution", "Status", "ConvergenceError"],
-    "Joint solves": ["joint_solve", "JointSolution", "joint_step_size", "project"],
+    "Joint solves": ["joint_solve", "JointSolution", "Envelope", "joint_step_size", "project"],
     "Solvers": ["Anderson", "Broyden", "Picard", "SolverState"],
     "Gradients": ["Implicit", "Phantom", "OneStep", "Unroll", "GradientWarning"],
     "Layers and the Jacobian": ["DEQ", "jacobian_penalty", "spectral_radius"],

@@ -232,6 +232,31 @@ def test_envelope_backward_begins_at_mu_and_needs_hardly_a_vjp(monkeypatch, scal
     assert counts[0] <= 2 < counts[1]
 
 
+def test_envelope_has_options_of_its_own_and_the_tolerance_of_mu_by_default(monkeypatch):
+    problem = Nonlinear()
+    seen: list[Any] = []
+    plain = adjoint.solve_linear
+
+    def watched(*given: Any) -> Any:
+        seen.append(given[-1])
+        return plain(*given)
+
+    monkeypatch.setattr(adjoint, "solve_linear", watched)
+    envelope = dq.Envelope(solver=dq.Broyden(), rtol=1e-6, max_iter=44)
+    for options in ({"rtol": {"mu": 1e-5}}, {"rtol": 0.0, "max_iter": 30}, {"backward": envelope}):
+        solution = problem.solve(**{"backward": "envelope", **options})
+        problem.loss(solution.z, solution.x, problem.y).sum().backward()
+    assert [(type(o.solver), o.rtol, o.max_iter) for o in seen] == [
+        (dq.Anderson, 1e-5, seen[0].max_iter),
+        (dq.Anderson, 1e-8, 30),  # float64's default
+        (dq.Broyden, 1e-6, 44),
+    ]
+    with pytest.raises(ValueError, match="rtol must be finite and not negative, got -1"):
+        dq.Envelope(rtol=-1)
+    with pytest.raises(ValueError, match="max_iter"):
+        dq.Envelope(max_iter=0)
+
+
 # ---- blocks ----
 
 
@@ -507,7 +532,8 @@ def good_loss(z: Any, x: Any) -> Tensor:
         ({"atol": -1.0}, ValueError, "atol must be finite and not negative"),
         ({"max_iter": 0}, ValueError, "max_iter must be from 1"),
         ({"returns": "first"}, ValueError, "returns must be one of"),
-        ({"backward": "unroll"}, ValueError, "backward must be 'envelope', 'implicit', 'none' or an Implicit"),
+        ({"backward": "unroll"}, ValueError, "backward must be 'envelope', 'implicit', 'none', an Envelope or an Impl"),
+        ({"backward": dq.Envelope}, ValueError, "backward must be 'envelope'"),
         ({"x0": torch.zeros(3, 3)}, ValueError, "x0 must have the batch of z0, expected 2, got 3"),
         ({"x0": torch.zeros(2, 3, dtype=F64)}, ValueError, "x0 must have the precision of z0"),
         ({"mu0": torch.zeros(2, 4)}, ValueError, "mu0 must have the shape of z0"),

@@ -80,7 +80,8 @@ class JointMap {
             if (a.status[b] != kRunning) continue;
             for (int block = 0; block < a.n_blocks; ++block)
                 for (int which = 0; which < 2; ++which)
-                    a.norm(block, which, b) = std::sqrt(total(b, block ? end_[block - 1] : 0, end_[block], which));
+                    a.norm(block, which, b) = std::sqrt(total(b, block ? end_[block - 1] : 0, end_[block], which)) +
+                                              a.doubt<A>(block, which, b);
         }
     }
 

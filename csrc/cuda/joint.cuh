@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kJointThreads, 2) joint_sample_kernel(const __
         }
         found = block_sums(found);
         if (threadIdx.x == 0) {
-            a.norm(block, 0, b) = sqrt(found.moved);
+            a.norm(block, 0, b) = sqrt(found.moved) + a.doubt<A>(block, 0, b);
             a.norm(block, 1, b) = sqrt(found.size);
         }
     }
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kJointThreads, 2) joint_chunk_kernel(const __g
             for (int64_t c = first + lane_of(); c < beyond; c += kWarpSize)
                 sum += __ldcg(&partials[warp_of() * chunks + c]);
             sum = warp_sum(sum);
-            if (lane_of() == 0) a.norm(block, warp_of(), b) = sqrt(sum);
+            if (lane_of() == 0) a.norm(block, warp_of(), b) = sqrt(sum) + a.doubt<A>(block, warp_of(), b);
         }
         first = beyond;
     }

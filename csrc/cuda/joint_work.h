@@ -5,6 +5,7 @@
 #pragma once
 
 #include "deqfast/joint.h"
+#include "deqfast/joint_finish.h"
 
 namespace deqfast::cuda {
 
@@ -23,5 +24,8 @@ JointSizes joint_sizes(const JointArgs& args);
 
 // In order on `stream`; returns without waiting. std::invalid_argument for more than kMaxParts tensors.
 void joint_map(const JointArgs& args, const JointWork& work);
+
+// The same; `parts` is read on the host, every other pointer is a device pointer.
+void joint_finish(const FinishArgs& args, void* stream);
 
 }  // namespace deqfast::cuda

@@ -7,8 +7,8 @@ The state v = (z, mu, x) is made of blocks of tensors. A step takes what f and i
     x    <-  P(x - a_x q),          q = l_x + f_x^T mu
 
 as the mapped state, measures how far each block moves, and hands the mapped state to the Anderson step of the blocks
-that are accelerated; the others move to their mapped value. The two halves are ``bind_map`` and ``ops.bind``: between
-them a caller's own projection may change the mapped x.
+that are accelerated; the others move to their mapped value. So a step is the map, the accelerated step (``ops.bind``)
+and the finish (``joint_finish``); between the first two a caller's own projection may change the mapped x.
 
 A sample stops when every block is within its own tolerance. Convergence of z and mu is measured undamped; that of x is
 the length of its step, after the projection.
@@ -16,6 +16,7 @@ the length of its step, after the projection.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from ..status import Status
 from . import bind, native_joint, triton_joint
+from .joint_finish import Record, joint_finish
 from .layout import Leaf
 from .reference import _sum
 from .workspace import AndersonWorkspace, Int
@@ -68,11 +70,15 @@ class JointWorkspace:
         mapped: the mapped state of this step and of the one before, by ``core.cur``.
         plain, plain_saved: iterates and best iterates of the tensors that are not accelerated, as ``core.x`` and
             ``core.saved`` are for the others; None for those.
+        record: of the iterate that would be returned.
     """
 
     core: AndersonWorkspace
     parts: list[Part]
     options: MapOptions
+    returns: str = "best"
+    safeguard: bool = False
+    record: Record = field(init=False)
     mapped: tuple[list[Tensor], list[Tensor]] = field(init=False)
     plain: tuple[list[Tensor | None], list[Tensor | None]] = field(init=False)
     plain_saved: list[Tensor | None] = field(init=False)
@@ -89,6 +95,7 @@ class JointWorkspace:
         self.mapped = (empty(), empty())
         self.plain = (empty_plain(), empty_plain())
         self.plain_saved = empty_plain()
+        self.record = Record(self.core, self.returns, self.safeguard, empty() if self.returns == "cost" else None)
 
     def value(self, i: int, which: int | None = None) -> Tensor:
         """Tensor i of the iterate: the current one, or buffer ``which``."""
@@ -102,70 +109,65 @@ class JointWorkspace:
         return [t for part, t in zip(self.parts, leaves, strict=True) if part.index is not None]
 
 
-Map = Callable[[list[Tensor], float], None]
-Step = Callable[[list[Tensor], float], int]
+Map = Callable[[list[Tensor], float, "Tensor | None"], None]
+Finish = Callable[["Tensor | None", int], None]
+Step = Callable[..., int]
 
 
-def bind_map(ws: JointWorkspace, backend: str) -> Map:
-    """The first half: (f, p, q as one list in the order of ``parts``, a_x) -> ``mapped`` and ``block_norms``."""
+def bind_ends(ws: JointWorkspace, backend: str) -> tuple[Map, Finish]:
+    """What comes before and after the accelerated step.
+
+    The map: (f, p, q as one list in the order of ``parts``, a_x, cost or None) -> ``mapped`` and ``block_norms``, where
+    a cost that is no number makes that of the adjoint none. The finish: (cost or None, evaluations made) -> the
+    ``record`` and the next iterate of what is not accelerated.
+    """
     if backend == "native":
-        return native_joint.bind_map(ws)
-    if backend == "triton":
-        return triton_joint.bind_map(ws)
-    return lambda values, step_size: joint_map(ws, values, step_size)
+        return native_joint.bind_ends(ws)
+    to_mapped = triton_joint.bind_map(ws) if backend == "triton" else functools.partial(joint_map, ws)
+
+    def map_and_doubt(values: list[Tensor], step_size: float, cost: Tensor | None) -> None:
+        to_mapped(values, step_size)
+        if cost is not None and ws.core.layout.B:
+            assert ws.core.block_norms is not None
+            ws.core.block_norms[1, 0, : ws.core.layout.B].add_(cost * 0)
+
+    return map_and_doubt, functools.partial(joint_finish, ws)
 
 
 def bind_joint(ws: JointWorkspace, backend: str, project: Callable[[list[Tensor]], list[Tensor]] | None = None) -> Step:
-    """The whole step, on the backend that ``ops.choose`` gave; flips ``core.cur``. Returns the samples still running.
+    """The whole step, on the backend that ``ops.choose`` gave; flips ``core.cur``.
+
+    The step takes f, p and q as one list in the order of ``parts``, a_x and, if there is one, the (B,) cost, whose
+    samples stop where it is no number. It returns how many samples still run.
 
     ``project``: a projection of the caller's own, of the mapped x's tensors; without the projection of ``options``.
     """
     core = ws.core
-    to_mapped, accelerate = bind_map(ws, backend), bind(core, backend)
-    plain = [i for i, part in enumerate(ws.parts) if part.index is None]
+    (to_mapped, finish), accelerate = bind_ends(ws, backend), bind(core, backend)
     inputs = [i for i, part in enumerate(ws.parts) if BLOCKS[part.block] == "x"]
-    first = True
+    accelerated = tuple(ws.accelerated(mapped) for mapped in ws.mapped)
+    made = 0
 
-    def step(values: list[Tensor], step_size: float) -> int:
-        nonlocal first
+    def step(values: list[Tensor], step_size: float, cost: Tensor | None = None) -> int:
+        nonlocal made
         if core.layout.B == 0:
             return 0
+        cost = None if cost is None else cost.contiguous()
         with torch.no_grad():
-            to_mapped(values, step_size)
-            mapped = ws.mapped[core.cur]
+            to_mapped(values, step_size, cost)
             if project is not None:
+                mapped = ws.mapped[core.cur]
                 for i, t in zip(inputs, project([mapped[i] for i in inputs]), strict=True):
                     mapped[i].copy_(t)
                 measure_block(ws, inputs)
-            before = core.int_row(Int.STATUS).clone() if plain else None
-            previous = None if first else ws.accelerated(ws.mapped[1 - core.cur])
-            running = accelerate(ws.accelerated(mapped), previous, None, None)
-            if before is not None:
-                _move_plain(ws, plain, before)
-        first = False
+            running = accelerate(accelerated[core.cur], accelerated[1 - core.cur] if made else None, None, None)
+            made += 1
+            finish(cost, made)
         core.cur ^= 1
         return running
 
     step.update = accelerate  # type: ignore[attr-defined]
     return step
-
-
-def _move_plain(ws: JointWorkspace, plain: list[int], before: Tensor) -> None:
-    """The next iterate of what is not accelerated: as the samples' verdict says, after the accelerated step."""
-    core = ws.core
-    status, cur = core.int_row(Int.STATUS), core.cur
-    was_running, running = before == Status.RUNNING, status == Status.RUNNING
-    best_step = core.int_row(Int.BEST_STEP)
-    best = was_running & (best_step == core.int_row(Int.STEPS)) & (status != Status.NON_FINITE)
-    # A sample whose first evaluation is no number has nothing saved: it stays where it began.
-    from_saved = (~best if core.keep_best else status == Status.NON_FINITE) & (best_step > 0)
-    for i in plain:
-        x, saved = ws.value(i), ws.plain_saved[i]
-        assert saved is not None
-        saved.copy_(_where(best, x, saved))
-        answer = _where(from_saved, saved, x)
-        moved = _where(running, ws.mapped[cur][i], answer)
-        ws.value(i, 1 - cur).copy_(_where(was_running, moved, x))
 
 
 def joint_map(ws: JointWorkspace, values: list[Tensor], step_size: float) -> None:
@@ -239,7 +241,3 @@ def _project(options: MapOptions, centers: list[Tensor | None], x: list[Tensor])
 def _norm(rows: list[Tensor]) -> Tensor:
     """(B,) Euclidean norms in float64 of samples whose numbers lie in several (B, n)."""
     return torch.stack([_sum(t.double().square()) for t in rows]).sum(0).sqrt()
-
-
-def _where(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(mask.view(-1, *([1] * (a.dim() - 1))), a, b)

@@ -161,13 +161,16 @@ def _general_step(
 
 def _place(source: Callable[..., None], t: Tensor, leaf: Leaf) -> Tensor:
     """Tell a plan where f's output for a leaf lies; returns the tensor to keep alive until the step is launched."""
+    if leaf.plain and t.is_contiguous() and not t.is_neg():
+        source(t.data_ptr(), CODES[t.dtype], leaf.n, True, [leaf.n], [1])
+        return t
     view = _real_view(t, leaf)
     sizes, strides = _coalesce(view.shape[1:], view.stride()[1:])
     if len(sizes) > MAX_DIMS:
         view = view.contiguous()
         sizes, strides = [view[0].numel()], [1]
     dense = len(sizes) == 0 or (len(sizes) == 1 and strides[0] == 1)
-    source(view.data_ptr(), _code(view.dtype), view.stride(0), dense, sizes, strides)
+    source(view.data_ptr(), CODES[view.dtype], view.stride(0), dense, sizes, strides)
     return view
 
 
@@ -193,14 +196,15 @@ def _coalesce(shape: Any, stride: Any) -> tuple[list[int], list[int]]:
     return sizes, strides
 
 
-def _code(dtype: torch.dtype) -> Any:
-    return {
+CODES: dict[torch.dtype, Any] = {}
+if _C is not None:
+    CODES = {
         torch.float64: _C.DType.f64,
         torch.float32: _C.DType.f32,
         torch.bfloat16: _C.DType.bf16,
         torch.float16: _C.DType.f16,
         torch.int8: _C.DType.i8,
-    }[dtype]
+    }
 
 
 def _plan(ws: Workspace, evaluations: int = 0, halves: bool = False) -> tuple[Any, Tensor | None]:
@@ -210,7 +214,7 @@ def _plan(ws: Workspace, evaluations: int = 0, halves: bool = False) -> tuple[An
     plan = _C.AndersonPlan() if isinstance(ws, AndersonWorkspace) else _C.BroydenPlan()
     plan.bind(
         B=layout.B,
-        dtype=_code(layout.dtype),
+        dtype=CODES[layout.dtype],
         leaves=_leaves(ws, layout),
         ints=ws.ints.data_ptr(),
         reals=ws.reals.data_ptr(),
@@ -234,7 +238,7 @@ def _plan(ws: Workspace, evaluations: int = 0, halves: bool = False) -> tuple[An
             ws.mixing,
             ws.ridge,
             ws.evict_least_useful,
-            _code(ws.history.dtype),
+            CODES[ws.history.dtype],
             ws.history.data_ptr(),
             ws.scales.data_ptr(),
             ws.matrix.data_ptr(),

@@ -9,6 +9,7 @@ namespace deqfast {
 struct AndersonArgs;  // anderson.h
 struct BroydenArgs;   // broyden.h
 struct JointArgs;     // joint.h
+struct FinishArgs;    // joint_finish.h
 
 namespace cpu {
 
@@ -18,6 +19,7 @@ struct KernelTable {
     void (*anderson_step)(const AndersonArgs& args, int phase);
     void (*broyden_step)(const BroydenArgs& args, int phase);
     void (*joint_map)(const JointArgs& args);
+    void (*joint_finish)(const FinishArgs& args);
 };
 
 // The kernels of the best instruction set that was built and that this processor has, or of the one that

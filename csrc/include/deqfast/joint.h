@@ -26,6 +26,7 @@ struct JointArgs {
     JointPart* parts = nullptr;
     DType dtype = DType::f32;         // of the state
     const int32_t* status = nullptr;  // (B)
+    const void* cost = nullptr;       // (B) of the accumulation type, null: none; no number: the sample stops
     double* block_norms = nullptr;    // (n_blocks, 2, padded): how far each block moves, how large it is
     int64_t padded = 0;
     double damping[2] = {1, 1};  // of z and mu
@@ -42,6 +43,13 @@ struct JointArgs {
     DEQFAST_HD bool needs_factors() const { return normalize || ball == Ball::l2; }
     DEQFAST_HD double& norm(int block, int which, int64_t b) const {
         return block_norms[(2 * block + which) * padded + b];
+    }
+    // What makes the adjoint's norm no number where the cost is none, else zero.
+    template <class A>
+    DEQFAST_HD double doubt(int block, int which, int64_t b) const {
+        if (!cost || block != kAdjointBlock || which) return 0;
+        const A given = static_cast<const A*>(cost)[b];
+        return double(given - given);
     }
 };
 
