@@ -180,7 +180,7 @@ def _gradient(backward: Any) -> Envelope | Implicit | None:
     if isinstance(backward, (Envelope, Implicit)):
         return backward
     if isinstance(backward, str) and backward in ("envelope", "implicit", "none"):
-        return {"envelope": Envelope(), "implicit": Implicit(), "none": None}[backward]
+        return None if backward == "none" else Envelope() if backward == "envelope" else Implicit()
     raise ValueError(f"backward must be 'envelope', 'implicit', 'none', an Envelope or an Implicit, got {backward!r}")
 
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +15,13 @@ from torch import Tensor
 from .triton import COMPILER, _dense
 
 if TYPE_CHECKING:
-    from .joint import JointWorkspace, Map, Part
+    from .joint import JointWorkspace, Part
 
 INPUT = 2  # x's block
 BALLS = {None: 0, "l2": 1, "linf": 2}
 
 
-def bind_map(ws: JointWorkspace) -> Map:
+def bind_map(ws: JointWorkspace) -> Callable[[list[Tensor], float], None]:
     """The map on this workspace."""
     return _JointPlan(ws).step
 
