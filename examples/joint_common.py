@@ -171,7 +171,8 @@ def palette() -> dict[str, str]:
     """One colour a method, distinguishable with any colour vision."""
     from digits_figure import INK, OURS, RIVALS
 
-    return {"joint": OURS, "torchdeq": RIVALS[0], "deqfast": RIVALS[1], "other": RIVALS[2], "ink": INK}
+    rivals = ("torchdeq", "deqfast", "other", "torchdeq plain")
+    return {"joint": OURS, **dict(zip(rivals, RIVALS, strict=False)), "ink": INK}
 
 
 def show_image(axis: Any, image: Tensor, title: str = "") -> None:

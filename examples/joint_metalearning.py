@@ -2,9 +2,9 @@
 
 Four unseen classes, five digits of each: the learner (joint_fewshot.py) finds the context that explains these, and
 names the classes of further digits. Meta-training uses digits 0 to 5, turned and mirrored into 48 classes; digits 6 to
-9 are kept for the test. The joint runs solve for state, adjoint and context at once with Type II; one of them
-differentiates through the context as well (backward="implicit"), which the nested loop cannot without unrolling; the
-others take it as a constant.
+9 are kept for the test. The joint runs solve for state, adjoint and context at once; one of them differentiates through
+the context as well (backward="implicit"), which the nested loop cannot without unrolling; the others take it as a
+constant.
 
     python examples/joint_metalearning.py            # a table, out/joint_metalearning.png and .json
     python examples/joint_metalearning.py --quick    # seconds, to see it run
@@ -33,6 +33,7 @@ KINDS = {
     "joint": "joint",
     "joint, implicit gradient": "implicit",
     "nested, torchdeq Anderson": "torchdeq",
+    "nested, torchdeq plain": "torchdeq plain",
     "nested, deqfast": "deqfast",
 }
 
@@ -63,8 +64,10 @@ def adapt(kind: str, model: Learner, f, step: float, support, labels, args, back
     """Contexts ``.x`` of the episodes."""
     z0, x0 = model.start(support)
     if kind in ("joint", "implicit"):
-        options = {"solver": dq.Anderson(type=2, m=10), "returns": "last", "rtol": 1e-3, "backward": backward}
+        options = {"solver": dq.Anderson(m=10), "returns": "last", "rtol": 1e-3, "backward": backward}
         options["max_iter"] = args.evaluations
+        if kind == "implicit":  # its gradient is that of a solution: it goes further, and Type II goes there evenly
+            options |= {"solver": dq.Anderson(type=2, m=10), "max_iter": args.evaluations + 5}
         return dq.joint_solve(f, model.loss, z0, x0, (support, labels), step_size=step, **options)
     options = {"steps": args.adam_steps, "solver": kind, "rtol": 1e-2, "last_solve": False}
     return nested_solve(f, model.loss, z0, x0, (support, labels), step_size=ADAM_STEP, **options)
@@ -124,7 +127,7 @@ def main() -> None:
         groups=(8, 2, "groups of updates, after each of which the runs are tested"),
         updates=(15, 2, "updates of the weights in a group"),
         seeds=(2, 1, "learners of each kind"),
-        evaluations=(25, 10, "of the joint solve, at most"),
+        evaluations=(20, 10, "of the joint solve, at most"),
         adam_steps=(20, 3, "inner steps of the nested loops"),
         test_episodes=(100, 8, "episodes of unseen classes"),
     )
@@ -182,17 +185,19 @@ def publish(runs: list[Run], unseen, args) -> None:
         for name, group in groups.items()
     ]
     header = ["", "queries right", "cost", "f", "VJPs", "work", "s an update", "wall", "processor"]
-    nested = [groups["nested, torchdeq Anderson"], groups["nested, deqfast"]]
-    gap = right(joint) - max(map(right, nested))
-    wall = common.ratio(seconds(nested[0], "wall"), seconds(joint, "wall"))
+    nested = {name: group for name, group in groups.items() if "nested" in name}
+    gap = right(joint) - max(map(right, nested.values()))
+    rivals = [(common.ratio(seconds(g, "wall"), seconds(joint, "wall")), name) for name, g in nested.items()]
+    wall, rival = min(fact for fact in rivals if "torchdeq" in fact[1])
     targets = [
         common.target("query accuracy against the best nested run", "at most 3 points less", f"{gap:+.1f}", gap >= -3),
-        common.target("wall time of Adam on torchdeq over the joint solve's", "3x", f"{wall:.1f}x", wall >= 3),
+        common.target(f"wall time of {rival} over the joint solve's", "3x", f"{wall:.1f}x", wall >= 3),
     ]
     notes = [
         f"{WAYS} unseen classes, {SHOTS} digits of each, {args.test_episodes} episodes; means of {args.seeds} seeds",
         f"after {updates} updates on {BATCH} episodes each; cost: of the support at the contexts found, in the test",
-        f"joint: {args.evaluations} evaluations at most; nested: {args.adam_steps} steps of Adam, tolerance 1e-2, warm",
+        f"joint: {args.evaluations} evaluations at most, with implicit gradient {args.evaluations + 5}",
+        f"nested: {args.adam_steps} steps of Adam, tolerance 1e-2, warm",
         "implicit gradient: a product with second derivatives of f counts as one VJP",
         "f, VJPs: an update; work, wall, processor: over the joint run's; medians over groups that ran side by side",
     ]
@@ -212,7 +217,8 @@ def draw(path: Path, groups: dict[str, list[Run]], unseen, args, wall: float) ->
     left = figure.add_gridspec(1, 1, left=0.06, right=0.46, top=0.84, bottom=0.1)
     axis = figure.add_subplot(left[0])
     palette = common.palette()
-    for (name, group), colour in zip(groups.items(), ("joint", "other", "torchdeq", "deqfast"), strict=True):
+    for name, group in groups.items():
+        colour = KINDS[name] if KINDS[name] in palette else "other"
         clocks = [run.cpu if args.device == "cpu" else run.wall for run in group]
         spent = torch.tensor(clocks, dtype=torch.float64).mean(0).cumsum(0)
         right = 100 * torch.tensor([run.accuracy for run in group], dtype=torch.float64).mean(0)

@@ -89,7 +89,7 @@ def infer(run_kind: str, model: Generator, f, budget: int, step: float, picture:
     z0, x0 = model.start(len(picture))
     args = (picture,) if known is None else (picture, known)
     if run_kind == "joint":
-        options = {"rtol": JOINT_RTOL, "returns": "cost", "backward": "none", **options}
+        options = {"rtol": JOINT_RTOL, "returns": "cost", "backward": "none", "solver": dq.Anderson(m=10), **options}
         return dq.joint_solve(f, model.loss, z0, x0, args, step_size=step, max_iter=budget, **options)
     options = {"rtol": NESTED_RTOL, **options}
     return nested_solve(f, model.loss, z0, x0, args, step_size=step, steps=budget, solver=run_kind, **options)
