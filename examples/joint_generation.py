@@ -143,7 +143,7 @@ def draw(path: Path, runs: list[Run], pixels, test, args, wall: float) -> None:
             style = "o-" if KINDS[run.name][1] == 1 else "o:"
             axis.plot(spent.tolist(), run.test_objective, style, color=colour, label=run.name, lw=2, ms=4)
         axis.set(xscale="log", xlabel=label, ylabel="test objective")
-        axis.legend(frameon=False, fontsize=8.5)
+        axis.legend(frameon=False, fontsize=8.5, loc="lower left")
     low = figure.add_gridspec(4, 14, left=0.13, right=0.98, top=0.44, bottom=0.02, wspace=0.08, hspace=0.12)
     model, count = runs[0].model, 14
     pictures = [("unseen", test[:count]), ("joint", long_inference(model, test[:count], args.judge_steps)[1])]

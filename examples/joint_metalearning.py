@@ -2,9 +2,9 @@
 
 Four unseen classes, five digits of each: the learner (joint_fewshot.py) finds the context that explains these, and
 names the classes of further digits. Meta-training uses digits 0 to 5, turned and mirrored into 48 classes; digits 6 to
-9 are kept for the test. The joint runs solve for state, adjoint and context at once; one of them differentiates through
-the context as well (backward="implicit"), which the nested loop cannot without unrolling; the others take it as a
-constant.
+9 are kept for the test. The joint runs solve for state, adjoint and context at once with Type II; one of them differentiates
+through the context as well (backward="implicit"), which the nested loop cannot without unrolling; the others take it
+as a constant.
 
     python examples/joint_metalearning.py            # a table, out/joint_metalearning.png and .json
     python examples/joint_metalearning.py --quick    # seconds, to see it run
@@ -64,10 +64,9 @@ def adapt(kind: str, model: Learner, f, step: float, support, labels, args, back
     """Contexts ``.x`` of the episodes."""
     z0, x0 = model.start(support)
     if kind in ("joint", "implicit"):
-        options = {"solver": dq.Anderson(m=10), "returns": "last", "rtol": 1e-3, "backward": backward}
-        options["max_iter"] = args.evaluations
-        if kind == "implicit":  # its gradient is that of a solution: it goes further, and Type II goes there evenly
-            options |= {"solver": dq.Anderson(type=2, m=10), "max_iter": args.evaluations + 5}
+        options = {"solver": dq.Anderson(type=2, m=10), "returns": "last", "rtol": 1e-3, "backward": backward}
+        # The implicit gradient is that of a solution, so that one goes further.
+        options["max_iter"] = args.evaluations + (5 if kind == "implicit" else 0)
         return dq.joint_solve(f, model.loss, z0, x0, (support, labels), step_size=step, **options)
     options = {"steps": args.adam_steps, "solver": kind, "rtol": 1e-2, "last_solve": False}
     return nested_solve(f, model.loss, z0, x0, (support, labels), step_size=ADAM_STEP, **options)
@@ -126,7 +125,7 @@ def main() -> None:
         __doc__,
         groups=(8, 2, "groups of updates, after each of which the runs are tested"),
         updates=(15, 2, "updates of the weights in a group"),
-        seeds=(2, 1, "learners of each kind"),
+        seeds=(3, 1, "learners of each kind"),
         evaluations=(20, 10, "of the joint solve, at most"),
         adam_steps=(20, 3, "inner steps of the nested loops"),
         test_episodes=(100, 8, "episodes of unseen classes"),
