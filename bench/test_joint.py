@@ -16,8 +16,8 @@ from bench import joint
 _compare = lru_cache(maxsize=1)(joint.compare)  # the rows of a size hold GBs
 
 
-@pytest.mark.parametrize("size", list(joint.SHAPES))
 @pytest.mark.parametrize("row", (*joint.HISTORY, "torch"))
+@pytest.mark.parametrize("size", list(joint.SHAPES))
 def test_joint(benchmark: Any, request: pytest.FixtureRequest, size: str, row: str) -> None:
     quick = request.config.getoption("--quick", default=False)
     if quick and size not in joint.QUICK:

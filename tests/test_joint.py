@@ -139,7 +139,7 @@ class Nonlinear:
         settings = {"step_size": 0.03, "rtol": 1e-11, "max_iter": 500, **options}
         return dq.joint_solve(self.f, self.loss, *self.start, (self.y,), **settings)
 
-    def unrolled(self, steps: int = 600, inner: int = 60) -> tuple[Tensor, Tensor]:
+    def descended(self, steps: int = 600, inner: int = 60) -> tuple[Tensor, Tensor]:
         """Gradient descent on x, with z and mu iterated anew for every step."""
         z, x = self.start
         for _ in range(steps):
@@ -160,7 +160,7 @@ def test_optimum_is_that_of_nested_gradient_descent():
     problem = Nonlinear()
     solution = problem.solve(backward="none")
     assert solution.converged.all()
-    _, x = problem.unrolled()
+    _, x = problem.descended()
     assert torch.allclose(solution.x, x, rtol=1e-5, atol=1e-6)
 
 
@@ -208,6 +208,38 @@ def test_implicit_gradient_is_that_of_the_solution(name):
 
     direction = torch.randn_like(at)
     assert math.isclose(central_difference(of, at.detach(), direction), float((got * direction).sum()), rel_tol=1e-5)
+
+
+def test_implicit_gradient_is_that_of_the_unrolled_joint_map():
+    """Autograd through two thousand plain steps of the map, double VJPs and all, from the solution on."""
+    problem = Nonlinear()
+    at = [getattr(problem, name) for name in ("W", "U", "y")]
+    solution = problem.solve(backward=dq.Implicit(rtol=1e-12, max_iter=300))
+    weights = [torch.randn_like(t) for t in (*problem.start, problem.start[0])]
+
+    def total(z: Tensor, x: Tensor, mu: Tensor) -> Tensor:
+        return sum((t * w).sum() for t, w in zip((z, x, mu), weights, strict=True))
+
+    z, x, mu = (t.detach().requires_grad_() for t in (solution.z, solution.x, solution.mu))
+    for _ in range(2000):
+        fz, cost = problem.f(z, x, problem.y), problem.loss(z, x, problem.y).sum()
+        p, q = torch.autograd.grad([fz, cost], [z, x], [mu, None], create_graph=True)
+        z, mu, x = fz, p, x - 0.03 * q
+    assert torch.allclose(x, solution.x, atol=1e-8)
+    expected = torch.autograd.grad(total(z, x, mu), at)
+    for got, wanted in zip(torch.autograd.grad(total(solution.z, solution.x, solution.mu), at), expected, strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-6, atol=1e-8)
+
+
+def test_implicit_gradient_passes_gradcheck():
+    problem = LinearQuadratic(B=2, nz=5, nx=2, norm=0.6)
+
+    def solve(*args: Tensor) -> tuple[Tensor, ...]:
+        options = {"rtol": 1e-13, "max_iter": 300, "backward": dq.Implicit(rtol=1e-13, max_iter=300)}
+        s = problem.solve(args=args, **options)
+        return s.z, s.mu, s.x
+
+    assert torch.autograd.gradcheck(solve, tuple(t.requires_grad_() for t in problem.tensors()), atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-4, -3.0])
