@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from .anderson import Anderson
 from .choose import choose_solver
 from .ops.joint import BLOCKS, MapOptions
+from .ops.lag import Later, capturing
 from .ops.layout import Layout, Leaf
 from .picard import Picard
 from .project import Projection
@@ -81,6 +82,7 @@ class Problem:
                 raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
         self.safeguard, self.normalize = safeguard, normalize
         self._rates: list[Tensor] | None = None
+        self._late: list[tuple[Later, str]] = []
         self._schedule = self._step_sizes(step_size)
         self.projection = self._projection(project)
 
@@ -135,12 +137,11 @@ class Problem:
             if len(leaves) != len(self.x_leaves):
                 raise ValueError(f"step_size: expected {len(self.x_leaves)} tensors as in x0, got {len(leaves)}")
             for t, leaf in zip(leaves, self.x_leaves, strict=True):
-                if torch.broadcast_shapes(t.shape, leaf.shape) != leaf.shape:
+                if not _broadcasts(t, leaf.shape):
                     raise ValueError(
                         f"step_size must broadcast to x0, expected {tuple(leaf.shape)}, got {tuple(t.shape)}"
                     )
-                if t.device.type == "cpu" and not bool((t > 0).all()):
-                    raise ValueError("step_size must be positive, got tensors with other numbers")
+                self._refuse_where(~((t > 0) & t.isfinite()).all(), "step_size must be positive and finite throughout")
             if self.normalize:
                 raise ValueError("step_size must be a number or a function of the step with normalize=True")
             self._rates = [t.detach() for t in leaves]
@@ -162,14 +163,28 @@ class Problem:
         if isinstance(project, Projection) and project.center is not None:
             self.x_layout.flatten(project.center, "project.center")
         x = self.x_tree(self.start[2 * len(self.z_layout.leaves) :])
-        # On a GPU looking at it would wait for the device.
-        if self.layout.device.type == "cpu" and self.layout.B:
+        if self.layout.B:
             inside = self.x_layout.flatten(project(x), "project(x)")
             for t, p in zip(pytree.tree_leaves(x), inside, strict=True):
-                size = 1 + float(t.abs().max()) if t.numel() else 1.0
-                if t.numel() and float((t - p).abs().max()) > 1e3 * torch.finfo(t.dtype).eps * size:
-                    raise ValueError("x0 must lie within the projection; start from project(x0)")
+                if t.numel():
+                    away = (t - p).abs().max() > 1e3 * torch.finfo(t.dtype).eps * (1 + t.abs().max())
+                    self._refuse_where(away, "x0 must lie within the projection; start from project(x0)")
         return project
+
+    def _refuse_where(self, bad: Tensor, message: str) -> None:
+        """Raise ValueError if ``bad``; on a GPU in ``check_late``, for nobody is to wait for it."""
+        if bad.device.type == "cpu":
+            if bool(bad):
+                raise ValueError(message)
+        elif not capturing(bad.device):
+            self._late.append((Later(bad), message))
+
+    def check_late(self) -> None:
+        """Raise ValueError for what was found on the device since."""
+        while self._late:
+            bad, message = self._late.pop()
+            if bad:
+                raise ValueError(message)
 
     @property
     def map_options(self) -> MapOptions:
@@ -263,6 +278,13 @@ def _depends(outputs: list[Tensor], on: list[Tensor]) -> bool:
         seen |= new
         todo += new
     return False
+
+
+def _broadcasts(t: Tensor, shape: torch.Size) -> bool:
+    try:
+        return torch.broadcast_shapes(t.shape, shape) == shape
+    except RuntimeError:
+        return False
 
 
 def _positive(name: str, value: Any) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import ops
 from .joint_problem import Problem
 from .ops.joint import BLOCKS, JointWorkspace, Part, bind_joint
+from .ops.lag import LAG
 from .ops.layout import Layout
 from .ops.workspace import AndersonWorkspace, At, Int
 from .status import Status
@@ -122,6 +123,8 @@ class JointState:
         values, self.cost = self.problem.evaluate(self.z, self.mu, self.x, first=self.nfe == 0)
         self._running = self._step(values, self.problem.step_size(self.nfe), self.cost)
         self.nfe += 1
+        if self.nfe > LAG or not self._running:  # the host has heard of later things by now
+            self.problem.check_late()
         return self._running == 0
 
     def answer(self) -> list[Tensor]:

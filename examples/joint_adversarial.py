@@ -200,7 +200,7 @@ def publish(runs: list[Run], data, args) -> None:
     )
     notes = [
         f"means of {args.seeds} seeds; Euclidean balls of radius {RADIUS}, pixels in [0, 1]",
-        f"joint: {args.evaluations} evaluations an attack; all solves of training: relative tolerance {TRAINING_RTOL:g}",
+        f"joint: {args.evaluations} evaluations an attack; solves of training: relative tolerance {TRAINING_RTOL:g}",
         f"under PGD-{args.judge_steps}, from the worst seed to the best: {spread}",
         "work, wall, processor: over the joint run's; ratios of seconds are medians over passes that ran side by side",
     ]

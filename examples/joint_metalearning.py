@@ -2,9 +2,9 @@
 
 Four unseen classes, five digits of each: the learner (joint_fewshot.py) finds the context that explains these, and
 names the classes of further digits. Meta-training uses digits 0 to 5, turned and mirrored into 48 classes; digits 6 to
-9 are kept for the test. The joint runs solve for state, adjoint and context at once with Type II; one of them differentiates
-through the context as well (backward="implicit"), which the nested loop cannot without unrolling; the others take it
-as a constant.
+9 are kept for the test. The joint runs solve for state, adjoint and context at once with Type II; one of them
+differentiates through the context as well (backward="implicit"), which the nested loop cannot without unrolling; the
+others take it as a constant.
 
     python examples/joint_metalearning.py            # a table, out/joint_metalearning.png and .json
     python examples/joint_metalearning.py --quick    # seconds, to see it run

@@ -14,6 +14,8 @@ from torch import Tensor
 
 import deqfast as dq
 from deqfast import adjoint
+from deqfast.joint_problem import Problem
+from deqfast.ops.lag import Later
 from deqfast.status import Status
 
 F64, F32 = torch.float64, torch.float32
@@ -545,15 +547,18 @@ def good_loss(z: Any, x: Any) -> Tensor:
         ({"step_size": None}, TypeError, "step_size must be a number"),
         ({"step_size": lambda k: 0.0}, ValueError, r"step_size\(k\) must be positive"),
         ({"step_size": torch.zeros(3)}, ValueError, "step_size must be positive"),
-        ({"step_size": torch.ones(4)}, (ValueError, RuntimeError), "."),
+        ({"step_size": torch.full((3,), math.inf)}, ValueError, "step_size must be positive and finite"),
+        ({"step_size": torch.ones(4)}, ValueError, r"step_size must broadcast to x0, expected \(2, 3\), got \(4,\)"),
+        ({"step_size": [1.0]}, TypeError, "step_size must be a number, a function of the step or tensors like x0"),
         ({"damping": 0.0}, ValueError, r"damping must be in \(0, 1\], got 0.0"),
         ({"damping": (0.5, 0.5, 0.5)}, ValueError, "damping must be a number or two"),
         ({"project": 3}, TypeError, "project must be a Projection or a function"),
         ({"project": dq.project.Box(1.0, 2.0)}, ValueError, "x0 must lie within the projection"),
+        ({"project": lambda x: x[:, :2]}, ValueError, r"project\(x\) must have the shape of x0"),
         (
             {"project": dq.project.L2Ball(1.0, torch.zeros(2, 4))},
             ValueError,
-            "project.center must have the shape of z0",
+            "project.center must have the shape of x0",
         ),
         ({"accelerate": ("w",)}, ValueError, "accelerate must name blocks of"),
         ({"accelerate": ()}, ValueError, "accelerate must name a block"),
@@ -579,6 +584,25 @@ def test_wrong_calls_name_the_argument(changes, error, message):
     call = {"f": good_f, "loss": good_loss, "z0": Z0, "x0": X0, "step_size": 0.1, **changes}
     with pytest.raises(error, match=message):
         dq.joint_solve(call.pop("f"), call.pop("loss"), call.pop("z0"), call.pop("x0"), **call)
+
+
+@pytest.mark.parametrize("max_iter", [1, 50])
+def test_values_on_a_gpu_are_refused_when_the_host_hears_of_them(monkeypatch, max_iter):
+    monkeypatch.setattr(Problem, "_refuse_where", lambda self, bad, message: self._late.append((Later(bad), message)))
+    calls = []
+
+    def f(z: Any, x: Any) -> Any:
+        calls.append(1)
+        return good_f(z, x)
+
+    bad = {"x0 must lie within": {"project": dq.project.Box(1.0, 2.0)}, "step_size must be positive": {}}
+    for message, changes in bad.items():
+        calls.clear()
+        options = {"step_size": torch.zeros(3) if not changes else 0.1, "max_iter": max_iter, **changes}
+        with pytest.raises(ValueError, match=message):
+            dq.joint_solve(f, good_loss, Z0, X0, **options)
+        assert len(calls) <= 3
+    assert dq.joint_solve(f, good_loss, Z0, X0, step_size=torch.full((3,), 0.1), max_iter=5).nfe == 5
 
 
 @pytest.mark.parametrize(

@@ -209,8 +209,8 @@ def test_op_counts_as_a_change_of_what_it_writes_to():
 @pytest.mark.parametrize(
     ("position", "wrong", "message"),
     [
-        (0, [torch.zeros(2, 4)], "f must have the shape of z0"),
-        (1, [torch.zeros(2, 3, dtype=F64)], "f_prev must have the dtype of z0"),
+        (0, [torch.zeros(2, 4)], "f must have the shape of x"),
+        (1, [torch.zeros(2, 3, dtype=F64)], "f_prev must have the dtype of x"),
         (2, torch.tensor([0, 2], dtype=torch.int32), "f_rows: expected rows from -1 to 1, got 0 to 2"),
         (2, torch.tensor([0, 1]), "f_rows: expected contiguous"),
         (5, [torch.zeros(3, 2).T], "x_prev: expected .* with strides"),

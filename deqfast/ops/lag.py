@@ -14,6 +14,24 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+class Later:
+    """A flag that is computed on a device, for the host to read when that must have happened anyway."""
+
+    def __init__(self, flag: Tensor) -> None:
+        self._flag = flag
+        self._event: torch.cuda.Event | None = None
+        if flag.device.type == "cuda":
+            self._flag = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
+            self._flag.copy_(flag, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def __bool__(self) -> bool:
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._flag)
+
+
 class Lag:
     """Reads a one-element int32 tensor that every step updates: on a GPU the value of two steps ago.
 

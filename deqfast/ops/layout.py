@@ -93,6 +93,7 @@ class Layout:
     """
 
     def __init__(self, z0: Any, name: str = "z0") -> None:
+        self.name = name
         self.single = isinstance(z0, Tensor)
         leaves, self.spec = ([z0], _LEAF) if self.single else pytree.tree_flatten(z0)
         if not leaves:
@@ -142,19 +143,20 @@ class Layout:
         """
         tensors, spec = ([tree], _LEAF) if isinstance(tree, Tensor) else pytree.tree_flatten(tree)
         if spec != self.spec:
-            hint = "; the keys of a dict must come in z0's order" if isinstance(tree, dict) else ""
+            hint = f"; the keys of a dict must come in {self.name}'s order" if isinstance(tree, dict) else ""
             got = _kind(tree) + hint
-            raise TypeError(f"{name} must have the structure of z0, expected {self._describe()}, got {got}")
+            raise TypeError(f"{name} must have the structure of {self.name}, expected {self._describe()}, got {got}")
         for t, leaf in zip(tensors, self.leaves, strict=True):
             if not isinstance(t, Tensor):
                 raise TypeError(f"{name} must hold tensors, got a {type(t).__name__}")
             shape = leaf.shape if batch is None else (batch, *leaf.shape[1:])
             if t.shape != shape:
-                raise ValueError(f"{name} must have the shape of z0, expected {tuple(shape)}, got {tuple(t.shape)}")
+                sizes = f"expected {tuple(shape)}, got {tuple(t.shape)}"
+                raise ValueError(f"{name} must have the shape of {self.name}, {sizes}")
             if t.dtype != leaf.dtype and not self._autocast_made(t, leaf):
-                raise TypeError(f"{name} must have the dtype of z0, expected {leaf.dtype}, got {t.dtype}")
+                raise TypeError(f"{name} must have the dtype of {self.name}, expected {leaf.dtype}, got {t.dtype}")
             if t.device != self.device:
-                raise ValueError(f"{name} must be on the device of z0, expected {self.device}, got {t.device}")
+                raise ValueError(f"{name} must be on the device of {self.name}, expected {self.device}, got {t.device}")
             if t.layout != torch.strided:
                 raise TypeError(f"{name} must be a dense (strided) tensor, got layout {t.layout}")
         return tensors
