@@ -58,13 +58,16 @@ class JointPlan {
     }
 
     // What the finish keeps; `column_norms` has so many columns a tile.
-    void record(Returns returns, bool safeguard, bool keep_best, Address best_cost, Address best_norms, Address least,
-                Address taken, Address column_norms, int64_t columns) {
+    void record(Returns returns, bool safeguard, bool keep_best, Address best_cost, Address best_norms,
+                Address saved_cost, Address saved_norms, Address least, Address taken, Address column_norms,
+                int64_t columns) {
         end_.returns = returns;
         end_.safeguard = safeguard;
         end_.keep_best = keep_best;
         end_.best_cost = at<void>(best_cost);
         end_.best_norms = at<double>(best_norms);
+        end_.saved_cost = at<void>(saved_cost);
+        end_.saved_norms = at<double>(saved_norms);
         end_.least = at<void>(least);
         end_.taken = at<int32_t>(taken);
         end_.column_norms = at<void>(column_norms);
@@ -85,6 +88,8 @@ class JointPlan {
     // Where f, p or q of a part lies; strides in numbers.
     void source(int part, Address data, DType dtype, int64_t batch_stride, bool dense,
                 const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+        if (int(dtype) < int(a_.dtype))
+            throw std::invalid_argument("f(z, x) and its gradients must not be of a wider dtype than z0");
         place(parts_.at(size_t(part)).value, data, dtype, batch_stride, dense, sizes, strides);
     }
 
@@ -183,7 +188,7 @@ inline void declare_joint(pybind11::module_& m) {
     plan.def("bind", &JointPlan::bind, "B"_a, "dtype"_a, "parts"_a, "ints"_a, "reals"_a, "block_norms"_a, "n_blocks"_a,
              "padded"_a, "threads"_a);
     plan.def("record", &JointPlan::record, "returns"_a, "safeguard"_a, "keep_best"_a, "best_cost"_a, "best_norms"_a,
-             "least"_a, "taken"_a, "column_norms"_a, "columns"_a);
+             "saved_cost"_a, "saved_norms"_a, "least"_a, "taken"_a, "column_norms"_a, "columns"_a);
     plan.def("method", &JointPlan::method, "damping_z"_a, "damping_mu"_a, "normalize"_a, "ball"_a, "radius"_a, "low"_a,
              "high"_a);
     plan.def("source", &JointPlan::source);

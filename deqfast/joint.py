@@ -13,6 +13,7 @@ Source: Gurumurthy, Bai, Manchester and Kolter, Joint Inference and Input Optimi
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compiled
+from . import compiled, transforms
 from .implicit import Implicit
 from .joint_gradient import Envelope, attach_envelope, attach_implicit
-from .joint_problem import Problem
+from .joint_problem import Problem, ordinary
 from .joint_state import JointState
 from .solution import ConvergenceError
 from .solve import progress_bar
@@ -38,7 +39,8 @@ class JointSolution:
 
     Attributes:
         z, x, mu: equilibrium, optimised input (feasible) and adjoint, structured like z0, x0 and z0.
-        cost: (B,) loss at the returned (z, x), before the last projection of x.
+        cost: (B,) loss at the returned (z, x), before the last projection of x; a number, without a gradient: call the
+            loss on z and x for one.
         residual: (B,) of "z", "mu" and "x", each relative to the size of its block, of exactly this iterate. That of x
             is the length of its step.
         converged, steps, status: (B,) as in ``Solution``; a sample converges when every block is within its tolerance.
@@ -97,7 +99,7 @@ def joint_solve(
     """Minimise loss(z, x) over x, sample by sample, subject to z = f(z, x).
 
     Args:
-        f: callable (z, x, *args) -> like z, differentiable in z and x.
+        f: callable (z, x, *args) -> like z, differentiable in z and x, which it does not write to.
         loss: callable (z, x, *args) -> (B,), a cost for each sample; sums over a sample, never means over the batch, or
             ``step_size`` would depend on the batch.
         z0: start of the state, as in ``fixed_point``.
@@ -105,7 +107,7 @@ def joint_solve(
             solve for z and mu alone, forward and adjoint at once.
         args: handed to f and loss after x.
         step_size: a_x of the gradient step: a positive number, a function k -> number of the step (from 0), or tensors
-            that broadcast to x0. About 1/L, L the curvature of the cost in x.
+            that broadcast to x0. About 1/L, L the curvature of the cost in x. Needed unless x0 is empty.
         damping: of z and mu in (0, 1], default (0.8, 0.6).
         project: ``Box``, ``L2Ball`` or ``LinfBall`` of ``deqfast.project``, or a function x -> x that treats samples
             independently.
@@ -125,7 +127,8 @@ def joint_solve(
         backward: "envelope" (default) or an ``Envelope``: gradients reach z, and through it parameters and args, with x
             as a constant, which is right where the outer loss is the inner one; the backward solve starts at mu.
             "implicit" or an ``Implicit``: z, x and mu as functions of parameters and args, through the joint map
-            (second derivatives of f and loss); its tolerance is by default the least of ``rtol``. "none".
+            (second derivatives of f and loss); its tolerance is by default the least of ``rtol``, and its u0 is shaped
+            like the list of the tensors of z, mu and x. "none". In inference mode there is no gradient.
         trace: record residuals of every block, (nfe, B) each.
         callback: called as callback(k, state) after every evaluation; True stops.
         throw: raise ``ConvergenceError`` unless every sample converged.
@@ -136,44 +139,55 @@ def joint_solve(
         TypeError, ValueError: naming the argument, what was expected and what came; what f and loss return is checked
             at the first evaluation.
         ConvergenceError: with ``throw=True``.
+        NotImplementedError: within torch.func transforms or forward mode.
     """
     gradient = _gradient(backward)
+    if transforms.active():
+        raise NotImplementedError(
+            "joint_solve within torch.func transforms or forward mode: it differentiates f and loss by itself. Samples "
+            "of a batch are solved independently, and backward='implicit' gives gradients to plain autograd"
+        )
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable, got {type(callback).__name__}")
     for name, flag in (("trace", trace), ("throw", throw), ("progress", progress)):
         if flag is not True and flag is not False:
             raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
-    problem = Problem(
-        f,
-        loss,
-        z0,
-        x0,
-        mu0,
-        args,
-        step_size=step_size,
-        damping=damping,
-        project=project,
-        normalize=normalize,
-        accelerate=accelerate,
-        solver=solver,
-        rtol=rtol,
-        atol=atol,
-        max_iter=max_iter,
-        returns=returns,
-        safeguard=safeguard,
-        backend=backend,
-    )
-    state = JointState(problem)
-    rows = _loop(state, trace, callback, progress)
-    solution = _conclude(state, rows)
-    if gradient is not None and torch.is_grad_enabled():
-        if isinstance(gradient, Envelope):
-            solution.z = attach_envelope(problem, solution, gradient)
-        else:
-            solution.z, solution.mu, solution.x = attach_implicit(problem, solution, gradient)
-    if throw and not bool(solution.converged.all()):
-        raise ConvergenceError(solution)
-    return solution
+    with contextlib.ExitStack() as modes:
+        if torch.is_inference_mode_enabled():  # derivatives of f and loss need a graph, which it forbids
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.no_grad())
+            z0, x0, mu0, args, step_size = ordinary((z0, x0, mu0, args, step_size))
+        problem = Problem(
+            f,
+            loss,
+            z0,
+            x0,
+            mu0,
+            args,
+            step_size=step_size,
+            damping=damping,
+            project=project,
+            normalize=normalize,
+            accelerate=accelerate,
+            solver=solver,
+            rtol=rtol,
+            atol=atol,
+            max_iter=max_iter,
+            returns=returns,
+            safeguard=safeguard,
+            backend=backend,
+        )
+        state = JointState(problem)
+        rows = _loop(state, trace, callback, progress)
+        solution = _conclude(state, rows)
+        if gradient is not None and torch.is_grad_enabled():
+            if isinstance(gradient, Envelope):
+                solution.z = attach_envelope(problem, solution, gradient)
+            else:
+                solution.z, solution.mu, solution.x = attach_implicit(problem, solution, gradient)
+        if throw and not bool(solution.converged.all()):
+            raise ConvergenceError(solution)
+        return solution
 
 
 def _gradient(backward: Any) -> Envelope | Implicit | None:

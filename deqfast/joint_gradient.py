@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import adjoint
+from . import adjoint, compiled
 from .anderson import Anderson
 from .choose import choose_solver
 from .implicit import Implicit
@@ -55,25 +56,29 @@ def attach_envelope(problem: Problem, solution: JointSolution, envelope: Envelop
     For an outer loss that is a multiple of the inner one, sample by sample, that start is the answer.
     """
     options = _options(problem, envelope, problem.rules[1][0], _scaled_adjoint(problem, solution))
-    x = pytree.tree_map(torch.Tensor.detach, solution.x)
+    x, evaluate = pytree.tree_map(torch.Tensor.detach, solution.x), compiled.eager(problem.f)
 
     def f(z: Any, *args: Any) -> Any:
-        return problem.f(z, x, *args)
+        return evaluate(z, x, *args)
 
     leaves = pytree.tree_leaves(solution.z)
     return problem.z_layout.unflatten(adjoint.attach(f, problem.args, problem.z_layout, leaves, options))
 
 
 def _scaled_adjoint(problem: Problem, solution: JointSolution) -> Callable[[list[Tensor]], Any]:
-    mu = pytree.tree_leaves(solution.mu)
-    with torch.enable_grad():
-        z = [t.detach().requires_grad_() for t in pytree.tree_leaves(solution.z)]
-        x = pytree.tree_map(torch.Tensor.detach, solution.x)
-        cost = problem.loss(problem.z_layout.unflatten(z), x, *problem.args)
-        found = torch.autograd.grad(cost.sum(), z, allow_unused=True) if cost.requires_grad else [None] * len(z)
-    known = [torch.zeros_like(t) if gradient is None else gradient for t, gradient in zip(z, found, strict=True)]
+    mu, loss = pytree.tree_leaves(solution.mu), compiled.eager(problem.loss)
+    z = [t.detach() for t in pytree.tree_leaves(solution.z)]
+    x = pytree.tree_map(torch.Tensor.detach, solution.x)
+
+    def inner_gradient() -> list[Tensor]:
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in z]
+            cost = loss(problem.z_layout.unflatten(leaves), x, *pytree.tree_map(_detached, problem.args))
+            found = torch.autograd.grad(cost.sum(), leaves, allow_unused=True) if cost.requires_grad else [None] * len(z)
+        return [torch.zeros_like(t) if gradient is None else gradient for t, gradient in zip(z, found, strict=True)]
 
     def start(g: list[Tensor]) -> Any:
+        known = inner_gradient()
         inner, size = _dot(g, known), _dot(known, known)
         scale = torch.where(size > 0, inner / size, 0.0)
         scale = torch.where(torch.isfinite(scale), scale, 0.0)
@@ -82,23 +87,32 @@ def _scaled_adjoint(problem: Problem, solution: JointSolution) -> Callable[[list
     return start
 
 
+def _detached(t: Any) -> Any:
+    return t.detach() if isinstance(t, Tensor) else t
+
+
 def _dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    rows = [(s.conj() * t).real.reshape(s.shape[0], -1).double().sum(1) for s, t in zip(a, b, strict=True)]
-    return torch.stack(rows).sum(0)
+    products = [(s.conj() * t).real for s, t in zip(a, b, strict=True)]
+    return torch.stack([t.reshape(t.shape[0], math.prod(t.shape[1:])).double().sum(1) for t in products]).sum(0)
 
 
 def attach_implicit(problem: Problem, solution: JointSolution, gradient: Implicit) -> tuple[Any, Any, Any]:
-    """(z, mu, x) with the gradients of the joint map's fixed point."""
+    """(z, mu, x) with the gradients of the joint map's fixed point.
+
+    That is the same for every step of x, but the residual of the backward solve is not: measured with the small last
+    step of a schedule, it would be met at once. So the largest step that was made is taken.
+    """
     many = len(problem.z_layout.leaves)
-    rate = problem.step_size(max(0, solution.nfe - 1))
+    f, loss = compiled.eager(problem.f), compiled.eager(problem.loss)
+    rate = problem.largest_step or problem.step_size(0)
 
     def joint_map(v: Any, *args: Any) -> Any:
         with torch.enable_grad():  # the map is made of derivatives, whoever evaluates it
             v = [t if t.requires_grad else t.detach().requires_grad_() for t in v]
             z, mu, x = v[:many], v[many : 2 * many], v[2 * many :]
             trees = problem.z_layout.unflatten(z), problem.x_tree(x)
-            fz = pytree.tree_leaves(problem.f(*trees, *args))
-            cost = problem.loss(*trees, *args)
+            fz = pytree.tree_leaves(f(*trees, *args))
+            cost = loss(*trees, *args)
             outputs = [t for t in (*fz, cost) if t.requires_grad]
             weights = [m for t, m in zip(fz, mu, strict=True) if t.requires_grad]
             weights += [torch.ones_like(cost)] if cost.requires_grad else []

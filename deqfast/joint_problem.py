@@ -16,7 +16,7 @@ from .ops.joint import BLOCKS, MapOptions
 from .ops.lag import Later, capturing
 from .ops.layout import Layout, Leaf
 from .picard import Picard
-from .project import Projection
+from .project import Box, L2Ball, LinfBall, Projection
 from .state import DEFAULT_RTOL, Solver, check_number
 
 RETURNS = ("best", "last", "cost")
@@ -61,8 +61,7 @@ class Problem:
         if self.has_x:
             self.x_layout = Layout(x0, "x0")
             self.x_leaves, self.x_tree = self.x_layout.leaves, self.x_layout.unflatten
-        if self.has_x:
-            self._check_alike(z0, x0)
+            check_alike(self.z_layout, self.x_layout)
         self.blocks = BLOCKS if self.has_x else BLOCKS[:2]
         z_leaves = self._detached(z0)
         mu_leaves = [torch.zeros_like(t) for t in z_leaves] if mu0 is None else self.z_layout.flatten(mu0, "mu0")
@@ -82,15 +81,10 @@ class Problem:
                 raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
         self.safeguard, self.normalize = safeguard, normalize
         self._rates: list[Tensor] | None = None
+        self.largest_step = 0.0  # of those made
         self._late: list[tuple[Later, str]] = []
         self._schedule = self._step_sizes(step_size)
         self.projection = self._projection(project)
-
-    def _check_alike(self, z0: Any, x0: Any) -> None:
-        z, x = self.z_layout, self.x_layout
-        for what, a, b in (("batch", z.B, x.B), ("precision", z.dtype, x.dtype), ("device", z.device, x.device)):
-            if a != b:
-                raise ValueError(f"x0 must have the {what} of z0, expected {a}, got {b}")
 
     @staticmethod
     def _detached(tree: Any) -> list[Tensor]:
@@ -105,6 +99,8 @@ class Problem:
     def _accelerated(self, names: Any) -> tuple[str, ...]:
         if names is None:
             return self.blocks
+        if not isinstance(names, (str, tuple, list, set, frozenset)):
+            raise TypeError(f"accelerate must be a name or some of {self.blocks}, got {type(names).__name__}")
         given = (names,) if isinstance(names, str) else tuple(names)
         for name in given:
             if name not in self.blocks:
@@ -126,6 +122,10 @@ class Problem:
 
     def _step_sizes(self, step_size: Any) -> Callable[[int], float]:
         if not self.has_x:
+            if self.normalize:
+                raise ValueError("normalize needs an x0 to step")
+            if step_size is not None:
+                raise ValueError("step_size needs an x0 to step; leave it out to solve for z and mu alone")
             return lambda k: 1.0
         if callable(step_size):
             return lambda k: _positive("step_size(k)", step_size(k))
@@ -137,6 +137,10 @@ class Problem:
             if len(leaves) != len(self.x_leaves):
                 raise ValueError(f"step_size: expected {len(self.x_leaves)} tensors as in x0, got {len(leaves)}")
             for t, leaf in zip(leaves, self.x_leaves, strict=True):
+                if t.is_complex() or t.dtype == torch.bool:
+                    raise TypeError(f"step_size must hold real numbers, got {t.dtype}")
+                if t.device != self.layout.device:
+                    raise ValueError(f"step_size must be on the device of x0, expected {self.layout.device}, got {t.device}")
                 if not _broadcasts(t, leaf.shape):
                     raise ValueError(
                         f"step_size must broadcast to x0, expected {tuple(leaf.shape)}, got {tuple(t.shape)}"
@@ -144,31 +148,35 @@ class Problem:
                 self._refuse_where(~((t > 0) & t.isfinite()).all(), "step_size must be positive and finite throughout")
             if self.normalize:
                 raise ValueError("step_size must be a number or a function of the step with normalize=True")
-            self._rates = [t.detach() for t in leaves]
+            self._rates = [t.detach().to(self.layout.dtype) for t in leaves]
             return lambda k: 1.0
         rate = _positive("step_size", step_size)
         return lambda k: rate
 
     def step_size(self, k: int) -> float:
         """a_x of step ``k``."""
-        return self._schedule(k)
+        rate = self._schedule(k)
+        self.largest_step = max(self.largest_step, rate)
+        return rate
 
     def _projection(self, project: Any) -> Projection | Callable[[Any], Any] | None:
         if project is None:
             return None
         if not self.has_x:
             raise ValueError("project needs an x0 to project")
-        if not callable(project):
-            raise TypeError(f"project must be a Projection or a function of x, got {type(project).__name__}")
+        if not callable(project) or isinstance(project, type) or project in (Box, L2Ball, LinfBall):
+            got = getattr(project, "__name__", type(project).__name__)
+            raise TypeError(f"project must be a set such as Box(0, 1), or a function of x, got {got}")
         if isinstance(project, Projection) and project.center is not None:
             self.x_layout.flatten(project.center, "project.center")
-        x = self.x_tree(self.start[2 * len(self.z_layout.leaves) :])
+        x = self.start[2 * len(self.z_layout.leaves) :]
         if self.layout.B:
-            inside = self.x_layout.flatten(project(x), "project(x)")
-            for t, p in zip(pytree.tree_leaves(x), inside, strict=True):
-                if t.numel():
-                    away = (t - p).abs().max() > 1e3 * torch.finfo(t.dtype).eps * (1 + t.abs().max())
-                    self._refuse_where(away, "x0 must lie within the projection; start from project(x0)")
+            inside = self.x_layout.flatten(project(self.x_tree([t.clone() for t in x])), "project(x)")
+            for t, p in zip(x, inside, strict=True):
+                # A number that is none is no reason to say that of others.
+                bound = 1e3 * torch.finfo(t.dtype).eps * (1 + t.abs().nan_to_num(0.0))
+                away = ((t - p).abs() > bound).any()
+                self._refuse_where(away, "x0 must lie within the projection; start from project(x0)")
         return project
 
     def _refuse_where(self, bad: Tensor, message: str) -> None:
@@ -248,19 +256,33 @@ class Problem:
         return values, cost.detach().to(self.layout.acc)
 
     def _check_first(self, fz: list[Tensor], cost: Any, z: list[Tensor], x: list[Tensor]) -> None:
-        B = self.layout.B
-        if not isinstance(cost, Tensor) or cost.shape != (B,) or not cost.is_floating_point():
-            got = f"{tuple(cost.shape)} {cost.dtype}" if isinstance(cost, Tensor) else type(cost).__name__
-            raise ValueError(
-                f"loss(z, x) must return one number a sample, expected ({B},) of a floating dtype, got {got}"
-            )
+        check_cost(cost, self.layout.B)
         if not _depends([cost], [*z, *x]):
             raise ValueError("loss(z, x) must depend on z or x, got one that depends on neither through autograd")
         if x and not _depends(fz, x):
             raise ValueError(
                 "f(z, x) must be differentiable in x, got one that does not depend on it through autograd; is x used "
-                "under no_grad, detached or rounded?"
+                "under no_grad or detached?"
             )
+
+
+def check_alike(z: Layout, x: Layout) -> None:
+    """Raise ValueError unless x0 has the batch, precision and device of z0."""
+    for what, a, b in (("batch", z.B, x.B), ("precision", z.dtype, x.dtype), ("device", z.device, x.device)):
+        if a != b:
+            raise ValueError(f"x0 must have the {what} of z0, expected {a}, got {b}")
+
+
+def check_cost(cost: Any, B: int) -> None:
+    """Raise ValueError unless the loss gave one real number a sample."""
+    if not isinstance(cost, Tensor) or cost.shape != (B,) or not cost.is_floating_point():
+        got = f"{tuple(cost.shape)} {cost.dtype}" if isinstance(cost, Tensor) else type(cost).__name__
+        raise ValueError(f"loss(z, x) must return one number a sample, expected ({B},) of a floating dtype, got {got}")
+
+
+def ordinary(tree: Any) -> Any:
+    """The tree with copies of tensors that were made in inference mode, which autograd cannot keep."""
+    return pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) and t.is_inference() else t, tree)
 
 
 def _depends(outputs: list[Tensor], on: list[Tensor]) -> bool:

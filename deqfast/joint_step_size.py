@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import compiled
+from . import compiled, transforms
 from .implicit import Implicit
+from .joint_problem import check_alike, check_cost, ordinary
+from .linear import GradientWarning
 from .ops.layout import Layout
 from .solve import fixed_point
 
@@ -46,7 +48,8 @@ def joint_step_size(
         args: handed to f and loss after x.
         iterations: of the power method, default 8.
         per_sample: False (default): one number, for the largest curvature of the batch. True: tensors (B, 1, ...) that
-            broadcast to x0, structured like it, a step for each sample; a sample without curvature gets the batch's.
+            broadcast to x0, structured like it, a step for each sample; a sample whose curvature is 0 or no number gets
+            the batch's, which leaves such samples out too.
         rtol: relative tolerance of every solve, default that of the dtype.
         max_iter: evaluations at most of every solve, default 100.
         backend: as in ``fixed_point``.
@@ -57,16 +60,22 @@ def joint_step_size(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; loss does not return (B,), or is
             without finite, positive curvature in x (linear, for example).
+        NotImplementedError: within torch.func transforms or forward mode.
+
+    Warns:
+        GradientWarning: the fixed point at x0 was not found, or a linear solve fell short.
     """
     _check(f, loss, args, iterations, per_sample)
+    if transforms.active():
+        raise NotImplementedError("joint_step_size within torch.func transforms or forward mode")
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            z0, x0, args = ordinary((z0, x0, args))
+            options = {"iterations": iterations, "per_sample": per_sample, "rtol": rtol, "max_iter": max_iter}
+            return joint_step_size(f, loss, z0, x0, args, backend=backend, **options)
+    loss = compiled.eager(loss)
     z_layout, x_layout = Layout(z0, "z0"), Layout(x0, "x0")
-    for what, a, b in (
-        ("batch", z_layout.B, x_layout.B),
-        ("precision", z_layout.dtype, x_layout.dtype),
-        ("device", z_layout.device, x_layout.device),
-    ):
-        if a != b:
-            raise ValueError(f"x0 must have the {what} of z0, expected {a}, got {b}")
+    check_alike(z_layout, x_layout)
     if not x_layout.B or not x_layout.N:
         raise ValueError(f"x0 must hold a number to step, got {x_layout.B} samples of {x_layout.N} numbers")
     # Batches that hold the same sample must agree on it: every sample starts from the same direction.
@@ -80,14 +89,15 @@ def joint_step_size(
             found = torch.autograd.grad(gradient, x, v, retain_graph=True, allow_unused=True)
             image = [torch.zeros_like(t) if g is None else g for t, g in zip(x, found, strict=True)]
             curvature, v = _norm(image), _unit(image)
-    largest = float(curvature.max())
-    if not 0 < largest < math.inf:
-        raise ValueError(
-            f"loss(z*(x), x) must have finite, positive curvature in x, got {largest:g}; is it linear in x?"
-        )
+    known = torch.isfinite(curvature)
+    largest = float(torch.where(known, curvature, 0.0).max())
+    if not bool(known.any()):
+        raise ValueError("loss(z*(x), x) must have a finite curvature in x, got none that is a number at x0")
+    if not largest > 0:
+        raise ValueError("loss(z*(x), x) must have positive curvature in x, got 0; is it linear in x?")
     if not per_sample:
         return 1 / largest
-    rate = 1 / torch.where(curvature > 0, curvature, largest)
+    rate = 1 / torch.where(known & (curvature > 0), curvature, largest)
     return x_layout.unflatten([rate.view(-1, *[1] * (t.dim() - 1)).to(t.dtype) for t in x])
 
 
@@ -118,12 +128,14 @@ def _gradient(
 ) -> list[Tensor]:
     """The gradient of loss(z*(x), x) in x, with its graph, zeros where loss ignores a tensor of x."""
     backward = Implicit(rtol=rtol, max_iter=max_iter)
-    z = fixed_point(f, z0, (x_tree, *args), rtol=rtol, max_iter=max_iter, backward=backward, backend=backend).z
+    solution = fixed_point(f, z0, (x_tree, *args), rtol=rtol, max_iter=max_iter, backward=backward, backend=backend)
+    failed = int((~solution.converged).sum())
+    if failed:
+        text = f"f's fixed point at x0 was not found for {failed} of {len(solution.converged)} samples"
+        warnings.warn(f"{text}; the curvature there is a guess", GradientWarning, stacklevel=4)
+    z = solution.z
     cost = loss(z, x_tree, *args)
-    B = x[0].shape[0]
-    if not isinstance(cost, Tensor) or cost.shape != (B,) or not cost.is_floating_point():
-        got = f"{tuple(cost.shape)} {cost.dtype}" if isinstance(cost, Tensor) else type(cost).__name__
-        raise ValueError(f"loss(z, x) must return one number a sample, expected ({B},) of a floating dtype, got {got}")
+    check_cost(cost, x[0].shape[0])
     found = torch.autograd.grad(cost.sum(), x, create_graph=True, allow_unused=True) if cost.requires_grad else [None]
     if all(g is None for g in found):
         raise ValueError("loss(z*(x), x) must depend on x through autograd, got one that does not")

@@ -23,6 +23,8 @@ __all__ = ["Box", "L2Ball", "LinfBall"]
 class Projection:
     """A product of a ball around a centre and a box, of which either may be missing.
 
+    Of complex numbers a box bounds real and imaginary parts, each by itself, as the largest-entry ball does.
+
     Attributes:
         ball: None, "l2" or "linf".
         radius: of the ball.
@@ -38,12 +40,15 @@ class Projection:
 
     def __call__(self, x: Any) -> Any:
         """The nearest point of the set to each sample of ``x``, a tensor (B, ...) or a tree of them."""
-        leaves, spec = pytree.tree_flatten(x)
-        centers = [None] * len(leaves) if self.center is None else pytree.tree_leaves(self.center)
+        given, spec = pytree.tree_flatten(x)
+        leaves = [_real(t) for t in given]
+        centers = [None] * len(leaves) if self.center is None else [_real(c) for c in pytree.tree_leaves(self.center)]
         if self.ball == "l2":
             moved = [t if c is None else t - c for t, c in zip(leaves, centers, strict=True)]
-            norm = torch.stack([t.reshape(t.shape[0], -1).double().square().sum(1) for t in moved]).sum(0).sqrt()
-            shrink = torch.where(norm > self.radius, self.radius / norm, 1.0)
+            squares = torch.stack([_rows(t).double().square().sum(1) for t in moved]).sum(0)
+            # A root at zero has no derivative, so none is taken within the ball.
+            outside = squares > self.radius**2
+            shrink = torch.where(outside, self.radius / torch.where(outside, squares, 1.0).sqrt(), 1.0)
             leaves = [
                 _scale(t, shrink) if c is None else c + _scale(t, shrink) for t, c in zip(moved, centers, strict=True)
             ]
@@ -54,7 +59,16 @@ class Projection:
             ]
         if self.low > -math.inf or self.high < math.inf:
             leaves = [t.clamp(self.low, self.high) for t in leaves]
+        leaves = [torch.view_as_complex(t) if g.is_complex() else t for t, g in zip(leaves, given, strict=True)]
         return pytree.tree_unflatten(leaves, spec)
+
+
+def _real(t: Tensor) -> Tensor:
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(t.shape[0], math.prod(t.shape[1:]))
 
 
 def _scale(t: Tensor, by: Tensor) -> Tensor:

@@ -552,7 +552,7 @@ def good_loss(z: Any, x: Any) -> Tensor:
         ({"step_size": [1.0]}, TypeError, "step_size must be a number, a function of the step or tensors like x0"),
         ({"damping": 0.0}, ValueError, r"damping must be in \(0, 1\], got 0.0"),
         ({"damping": (0.5, 0.5, 0.5)}, ValueError, "damping must be a number or two"),
-        ({"project": 3}, TypeError, "project must be a Projection or a function"),
+        ({"project": 3}, TypeError, "project must be a set such as Box.*got int"),
         ({"project": dq.project.Box(1.0, 2.0)}, ValueError, "x0 must lie within the projection"),
         ({"project": lambda x: x[:, :2]}, ValueError, r"project\(x\) must have the shape of x0"),
         (
@@ -577,7 +577,14 @@ def good_loss(z: Any, x: Any) -> Tensor:
         ({"args": [1]}, TypeError, "args must be a tuple"),
         ({"safeguard": 1}, TypeError, "safeguard must be a bool"),
         ({"backend": "fast"}, ValueError, "backend must be one of"),
-        ({"x0": (), "step_size": 1.0, "project": lambda x: x}, ValueError, "project needs an x0"),
+        ({"x0": (), "step_size": None, "project": lambda x: x}, ValueError, "project needs an x0"),
+        ({"x0": ()}, ValueError, "step_size needs an x0 to step"),
+        ({"x0": (), "step_size": None, "normalize": True}, ValueError, "normalize needs an x0 to step"),
+        ({"project": dq.project.Box}, TypeError, "project must be a set such as Box.*got Box"),
+        ({"accelerate": 1}, TypeError, "accelerate must be a name or some of .*, got int"),
+        ({"step_size": torch.ones(3, dtype=torch.complex64)}, TypeError, "step_size must hold real numbers, got"),
+        ({"step_size": torch.ones(3, dtype=torch.bool)}, TypeError, "step_size must hold real numbers, got"),
+        ({"step_size": torch.ones(3, device="meta")}, ValueError, "step_size must be on the device of x0"),
     ],
 )
 def test_wrong_calls_name_the_argument(changes, error, message):

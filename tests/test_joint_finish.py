@@ -57,7 +57,8 @@ def workspace(returns, safeguard, dtype, sizes=(33, 9), accelerate=("z", "mu")) 
     parts = [Part(i, leaf, chosen.index(i) if i in chosen else None) for i, leaf in enumerate(layout.leaves)]
     ws = JointWorkspace(core, parts, MapOptions(damping=DAMPING), returns, safeguard)
     buffers = [*core.x[0], *core.x[1], *ws.mapped[0], *ws.mapped[1], *ws.plain[0], *ws.plain[1], *ws.plain_saved]
-    buffers += [core.norms, core.block_norms, ws.record.best_norms, *(ws.record.kept or [])]
+    buffers += [core.norms, core.block_norms, ws.record.best_norms, *(ws.record.kept or []), ws.record.saved_norms]
+    buffers += [ws.record.saved_cost]
     for seed, t in enumerate(buffers):
         if t is not None:
             t.copy_(random(*t.shape, dtype=t.dtype, seed=100 + seed))
@@ -91,6 +92,8 @@ def test_every_verdict(accelerate, dtype, safeguard, returns, backend):
     next_before = [ws.value(i, 1 - cur).clone() for i in range(3)]
     kept, norms = [t.clone() for t in record.kept or []], record.best_norms.clone()
     best_cost, columns = record.best_cost.clone(), ws.core.norms.clone()
+    saved = None if record.saved_norms is None else (record.saved_cost.clone(), record.saved_norms.clone())
+    assert (saved is not None) == (returns == "last")
     bind_ends(ws, backend)[1](cost, MADE)
     for b, (given, goes, save, *_) in enumerate(CASES):
         take = CASES[b][COLUMN[returns]]
@@ -105,8 +108,15 @@ def test_every_verdict(accelerate, dtype, safeguard, returns, backend):
             assert torch.equal(ws.plain_saved[i][b], before["x" if save else "saved"][i][b]), b
         assert bool(record.taken[b]) == take, b
         expected = given[5] if take else float(best_cost[b])
+        expected_norms = (ws.core.block_norms if take else norms)[:, :, b]
+        if saved is not None and given[:2] == (X, MADE):  # back to the iterate of the least residual
+            expected, expected_norms = float(saved[0][b]), saved[1][:, :, b]
         assert float(record.best_cost[b]) == expected or (math.isnan(expected) and record.best_cost[b].isnan())
-        assert torch.equal(record.best_norms[:, :, b], (ws.core.block_norms if take else norms)[:, :, b])
+        assert torch.equal(record.best_norms[:, :, b], expected_norms)
+        if saved is not None:
+            assert float(record.saved_cost[b]) == (given[5] if CASES[b][COLUMN["best"]] else float(saved[0][b]))
+            saved_norms = (ws.core.block_norms if CASES[b][COLUMN["best"]] else saved[1])[:, :, b]
+            assert torch.equal(record.saved_norms[:, :, b], saved_norms)
         for t, old, x in zip(record.kept or [], kept, before["x"], strict=bool(kept)):
             assert torch.equal(t[b], (x if take else old)[b])
         forget, lanes = safeguard and CASES[b][6], columns.shape[-1]

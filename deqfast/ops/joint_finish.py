@@ -35,6 +35,8 @@ class Record:
         returns, safeguard: as in ``joint_solve``.
         best_norms: (blocks, 2, padded) float64, ``block_norms`` at that iterate.
         best_cost: (B,) its cost, NaN before there is one.
+        saved_norms, saved_cost: with ``returns="last"`` both at the iterate of the least residual, which a sample that
+            becomes no number goes back to; else None.
         least: (B,) the best residual since the history was forgotten last.
         taken: (B,) int32, whether the newest evaluation is that iterate.
         kept: with ``returns="cost"`` the iterate, a tensor for each part; else None.
@@ -46,6 +48,8 @@ class Record:
     kept: list[Tensor] | None = None
     best_norms: Tensor = field(init=False)
     best_cost: Tensor = field(init=False)
+    saved_norms: Tensor | None = None
+    saved_cost: Tensor | None = None
     least: Tensor = field(init=False)
     taken: Tensor = field(init=False)
 
@@ -55,6 +59,8 @@ class Record:
         self.best_norms = torch.zeros_like(norms)
         self.best_norms[:, 0] = math.inf
         self.best_cost = torch.full((layout.B,), math.nan, dtype=layout.acc, device=layout.device)
+        if self.returns == "last":
+            self.saved_norms, self.saved_cost = self.best_norms.clone(), self.best_cost.clone()
         self.least = torch.full((layout.B,), math.inf, dtype=layout.acc, device=layout.device)
         self.taken = torch.zeros(layout.B, dtype=torch.int32, device=layout.device)
 
@@ -62,7 +68,6 @@ class Record:
 def joint_finish(ws: JointWorkspace, cost: Tensor | None, made: int) -> None:
     """The oracle, in plain torch; before ``core.cur`` is flipped. ``made``: evaluations, this one included."""
     core, record = ws.core, ws.record
-    B = core.layout.B
     steps, status = core.int_row(Int.STEPS), core.int_row(Int.STATUS)
     now = core.real_row(Real.RESIDUAL)
     # A sample that was measured just now has used as many evaluations as were made.
@@ -72,11 +77,13 @@ def joint_finish(ws: JointWorkspace, cost: Tensor | None, made: int) -> None:
     if record.returns == "cost" and cost is not None:
         lower = (cost < record.best_cost) & (now < COST_SLACK * core.real_row(Real.BEST))
         take = better | (measured & lower)
-    if cost is not None:
-        record.best_cost.copy_(torch.where(take, cost, record.best_cost))
     assert core.block_norms is not None
-    best_norms = record.best_norms[:, :, :B]
-    best_norms.copy_(torch.where(take, core.block_norms[:, :, :B], best_norms))
+    _note(record.best_cost, record.best_norms, take, cost, core.block_norms)
+    if record.saved_norms is not None and record.saved_cost is not None:
+        _note(record.saved_cost, record.saved_norms, better, cost, core.block_norms)
+        lost = (steps == made) & (status == Status.NON_FINITE)
+        saved_cost = None if cost is None else record.saved_cost
+        _note(record.best_cost, record.best_norms, lost, saved_cost, record.saved_norms)
     record.taken.copy_(take)
     if record.kept is not None:
         for i, kept in enumerate(record.kept):
@@ -89,6 +96,13 @@ def joint_finish(ws: JointWorkspace, cost: Tensor | None, made: int) -> None:
         record.least.copy_(torch.where(measured, least, record.least))
         _forget(core, grown)
     _move_plain(ws, steps == made, better, status)
+
+
+def _note(to_cost: Tensor, to_norms: Tensor, where: Tensor, cost: Tensor | None, norms: Tensor) -> None:
+    B = where.shape[0]
+    if cost is not None:
+        to_cost.copy_(torch.where(where, cost, to_cost))
+    to_norms[:, :, :B] = torch.where(where, norms[:, :, :B], to_norms[:, :, :B])
 
 
 def _move_plain(ws: JointWorkspace, was_running: Tensor, best: Tensor, status: Tensor) -> None:

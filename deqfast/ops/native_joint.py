@@ -54,6 +54,8 @@ def bind_ends(ws: JointWorkspace) -> tuple[Map, Finish]:
         keep_best=core.keep_best,
         best_cost=record.best_cost.data_ptr(),
         best_norms=record.best_norms.data_ptr(),
+        saved_cost=_address(record.saved_cost),
+        saved_norms=_address(record.saved_norms),
         least=record.least.data_ptr(),
         taken=record.taken.data_ptr(),
         column_norms=core.norms.data_ptr(),

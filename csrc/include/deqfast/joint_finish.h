@@ -38,9 +38,11 @@ struct FinishArgs {
     bool safeguard = false;
     bool keep_best = true;
     const void* cost = nullptr;           // (B) of A; null: there is none
-    void* best_cost = nullptr;            // (B) of A
+    void* best_cost = nullptr;            // (B) of A, at the iterate that would be returned
     const double* block_norms = nullptr;  // (n_blocks, 2, padded)
     double* best_norms = nullptr;         // the same, at the iterate that would be returned
+    void* saved_cost = nullptr;           // both at the one of the least residual, which a sample that becomes no number
+    double* saved_norms = nullptr;        // goes back to; null but with Returns::last
     void* least = nullptr;                // (B) of A: the best residual since the last restart
     void* column_norms = nullptr;         // (tiles, columns, kTile) of A; zero: no such column
     int64_t columns = 0;
@@ -60,6 +62,13 @@ struct FinishArgs {
     }
 };
 
+template <class A>
+DEQFAST_HD inline void note(const FinishArgs& a, int64_t b, const void* cost, const double* norms, void* to_cost,
+                            double* to_norms) {
+    if (cost) static_cast<A*>(to_cost)[b] = static_cast<const A*>(cost)[b];
+    for (int row = 0; row < 2 * a.n_blocks; ++row) to_norms[row * a.padded + b] = norms[row * a.padded + b];
+}
+
 // Updates the records of sample b; whether its iterate would be returned now.
 template <class A>
 DEQFAST_HD inline bool record(const FinishArgs& a, int64_t b) {
@@ -71,10 +80,11 @@ DEQFAST_HD inline bool record(const FinishArgs& a, int64_t b) {
         const bool lower = static_cast<const A*>(a.cost)[b] < static_cast<const A*>(a.best_cost)[b];
         take = take || (lower && residual < A(kCostSlack) * a.at<A>(kBest, b));
     }
-    if (take) {
-        if (a.cost) static_cast<A*>(a.best_cost)[b] = static_cast<const A*>(a.cost)[b];
-        for (int row = 0; row < 2 * a.n_blocks; ++row)
-            a.best_norms[row * a.padded + b] = a.block_norms[row * a.padded + b];
+    if (take) note<A>(a, b, a.cost, a.block_norms, a.best_cost, a.best_norms);
+    if (a.saved_norms) {
+        if (better) note<A>(a, b, a.cost, a.block_norms, a.saved_cost, a.saved_norms);
+        if (a.at(kSteps, b) == a.made && !measured)
+            note<A>(a, b, a.cost ? a.saved_cost : nullptr, a.saved_norms, a.best_cost, a.best_norms);
     }
     if (a.safeguard && measured) {
         A& least = static_cast<A*>(a.least)[b];
