@@ -74,7 +74,9 @@ def _scaled_adjoint(problem: Problem, solution: JointSolution) -> Callable[[list
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in z]
             cost = loss(problem.z_layout.unflatten(leaves), x, *pytree.tree_map(_detached, problem.args))
-            found = torch.autograd.grad(cost.sum(), leaves, allow_unused=True) if cost.requires_grad else [None] * len(z)
+            if not cost.requires_grad:
+                return [torch.zeros_like(t) for t in z]
+            found = torch.autograd.grad(cost.sum(), leaves, allow_unused=True)
         return [torch.zeros_like(t) if gradient is None else gradient for t, gradient in zip(z, found, strict=True)]
 
     def start(g: list[Tensor]) -> Any:

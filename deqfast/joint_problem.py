@@ -130,28 +130,30 @@ class Problem:
         if callable(step_size):
             return lambda k: _positive("step_size(k)", step_size(k))
         if isinstance(step_size, bool) or not isinstance(step_size, (int, float)):
-            leaves = pytree.tree_leaves(step_size)
-            if not leaves or not all(isinstance(t, Tensor) for t in leaves):
-                got = type(step_size).__name__
-                raise TypeError(f"step_size must be a number, a function of the step or tensors like x0, got {got}")
-            if len(leaves) != len(self.x_leaves):
-                raise ValueError(f"step_size: expected {len(self.x_leaves)} tensors as in x0, got {len(leaves)}")
-            for t, leaf in zip(leaves, self.x_leaves, strict=True):
-                if t.is_complex() or t.dtype == torch.bool:
-                    raise TypeError(f"step_size must hold real numbers, got {t.dtype}")
-                if t.device != self.layout.device:
-                    raise ValueError(f"step_size must be on the device of x0, expected {self.layout.device}, got {t.device}")
-                if not _broadcasts(t, leaf.shape):
-                    raise ValueError(
-                        f"step_size must broadcast to x0, expected {tuple(leaf.shape)}, got {tuple(t.shape)}"
-                    )
-                self._refuse_where(~((t > 0) & t.isfinite()).all(), "step_size must be positive and finite throughout")
             if self.normalize:
                 raise ValueError("step_size must be a number or a function of the step with normalize=True")
-            self._rates = [t.detach().to(self.layout.dtype) for t in leaves]
+            self._rates = self._tensor_steps(step_size)
             return lambda k: 1.0
         rate = _positive("step_size", step_size)
         return lambda k: rate
+
+    def _tensor_steps(self, step_size: Any) -> list[Tensor]:
+        leaves = pytree.tree_leaves(step_size)
+        if not leaves or not all(isinstance(t, Tensor) for t in leaves):
+            got = type(step_size).__name__
+            raise TypeError(f"step_size must be a number, a function of the step or tensors like x0, got {got}")
+        if len(leaves) != len(self.x_leaves):
+            raise ValueError(f"step_size: expected {len(self.x_leaves)} tensors as in x0, got {len(leaves)}")
+        for t, leaf in zip(leaves, self.x_leaves, strict=True):
+            if t.is_complex() or t.dtype == torch.bool:
+                raise TypeError(f"step_size must hold real numbers, got {t.dtype}")
+            if t.device != self.layout.device:
+                where = f"expected {self.layout.device}, got {t.device}"
+                raise ValueError(f"step_size must be on the device of x0, {where}")
+            if not _broadcasts(t, leaf.shape):
+                raise ValueError(f"step_size must broadcast to x0, expected {tuple(leaf.shape)}, got {tuple(t.shape)}")
+            self._refuse_where(~((t > 0) & t.isfinite()).all(), "step_size must be positive and finite throughout")
+        return [t.detach().to(self.layout.dtype) for t in leaves]
 
     def step_size(self, k: int) -> float:
         """a_x of step ``k``."""

@@ -71,8 +71,10 @@ def joint_step_size(
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
             z0, x0, args = ordinary((z0, x0, args))
-            options = {"iterations": iterations, "per_sample": per_sample, "rtol": rtol, "max_iter": max_iter}
-            return joint_step_size(f, loss, z0, x0, args, backend=backend, **options)
+            return joint_step_size(
+                f, loss, z0, x0, args, iterations=iterations, per_sample=per_sample, rtol=rtol, max_iter=max_iter,
+                backend=backend,
+            )  # fmt: skip
     loss = compiled.eager(loss)
     z_layout, x_layout = Layout(z0, "z0"), Layout(x0, "x0")
     check_alike(z_layout, x_layout)

@@ -41,10 +41,10 @@ struct FinishArgs {
     void* best_cost = nullptr;            // (B) of A, at the iterate that would be returned
     const double* block_norms = nullptr;  // (n_blocks, 2, padded)
     double* best_norms = nullptr;         // the same, at the iterate that would be returned
-    void* saved_cost = nullptr;           // both at the one of the least residual, which a sample that becomes no number
-    double* saved_norms = nullptr;        // goes back to; null but with Returns::last
-    void* least = nullptr;                // (B) of A: the best residual since the last restart
-    void* column_norms = nullptr;         // (tiles, columns, kTile) of A; zero: no such column
+    void* saved_cost = nullptr;     // both at the one of the least residual, which a sample that becomes no number
+    double* saved_norms = nullptr;  // goes back to; null but with Returns::last
+    void* least = nullptr;          // (B) of A: the best residual since the last restart
+    void* column_norms = nullptr;   // (tiles, columns, kTile) of A; zero: no such column
     int64_t columns = 0;
     int32_t* taken = nullptr;  // (B), out: the iterate just measured is the one to be returned
     int threads = 1;
