@@ -146,7 +146,10 @@ def floor_bytes(shape: Shape, h: int, mixed: bool = True, s: int = 4) -> int:
 
 
 def compare(name: str, rounds: int) -> tuple[dict[str, dict[str, Any]], dict[str, Own | Torch]]:
-    """Facts by row, taken in turns once every history is full, and the rows."""
+    """Facts by row, taken in turns once every history is full, and the rows.
+
+    The bandwidth is that of copies made between the rows, as everything else a median over the rounds.
+    """
     shape = SHAPES[name]
     maps = Maps(shape)
     facts: dict[str, dict[str, Any]] = {}
@@ -168,10 +171,14 @@ def compare(name: str, rounds: int) -> tuple[dict[str, dict[str, Any]], dict[str
             assert not isinstance(row, Own) or row.running == shape.batch, "a frozen sample is no work"
     bandwidth = copied / statistics.median(taken["copy"])
     for label in rows:
-        seconds = statistics.median(taken[label])
+        low, seconds, high = statistics.quantiles(taken[label], n=4)
         least = floor_bytes(shape, 2 if label == "bfloat16" else 4)
         facts[label] = {
+            "method": "joint",
+            "size": name,
             "us": 1e6 * seconds,
+            "us_low": 1e6 * low,
+            "us_high": 1e6 * high,
             "floor_bytes": least,
             "floor_fraction": least / seconds / bandwidth,
             "ratio_to_torch": statistics.median(taken["torch"]) / seconds,

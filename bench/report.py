@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import free, gpu_report, methods, pictures, summary, targets
+from bench import free, gpu_report, joint, methods, pictures, summary, targets
 
 Results = Mapping[str, Any]
 CROWDED = 0.15  # cores in other programs' hands above which times are not to be trusted
@@ -153,6 +153,47 @@ _SPEED_NOTE = (
 )
 
 
+def joint_rows(record: Results) -> dict[str, dict[str, Results]]:
+    """facts[shape][row], in the order of the shapes."""
+    found: dict[str, dict[str, Results]] = {}
+    for entry in record["benchmarks"]:
+        facts = entry["extra_info"]
+        if facts.get("method") == "joint":
+            found.setdefault(facts["size"], {})[facts["row"]] = facts
+    return {size: found[size] for size in joint.SHAPES if size in found}
+
+
+def joint_section(record: Results) -> list[str]:
+    """The joint step alone, beside the same in torch."""
+    rows = []
+    for size, facts_of in joint_rows(record).items():
+        for row, facts in facts_of.items():
+            own = row in joint.HISTORY
+            cut = "" if facts["B"] == facts["B_published"] else f" (published {facts['B_published']})"
+            rows.append(
+                [
+                    size,
+                    f"{facts['B']}{cut} x {facts['N']:,}, m={facts['m']}",
+                    f"deqfast, {row} history" if own else "torch, blocks joined by cat",
+                    f"{number(facts['us'])} ({number(facts['us_low'])} to {number(facts['us_high'])})",
+                    verdict(facts["floor_fraction"], targets.JOINT_FLOOR_FRACTION) if own else "",
+                    verdict(facts["ratio_to_torch"], targets.JOINT_TORCH) if own else "",
+                ]
+            )
+    if not rows:
+        return []
+    header = ["shape", "B x N, columns", "row", "us (quartiles)", "of the floor", "torch / row"]
+    return ["## The joint step alone", provenance(record["machine_info"]), _JOINT_NOTE, table(header, rows)]
+
+
+_JOINT_NOTE = (
+    "One step at the shapes of joint inference and input optimisation (bench/joint.py), float32 state, every column in "
+    "use, rows in turns within one run; batches that do not fit are cut. *Of the floor*: bytes of Anderson's step and "
+    "of one more write, the mapped state (bench/joint.py), over the time, divided by the bandwidth of 256 MB copies "
+    "between the rows. The map is a pass of its own, which moves two state-sized reads more than the floor has."
+)
+
+
 def breakdown_section(record: Results) -> list[str]:
     """What one evaluation of an Anderson solve is made of."""
     rows = []
@@ -194,6 +235,17 @@ def floor_checks(record: Results) -> list[list[str]]:
                 rows.append(
                     [f"{name}, {size}: fraction of the floor", verdict(facts["floor_fraction"], targets.FLOOR_FRACTION)]
                 )
+    return rows
+
+
+def joint_checks(record: Results) -> list[list[str]]:
+    rows = []
+    for size, facts_of in joint_rows(record).items():
+        for row in joint.HISTORY:
+            facts, what = facts_of[row], f"joint step, {size}, {row} history"
+            fraction = verdict(facts["floor_fraction"], targets.JOINT_FLOOR_FRACTION)
+            rows.append([f"{what}: fraction of the floor", fraction])
+            rows.append([f"{what}: torch / row", verdict(facts["ratio_to_torch"], targets.JOINT_TORCH)])
     return rows
 
 
@@ -292,6 +344,7 @@ def target_section(speed: Results | None, convergence: Results | None) -> list[s
                         honest = _honest_ratio(facts_of[name], facts_of[targets.TORCHDEQ])
                         rows.append([f"{name}, {size}: torchdeq / row", verdict(honest, goal)])
         rows += floor_checks(speed)
+        rows += joint_checks(speed)
     met = sum("(met" in row[1] for row in rows)
     head = f"{met} of {len(rows)} met; the sections below say how each was measured."
     return ["## Targets of this project", head, table(["figure", "measured"], rows)]
@@ -315,6 +368,7 @@ def write(results: Path, out: Path) -> None:
     parts += target_section(speed, convergence)
     if speed is not None:
         parts += speed_section(speed, img)
+        parts += joint_section(speed)
     if breakdown is not None:
         parts += breakdown_section(breakdown)
     if convergence is not None:

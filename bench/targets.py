@@ -31,6 +31,10 @@ SPEED: dict[str, dict[str, float]] = {
 FLOOR_FRACTION = 1.0
 FLOOR_FROM = 1_900_000
 
+# the joint step alone at the published shapes: fraction of its floor, and the same step in torch over it
+JOINT_FLOOR_FRACTION = 0.9
+JOINT_TORCH = 4.0
+
 # fewer evaluations than each rival (geometric mean at 1e-3 and 1e-5), failures, and time to tolerance
 EVALUATION_RATIO = {
     "torchdeq Anderson": 2.3,

@@ -22,7 +22,7 @@ def test_joint(benchmark: Any, request: pytest.FixtureRequest, size: str, row: s
     quick = request.config.getoption("--quick", default=False)
     if quick and size not in joint.QUICK:
         pytest.skip("not in the quick subset")
-    facts, rows = _compare(size, 3 if quick else 9)
+    facts, rows = _compare(size, 3 if quick else 15)
     benchmark.group = f"Joint {size}"
     benchmark.extra_info.update(facts[row], row=row)
     benchmark.pedantic(rows[row].step, setup=lambda: ((rows[row].evaluate(),), {}), rounds=5, warmup_rounds=0)
