@@ -202,14 +202,19 @@ def norms_kernel(
     block_norms,
     ints,
     partials,
+    cost,
     first_adjoint,
     first_input,
     chunks,
     padded,
+    WITH_COST: tl.constexpr,
     BLOCKS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Add the chunks up: how far each block of a sample moves and how large it is."""
+    """Add the chunks up: how far each block of a sample moves and how large it is.
+
+    A cost that is no number makes the first norm of the adjoint none.
+    """
     b = tl.program_id(0).to(tl.int64)
     if tl.load(ints + STATUS * padded + b) != RUNNING:
         return
@@ -217,6 +222,10 @@ def norms_kernel(
         row = partials + (b * ROWS + which) * chunks
         place = block_norms + which * padded + b
         tl.store(place, tl.sqrt(total(row, first_adjoint, CHUNKS)))
-        tl.store(place + 2 * padded, tl.sqrt(total(row + first_adjoint, first_input - first_adjoint, CHUNKS)))
+        adjoint = tl.sqrt(total(row + first_adjoint, first_input - first_adjoint, CHUNKS))
+        if WITH_COST and which == 0:
+            given = tl.load(cost + b)
+            adjoint += (given - given).to(tl.float64)
+        tl.store(place + 2 * padded, adjoint)
         if BLOCKS > 2:
             tl.store(place + 4 * padded, tl.sqrt(total(row + first_input, chunks - first_input, CHUNKS)))

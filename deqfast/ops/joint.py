@@ -123,15 +123,9 @@ def bind_ends(ws: JointWorkspace, backend: str) -> tuple[Map, Finish]:
     """
     if backend == "native":
         return native_joint.bind_ends(ws)
-    to_mapped = triton_joint.bind_map(ws) if backend == "triton" else functools.partial(joint_map, ws)
-
-    def map_and_doubt(values: list[Tensor], step_size: float, cost: Tensor | None) -> None:
-        to_mapped(values, step_size)
-        if cost is not None and ws.core.layout.B:
-            assert ws.core.block_norms is not None
-            ws.core.block_norms[1, 0, : ws.core.layout.B].add_(cost * 0)
-
-    return map_and_doubt, functools.partial(joint_finish, ws)
+    if backend == "triton":
+        return triton_joint.bind_ends(ws)
+    return functools.partial(joint_map, ws), functools.partial(joint_finish, ws)
 
 
 def bind_joint(ws: JointWorkspace, backend: str, project: Callable[[list[Tensor]], list[Tensor]] | None = None) -> Step:
@@ -170,7 +164,7 @@ def bind_joint(ws: JointWorkspace, backend: str, project: Callable[[list[Tensor]
     return step
 
 
-def joint_map(ws: JointWorkspace, values: list[Tensor], step_size: float) -> None:
+def joint_map(ws: JointWorkspace, values: list[Tensor], step_size: float, cost: Tensor | None = None) -> None:
     """The oracle of the map, in plain torch: ``mapped`` and ``block_norms`` of running samples."""
     core, options = ws.core, ws.options
     B, acc = core.layout.B, core.layout.acc
@@ -204,6 +198,8 @@ def joint_map(ws: JointWorkspace, values: list[Tensor], step_size: float) -> Non
     for block in range(norms.shape[0]):
         some = [i for i, part in enumerate(ws.parts) if part.block == block]
         _store(norms, block, running, [towards[i] - now[i] for i in some], [towards[i] for i in some])
+    if cost is not None:
+        norms[1, 0, :B] += torch.where(running, cost * 0, 0.0)
 
 
 def measure_block(ws: JointWorkspace, inputs: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""The joint map by the Triton kernels; see ``triton``."""
+"""The joint map and the finish by the Triton kernels; see ``triton``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import functools
 import importlib
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,15 +14,17 @@ from torch import Tensor
 from .triton import COMPILER, _dense
 
 if TYPE_CHECKING:
-    from .joint import JointWorkspace, Part
+    from .joint import Finish, JointWorkspace, Map, Part
 
 INPUT = 2  # x's block
 BALLS = {None: 0, "l2": 1, "linf": 2}
+RETURNS = {"best": 0, "last": 1, "cost": 2}
 
 
-def bind_map(ws: JointWorkspace) -> Callable[[list[Tensor], float], None]:
-    """The map on this workspace."""
-    return _JointPlan(ws).step
+def bind_ends(ws: JointWorkspace) -> tuple[Map, Finish]:
+    """The map and the finish on this workspace."""
+    plan = _JointPlan(ws)
+    return plan.step, _FinishPlan(plan).step
 
 
 class _Tensor:
@@ -72,7 +73,6 @@ class _JointPlan:
         assert core.block_norms is not None
         self.norms = functools.partial(
             self.kernels.norms_kernel[(layout.B,)],
-            core.block_norms, core.ints, self.partials, self.first[1], self.first[2], chunks, core.ints.shape[1],
             BLOCKS=core.block_norms.shape[0], **chunk_tile, num_warps=1, **COMPILER,
         )  # fmt: skip
 
@@ -97,11 +97,16 @@ class _JointPlan:
             DAMPED=not inputs and options.damping[t.part.block] != 1,
         )  # fmt: skip
 
-    def step(self, values: list[Tensor], step_size: float) -> None:
+    def here(self) -> Any:
+        """A context of launches on the device of the tensors."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def step(self, values: list[Tensor], step_size: float, cost: Tensor | None) -> None:
         """Launch one map."""
-        if not self.ws.core.layout.B:
+        core = self.ws.core
+        if not core.layout.B:
             return
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+        with self.here():
             if step_size != self.rate:
                 self.settings[0].fill_(step_size)
                 self.rate = step_size
@@ -112,7 +117,10 @@ class _JointPlan:
                         self._launch(t.squares[phase], t, value)
             for t, value in zip(self.tensors, rows, strict=True):
                 self._launch(t.map, t, value, t.mapped[self.ws.core.cur])
-            self.norms()
+            self.norms(
+                core.block_norms, core.ints, self.partials, core.block_norms if cost is None else cost, self.first[1],
+                self.first[2], self.chunks, core.ints.shape[1], WITH_COST=cost is not None,
+            )  # fmt: skip
 
     def _launch(self, kernel: Any, t: _Tensor, value: Tensor, *target: Tensor) -> None:
         core = self.ws.core
@@ -121,3 +129,51 @@ class _JointPlan:
             value, t.v[core.cur], *target, center, core.ints, self.settings, self.partials, t.n, t.first_chunk,
             t.chunks, self.chunks, self.chunk, self.first[INPUT], core.ints.shape[1],
         )  # fmt: skip
+
+
+class _FinishPlan:
+    """The launches of the end of a step."""
+
+    def __init__(self, plan: _JointPlan) -> None:
+        self.plan, self.ws = plan, plan.ws
+        core, record = self.ws.core, self.ws.record
+        kernels: Any = importlib.import_module("deqfast.kernels.joint_finish")
+        assert core.block_norms is not None
+        B, block = core.layout.B, 128
+        # What is not there is not read: any tensor of its dtype will do.
+        saved = [record.best_cost if record.saved_cost is None else record.saved_cost]
+        saved += [record.best_norms if record.saved_norms is None else record.saved_norms]
+        launch = functools.partial(
+            kernels.record_kernel[(math.ceil(B / block),)],
+            RETURNS=RETURNS[record.returns], GUARDED=record.safeguard and core.m > 0,
+            ROWS=2 * core.block_norms.shape[0], BLOCK=block, num_warps=4, **COMPILER,
+        )  # fmt: skip
+        self.record = lambda cost, made: launch(
+            core.ints, core.reals, record.best_cost if cost is None else cost, record.best_cost, saved[0],
+            core.block_norms, record.best_norms, saved[1], record.least, core.norms, record.taken, B,
+            core.ints.shape[1], made, 2 * core.m, WITH_COST=cost is not None,
+        )  # fmt: skip
+        self.copies = [self._bind(kernels, t) for t in plan.tensors if record.kept or t.part.index is None]
+
+    def _bind(self, kernels: Any, t: _Tensor) -> Any:
+        core, record = self.ws.core, self.ws.record
+        saved, kept = self.ws.plain_saved[t.index], None if record.kept is None else record.kept[t.index]
+        rows = [t.v[0] if tensor is None else t.part.leaf.rows(tensor) for tensor in (saved, kept)]
+        launch = functools.partial(
+            kernels.copy_kernel[(core.layout.B * t.chunks,)],
+            MOVES=t.part.index is None, KEPT=kept is not None, KEEP_BEST=core.keep_best,
+            BLOCK=1024, num_warps=4, **COMPILER,
+        )  # fmt: skip
+        return lambda cur, made: launch(
+            t.v[cur], t.mapped[cur], t.v[1 - cur], *rows, core.ints, record.taken, t.n, t.chunks, self.plan.chunk,
+            core.ints.shape[1], made,
+        )  # fmt: skip
+
+    def step(self, cost: Tensor | None, made: int) -> None:
+        """Launch the end of one step."""
+        if not self.ws.core.layout.B:
+            return
+        with self.plan.here():
+            self.record(cost, made)
+            for copy in self.copies:
+                copy(self.ws.core.cur, made)

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 import deqfast as dq
 from deqfast import ops
-from deqfast.kernels import anderson, broyden, joint
+from deqfast.kernels import anderson, broyden, joint, joint_finish
 from deqfast.ops.joint import JointWorkspace, MapOptions, Part, bind_joint
 from deqfast.ops.layout import Layout
 from deqfast.state import SolverState
@@ -59,13 +59,15 @@ SHARED = [
     (dq.Broyden(), F32, [100_000], 80),
     (dq.Broyden(scale="first_step"), F64, [1001, 500], 90),
 ]
-# (solver, options of the map, centre, dtype of the state, sizes of z and x, compute capability)
+BALL = {"normalize": True, "ball": "l2", "radius": 1.0}
+# (solver, options of the map, centre, what is returned, whether x is accelerated, dtype of the state, sizes of z and x,
+# compute capability)
 JOINT = [
-    (dq.Anderson(m=20), MapOptions((0.8, 0.6)), False, F32, [47_824, 784], 90),
-    (dq.Anderson(m=40), MapOptions((0.8, 0.6), normalize=True, ball="l2", radius=1.0), True, F32, [1001, 100], 80),
-    (dq.Anderson(m=5), MapOptions(ball="linf", radius=0.1, low=0.0, high=1.0), True, F64, [100, 10_001], 90),
-    (dq.Anderson(m=5), MapOptions(normalize=True, ball="l2", radius=1.0), False, BF16, [500, 1], 80),
-    (dq.Picard(), MapOptions((1.0, 0.5), low=0.0), False, F16, [64, 64], 90),
+    (dq.Anderson(m=20), MapOptions((0.8, 0.6)), False, "cost", True, F32, [47_824, 784], 90),
+    (dq.Anderson(m=40), MapOptions((0.8, 0.6), **BALL), True, "last", False, F32, [1001, 100], 80),
+    (dq.Anderson(m=5), MapOptions(ball="linf", radius=0.1, low=0.0, high=1.0), True, "best", False, F64, [100, 10_001], 90),
+    (dq.Anderson(m=5), MapOptions(**BALL), False, "cost", False, BF16, [500, 1], 80),
+    (dq.Picard(), MapOptions((1.0, 0.5), low=0.0), False, "best", True, F16, [64, 64], 90),
 ]
 
 
@@ -94,25 +96,27 @@ def launches(solver, dtype, sizes) -> dict:
     return found
 
 
-def joint_launches(solver, options, centered, dtype, sizes) -> dict:
+def joint_launches(solver, options, centered, returns, whole, dtype, sizes) -> dict:
     """The same for a joint step on z and x of these sizes."""
     every = [torch.zeros(2, n, dtype=dtype) for n in (sizes[0], *sizes)]
     layout = Layout(every, "every")
-    core = solver.workspace(layout, rtol=0.0, atol=0.0, max_iter=0, keep_best=True)
+    inner = layout if whole else Layout(every[:2], "every")
+    core = solver.workspace(inner, rtol=0.0, atol=0.0, max_iter=0, keep_best=returns == "best")
     core.judge_blocks([(1e-3, 0.0, 1.0)] * 3)
     center = torch.zeros(2, sizes[1], dtype=layout.acc) if centered else None
-    parts = [Part(i, leaf, i, center if i == 2 else None) for i, leaf in enumerate(layout.leaves)]
+    chosen = [0, 1, 2 if whole else None]
+    parts = [Part(i, leaf, chosen[i], center if i == 2 else None) for i, leaf in enumerate(layout.leaves)]
     found = listen()
-    step = bind_joint(JointWorkspace(core, parts, options), "triton")
+    step = bind_joint(JointWorkspace(core, parts, options, returns, True), "triton")
     for _ in range(2):  # the second makes a column
-        step(every, 0.1)
+        step(every, 0.1, torch.zeros(2, dtype=layout.acc))
     return found
 
 
 def listen() -> dict:
     """Where the kernels leave the arguments they are launched with from now on."""
     found: dict = {}
-    for module in (anderson, broyden, joint):
+    for module in (anderson, broyden, joint, joint_finish):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             kernel = getattr(module, name)
             setattr(module, name, Launches(kernel.launched if isinstance(kernel, Launches) else kernel, found))
@@ -153,10 +157,9 @@ def usage(binary: bytes) -> dict[str, int]:
 def main() -> None:
     for solver, dtype, sizes, capability in ONE_PROGRAM + SHARED:
         report(launches(solver, dtype, sizes), f"{solver} {dtype} {sizes}", capability)
-    for solver, options, centered, dtype, sizes, capability in JOINT:
-        report(
-            joint_launches(solver, options, centered, dtype, sizes), f"{solver} {options} {dtype} {sizes}", capability
-        )
+    for solver, options, centered, returns, whole, dtype, sizes, capability in JOINT:
+        launched = joint_launches(solver, options, centered, returns, whole, dtype, sizes)
+        report(launched, f"{solver} {options} {returns} {dtype} {sizes}", capability)
 
 
 def report(launched: dict, what: str, capability: int) -> None:

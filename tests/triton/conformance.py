@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import test_anderson
 import test_broyden
+import test_joint_finish as finish
 import test_joint_step as joint
 import torch
 from problems import problem, pull, run, same_bits, same_state, solve
@@ -285,6 +286,27 @@ def test_joint_map_agrees_where_programs_share_a_sample(nz, nx):
 )
 def test_claim_about_the_joint_step_of_every_backend_holds(claim, arguments):
     claim(*arguments, "triton")
+
+
+@pytest.mark.parametrize("returns", ["best", "last", "cost"])
+@pytest.mark.parametrize(
+    ("accelerate", "dtype", "safeguard"),
+    [(("z", "mu"), F32, True), (("z", "mu", "x"), F64, True), (("mu",), BF16, False)],
+    ids=lambda part: "-".join(part) if isinstance(part, tuple) else str(part),
+)
+def test_every_verdict_at_the_end_of_a_joint_step(accelerate, dtype, safeguard, returns):
+    finish.test_every_verdict(accelerate, dtype, safeguard, returns, "triton")
+
+
+@pytest.mark.parametrize("returns", ["best", "cost"])
+def test_end_of_a_joint_step_where_programs_share_a_sample(returns):
+    finish.test_large_samples_as_the_oracle(returns, 1, "triton")
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+def test_cost_that_is_no_number_stops_its_sample(bad):
+    finish.test_without_a_cost_nothing_is_said_of_it("triton")
+    finish.test_cost_that_is_no_number_stops_its_sample(bad, 20, "triton")
 
 
 @pytest.mark.parametrize("solver", ["mixed", "type-2-int8", "picard"])
