@@ -120,14 +120,20 @@ def copy_kernel(
     # A sample whose first evaluation is no number has nothing saved: it stays where it began.
     from_saved = from_saved & (best_step > 0) & was_running & (status != RUNNING)
     from_mapped = was_running & (status == RUNNING)
+    saves = was_running & best
     for start in range(begin, end, BLOCK):
         at = b * n + start + tl.arange(0, BLOCK)
         inside = start + tl.arange(0, BLOCK) < end
         now = tl.load(x + at, mask=inside)
         if KEPT:
-            tl.store(kept + at, now, mask=inside & take)
+            if take:
+                tl.store(kept + at, now, mask=inside)
         if MOVES:
-            to = tl.where(from_mapped, tl.load(mapped + at, mask=inside & from_mapped), now)
-            to = tl.where(from_saved, tl.load(saved + at, mask=inside & from_saved), to)
+            to = now
+            if from_mapped:
+                to = tl.load(mapped + at, mask=inside)
+            if from_saved:
+                to = tl.load(saved + at, mask=inside)
             tl.store(next_x + at, to, mask=inside)
-            tl.store(saved + at, now, mask=inside & was_running & best)
+            if saves:
+                tl.store(saved + at, now, mask=inside)

@@ -13,7 +13,7 @@ MATRIX = Path(__file__).parent / "triton" / "compile_matrix.py"
 KERNELS = {
     *("sample_kernel", "reduce_kernel", "decide_kernel", "mix_kernel", "finish_kernel"),
     *("gather_kernel", "chain_kernel", "recur_kernel", "apply_kernel"),
-    *("square_kernel", "map_kernel", "norms_kernel"),
+    *("square_kernel", "map_kernel", "norms_kernel", "record_kernel", "copy_kernel"),
 }
 SHARED_MEMORY = 99 << 10  # bytes that every GPU of the last years grants a block
 # ptxas keeps a few bytes aside around the slow path of a float64 division; spilling a tile takes hundreds.

@@ -65,7 +65,7 @@ BALL = {"normalize": True, "ball": "l2", "radius": 1.0}
 JOINT = [
     (dq.Anderson(m=20), MapOptions((0.8, 0.6)), False, "cost", True, F32, [47_824, 784], 90),
     (dq.Anderson(m=40), MapOptions((0.8, 0.6), **BALL), True, "last", False, F32, [1001, 100], 80),
-    (dq.Anderson(m=5), MapOptions(ball="linf", radius=0.1, low=0.0, high=1.0), True, "best", False, F64, [100, 10_001], 90),
+    (dq.Anderson(m=5), MapOptions(ball="linf", radius=0.1, low=0.0), True, "best", False, F64, [100, 10_001], 90),
     (dq.Anderson(m=5), MapOptions(**BALL), False, "cost", False, BF16, [500, 1], 80),
     (dq.Picard(), MapOptions((1.0, 0.5), low=0.0), False, "best", True, F16, [64, 64], 90),
 ]
