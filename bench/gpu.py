@@ -1,9 +1,10 @@
 """The GPU benchmark: `python -m bench.gpu --out FILE.json`, under four minutes on an H200.
 
-Sections: copy bandwidth; steps alone (bandwidth, latency, narrow histories); whole solves and training steps against
-rivals in turns; the loop on the device. `--quick` takes fewer rounds; `--dry` takes the same paths on CPU tensors of a
-few numbers, which tests the script and measures nothing. torchdeq need not be installed: DEQFAST_BENCH_PATH names a
-folder or a wheel (several, separated as in PYTHONPATH) that is put on the path; without one its rows say so.
+Sections: copy bandwidth; steps alone (bandwidth, latency, narrow histories, joint); whole solves and training steps
+against rivals in turns; the loop on the device. `--quick` takes fewer rounds; `--dry` takes the same paths on CPU
+tensors of a few numbers, which tests the script and measures nothing. torchdeq need not be installed:
+DEQFAST_BENCH_PATH names a folder or a wheel (several, separated as in PYTHONPATH) that is put on the path; without one
+its rows say so.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ def sections(place: Place, found: list[str], record: dict[str, Any]) -> dict[str
             place, gpu_steps.bandwidth_cases(place, found), bandwidth(), 8, rounds
         ),
         "histories": lambda: gpu_steps.measure(place, gpu_steps.history_cases(place, found), bandwidth(), 8, rounds),
+        "joint": lambda: gpu_steps.measure(place, gpu_steps.joint_cases(place, found), bandwidth(), 8, rounds),
         "device_loop": lambda: gpu_solves.loop_on_device(place, found, rounds),
         "solves": lambda: gpu_solves.whole_solves(place, found, rounds),
         "training": lambda: gpu_training.measure(place, found, rounds),

@@ -28,7 +28,7 @@ def target_rows(record: Record) -> list[list[str]]:
     from bench.report import verdict
 
     rows: list[list[str]] = []
-    for row in record.get("bandwidth", []):
+    for row in [*record.get("bandwidth", []), *record.get("joint", [])]:
         if row["floor_bytes"] >= targets.GPU_BANDWIDTH_FROM or record["dry"]:
             rows.append(
                 [f"{_name(row)}: of a copy's bandwidth", _held(row, "copy_fraction", targets.GPU_COPY_FRACTION)]
@@ -145,7 +145,7 @@ def section(record: Record | None) -> list[str]:
 
 def _step_tables(record: Record, number: Callable[[float], str], table: Any) -> list[str]:
     rows: list[Sequence[str]] = []
-    for row in [*record.get("latency", []), *record.get("bandwidth", []), *record.get("histories", [])]:
+    for row in [row for name in ("latency", "bandwidth", "histories", "joint") for row in record.get(name, [])]:
         if "us" not in row:
             rows.append([_name(row), row["skipped"], "", "", ""])
             continue

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 import deqfast as dq
-from bench import floor
+from bench import floor, joint
 from bench.device import Place, spread
+from deqfast.ops.workspace import Int
 
 FED = 4  # outputs of f in turn
 F32, BF16, I8 = torch.float32, torch.bfloat16, torch.int8
@@ -25,7 +26,7 @@ MEMORY = 16  # Broyden's columns: a graph of as many steps is one period of its 
 
 @dataclass(frozen=True)
 class Case:
-    """One step to be timed; ``h`` is the history's dtype, ``kind`` "broyden" or Anderson's type."""
+    """One step to be timed; ``h`` is the history's dtype, ``kind`` "broyden", "joint" or Anderson's type."""
 
     name: str
     B: int
@@ -40,7 +41,8 @@ class Case:
     def solver(self) -> dq.Anderson | dq.Broyden:
         if self.kind == "broyden":
             return dq.Broyden(memory=self.m)
-        return dq.Anderson(m=self.m, type=self.kind, history_dtype=self.h, evict=self.evict)
+        kind = "mixed" if self.kind == "joint" else self.kind
+        return dq.Anderson(m=self.m, type=kind, history_dtype=self.h, evict=self.evict)
 
     @property
     def bytes(self) -> float:
@@ -48,6 +50,8 @@ class Case:
         numbers, one_pass = self.B * self.N, floor.fits_a_block(self.N)
         if self.kind == "broyden":
             return sum(floor.broyden_device_bytes(numbers, k, one_pass) for k in range(self.m)) / self.m
+        if self.kind == "joint":
+            return joint.floor_bytes(numbers, self.m, WIDTH[self.h])
         streamed = self.kind != 2
         return floor.anderson_device_bytes(numbers, self.m, WIDTH[self.h], one_pass=one_pass, both=streamed)
 
@@ -85,6 +89,51 @@ def history_cases(place: Place, backends: list[str]) -> list[Case]:
     """The shape of joint inference on CelebA, Type I as published, three histories."""
     B, N, m = (12, 491_648, 40) if place.cuda else (2, 20_000, 5)
     return [Case("Type I", B, N, 1, m, h, backends[0]) for h in (F32, BF16, I8)]
+
+
+def joint_cases(place: Place, backends: list[str]) -> list[Case]:
+    """The joint step at the published shapes, batches whole."""
+    small = {"small": joint.Shape(600, 3, 4, 50), "split": joint.Shape(40_000, 1, 4, 50)}
+    shapes = joint.SHAPES if place.cuda else small
+    return [
+        Case(f"joint, {name}", shape.B, shape.N, "joint", shape.m, h, backend)
+        for backend in backends
+        for name, shape in shapes.items()
+        for h in (F32, BF16)
+    ]
+
+
+class JointStepping:
+    """A joint state with a full history that takes ``steps`` steps a call."""
+
+    def __init__(self, place: Place, case: Case, steps: int) -> None:
+        shapes = {(shape.B, shape.N): shape for shape in joint.SHAPES.values()}
+        sizes = shapes.get((case.B, case.N), joint.Shape(case.N, case.B, case.m, 50)).sizes
+        generator = torch.Generator(place.device).manual_seed(0)
+
+        def draw() -> list[torch.Tensor]:
+            return [torch.randn(case.B, n, device=place.device, generator=generator) for n in sizes]
+
+        self.case, self.steps = case, steps
+        self.fed = [draw() for _ in range(FED)]
+        self.ws = joint.workspace(draw(), case.solver)
+        self._step = joint.bind_joint(self.ws, case.backend)
+        for _ in range(-(-(case.m + 2) // FED)):
+            self.take(FED)
+
+    def take(self, steps: int) -> None:
+        with torch.no_grad():
+            for k in range(steps):
+                self._step(self.fed[k % FED], joint.STEP_SIZE)
+
+    def __call__(self) -> None:
+        self.take(self.steps)
+
+    def history_bytes(self) -> int:
+        return self.ws.core.history.numel() * self.ws.core.history.element_size()
+
+    def still_running(self) -> bool:
+        return not bool(self.ws.core.int_row(Int.STATUS).any())
 
 
 class Stepping:
@@ -137,7 +186,7 @@ def measure(place: Place, cases: list[Case], copy_bandwidth: float, steps: int, 
 
 def _measure(place: Place, case: Case, copy_bandwidth: float, steps: int, rounds: int) -> dict[str, Any]:
     steps = MEMORY * max(1, steps // MEMORY) if case.kind == "broyden" else steps
-    stepping = Stepping(place, case, steps)
+    stepping = (JointStepping if case.kind == "joint" else Stepping)(place, case, steps)
     launches = place.kernels(lambda: stepping.take(FED), FED)
     replay = place.capture(stepping)
     taken = place.in_turns({"step": (replay, steps)}, rounds)["step"]

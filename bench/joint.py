@@ -36,6 +36,12 @@ class Shape:
     inputs: int
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Numbers of z, mu and x."""
+        half = (self.N - self.inputs) // 2
+        return half, half, self.N - 2 * half
+
+    @property
     def batch(self) -> int:
         """The samples that are run."""
         return max(1, min(self.B, LARGEST // self.N))
@@ -58,8 +64,7 @@ class Maps:
 
     def __init__(self, shape: Shape) -> None:
         generator = torch.Generator().manual_seed(0)
-        half = (shape.N - shape.inputs) // 2
-        sizes = (half, half, shape.N - 2 * half)
+        sizes = shape.sizes
         self.rates = [0.95 * torch.rand(n, generator=generator) for n in sizes]
         self.offsets = [torch.randn(shape.batch, n, generator=generator) for n in sizes]
         self.start = [torch.zeros(shape.batch, n) for n in sizes]
@@ -68,18 +73,23 @@ class Maps:
         return [torch.addcmul(b, a, t) for a, b, t in zip(self.rates, self.offsets, v, strict=True)]
 
 
+def workspace(start: list[Tensor], solver: dq.Anderson) -> JointWorkspace:
+    """Of a solve that stands at ``start``, tensors of z, mu and x, and never converges."""
+    layout = Layout(start, "start")
+    core = solver.workspace(layout, rtol=0.0, atol=0.0, max_iter=0, keep_best=True)
+    core.judge_blocks([(0.0, 0.0, 1.0)] * len(BLOCKS))
+    ws = JointWorkspace(core, [Part(i, leaf, i) for i, leaf in enumerate(layout.leaves)], MapOptions(DAMPING))
+    for i, t in enumerate(start):
+        ws.value(i, 0).copy_(t)
+    return ws
+
+
 class Own:
     """deqfast's joint step."""
 
     def __init__(self, shape: Shape, maps: Maps, solver: dq.Anderson) -> None:
         self.maps = maps
-        layout = Layout(maps.start, "start")
-        core = solver.workspace(layout, rtol=0.0, atol=0.0, max_iter=0, keep_best=True)
-        core.judge_blocks([(0.0, 0.0, 1.0)] * len(BLOCKS))
-        parts = [Part(i, leaf, i) for i, leaf in enumerate(layout.leaves)]
-        self.ws = JointWorkspace(core, parts, MapOptions(DAMPING))
-        for i, t in enumerate(maps.start):
-            self.ws.value(i, 0).copy_(t)
+        self.ws = workspace(maps.start, solver)
         self._step = bind_joint(self.ws, "native")
         self.running = shape.batch
 
@@ -140,9 +150,9 @@ class Torch:
         self.v = list(new.split([t.shape[1] for t in self.v], dim=1))
 
 
-def floor_bytes(shape: Shape, h: int, mixed: bool = True, s: int = 4) -> int:
-    """Bytes of a step with m columns: Anderson's 5s + 2mh (3mh mixed, streamed), and s for the mapped state."""
-    return shape.batch * shape.N * (6 * s + (3 if mixed else 2) * shape.m * h)
+def floor_bytes(numbers: int, m: int, h: int) -> int:
+    """Bytes of a step of a float32 state: Anderson's 5s + 3mh (mixed, streamed), and s for the mapped state."""
+    return numbers * (6 * 4 + 3 * m * h)
 
 
 def compare(name: str, rounds: int) -> tuple[dict[str, dict[str, Any]], dict[str, Own | Torch]]:
@@ -172,7 +182,7 @@ def compare(name: str, rounds: int) -> tuple[dict[str, dict[str, Any]], dict[str
     bandwidth = copied / statistics.median(taken["copy"])
     for label in rows:
         low, seconds, high = statistics.quantiles(taken[label], n=4)
-        least = floor_bytes(shape, 2 if label == "bfloat16" else 4)
+        least = floor_bytes(shape.batch * shape.N, shape.m, 2 if label == "bfloat16" else 4)
         facts[label] = {
             "method": "joint",
             "size": name,

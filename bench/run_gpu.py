@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 590.0  # seconds for everything
 BENCH_LIMIT = 230.0
 STEPS = ["tests/test_anderson.py", "tests/test_broyden.py", "tests/test_low_precision.py", "tests/test_picard.py"]
+STEPS += ["tests/test_joint_step.py", "tests/test_joint_finish.py"]
+SOLVES = ["tests/test_device.py", "tests/test_device_joint.py", "tests/test_device_gradients.py"]
 
 
 @dataclass
@@ -98,7 +100,7 @@ def stages(out: Path, arch: str, triton: bool, sanitizer: str | None) -> list[li
     configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
     configure += ["-DDEQFAST_CUDA=on", f"-DDEQFAST_CUDA_ARCHS={arch}"]
     device = {"DEQFAST_TEST_DEVICE": "cuda"}
-    tests = [pytest("tests-device", out, ["tests/test_device.py", "tests/test_device_gradients.py"], 200)]
+    tests = [pytest("tests-device", out, SOLVES, 200)]
     tests += [pytest("tests-graphs", out, ["tests/test_device_graphs.py"], 200)]
     tests += [pytest("steps-native", out, [*STEPS, "-k", "not triton"], 200, device)]
     if triton:

@@ -88,6 +88,38 @@ def check(name: str, got: list[Tensor], expected: list[Tensor], error: float) ->
             raise AssertionError(f"{name}: {gap} away from the reference")
 
 
+def joint_cases() -> Iterator[tuple[torch.dtype, tuple[int, int, int], dict[str, Any]]]:
+    """Dtype, samples and numbers of z and x, options of a joint solve."""
+    left_out: dict[str, Any] = {"accelerate": ("z", "mu")}
+    yield F32, (3, 41, 7), {"returns": "cost", "safeguard": True}
+    yield F32, (3, 41, 7), {**left_out, "normalize": True, "project": dq.project.L2Ball(0.5)}
+    yield F64, (2, 5, 3), {**left_out, "returns": "last", "project": dq.project.Box(-0.3, 0.3)}
+    yield BF16, (17, 33, 6), {**left_out, "returns": "cost", "project": dq.project.LinfBall(0.4)}
+    yield C64, (2, 9, 4), {"solver": dq.Picard()}
+    yield F32, (1, 20_003, 4099), {**left_out, "returns": "cost", "project": dq.project.L2Ball(2.0)}
+    yield F16, (2, 9001, 5), {"solver": anderson(type=2), "safeguard": True}
+
+
+def joint(dtype: torch.dtype, sizes: tuple[int, int, int], options: dict[str, Any], device: torch.device, backend: str):
+    """z, mu and x after a few steps; sample 0's cost is no number at the third."""
+    B, n, inputs = sizes
+    generator, calls = torch.Generator().manual_seed(1), []
+    drive = torch.randn(B, n, generator=generator).to(dtype).to(device)
+
+    def f(z: Tensor, x: Tensor) -> Tensor:
+        return 0.4 * z.flip(-1) + drive + 0.1 * x.sum(1, keepdim=True)
+
+    def loss(z: Tensor, x: Tensor) -> Tensor:
+        calls.append(1)
+        cost = (z.abs().square().float().mean(1) + x.abs().square().float().sum(1)).to(drive.abs().dtype)
+        return torch.cat([cost[:1] * float("nan"), cost[1:]]) if len(calls) == 3 and B > 1 else cost
+
+    z0, x0 = torch.zeros(B, n, dtype=dtype, device=device), torch.zeros(B, inputs, dtype=dtype, device=device)
+    settings = {"solver": anderson(), "step_size": 0.1, "rtol": 0.0, "max_iter": STEPS, "backward": "none", **options}
+    s = dq.joint_solve(f, loss, z0, x0, backend=backend, **settings)
+    return [s.z, s.mu, s.x]
+
+
 def main() -> int:
     device = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
     asked = sys.argv[2:] or ["native", "triton"]
@@ -106,6 +138,12 @@ def main() -> int:
         for solver, N in ((anderson(), 37), (anderson(type=2), 16_389), (dq.Broyden(memory=3), 65_539)):
             drive = [torch.randn(1, N, generator=generator).to(device)]
             check(f"halves of {solver}", solve(solver, drive, "native", True), solve(solver, drive, "reference"), 1e-3)
+            done += 1
+    for dtype, sizes, options in joint_cases():
+        expected = joint(dtype, sizes, options, device, "reference")
+        for backend in backends:
+            got = joint(dtype, sizes, options, device, backend)
+            check(f"joint {dtype} {sizes} {options} {backend}", got, expected, ERROR[dtype])
             done += 1
     p = torch.linspace(0.1, 0.9, 20)[:, None].to(device)
     for backend in backends:

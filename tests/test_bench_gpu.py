@@ -30,7 +30,7 @@ def test_every_section_is_there_and_nothing_was_left_out(record):
     assert found["dry"] and found["without"] == {}
     assert found["copy_bytes_per_second"] > 0
     assert found["device"]["torch"] and found["meta"]["date"] and found["meta"]["command"].endswith("--dry")
-    for section in ("latency", "bandwidth", "histories"):
+    for section in ("latency", "bandwidth", "histories", "joint"):
         rows = found[section]
         assert rows
         for row in rows:

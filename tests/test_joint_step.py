@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import BACKENDS, EPS, bits, same_bits, threads
+from problems import BACKENDS, DEVICE, EPS, bits, same_bits, threads
 from torch import Tensor
 
 import deqfast as dq
@@ -58,7 +58,7 @@ class Start:
 def random(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed + 7 * sum(shape))
     double = torch.complex128 if dtype.is_complex else F64
-    return torch.randn(*shape, dtype=double, generator=generator).to(dtype)
+    return torch.randn(*shape, dtype=double, generator=generator, device="cpu").to(DEVICE, dtype)
 
 
 def start(B: int, nz: int, nx: int, dtype: torch.dtype = F32, center: bool = False) -> Start:
