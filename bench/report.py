@@ -241,7 +241,7 @@ def floor_checks(record: Results) -> list[list[str]]:
 def joint_checks(record: Results) -> list[list[str]]:
     rows = []
     for size, facts_of in joint_rows(record).items():
-        for row in joint.HISTORY:
+        for row in [row for row in joint.HISTORY if row in facts_of]:
             facts, what = facts_of[row], f"joint step, {size}, {row} history"
             fraction = verdict(facts["floor_fraction"], targets.JOINT_FLOOR_FRACTION)
             rows.append([f"{what}: fraction of the floor", fraction])

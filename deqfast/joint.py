@@ -140,6 +140,7 @@ def joint_solve(
             at the first evaluation.
         ConvergenceError: with ``throw=True``.
         NotImplementedError: within torch.func transforms or forward mode.
+        RuntimeError: of torch, in inference mode, where f or loss closes over tensors that were made in that mode.
     """
     gradient = _gradient(backward)
     if transforms.active():
@@ -221,6 +222,7 @@ def _loop(state: JointState, trace: bool, callback: Any, progress: bool) -> list
 
 def _conclude(state: JointState, rows: list[dict[str, Tensor]] | None) -> JointSolution:
     problem = state.problem
+    problem.check_late()  # unless the solve was long enough to have heard
     leaves = state.answer()
     status = state.status.clone()
     if not problem.layout.N:

@@ -31,7 +31,7 @@ class Envelope:
     theorem). The backward solve starts at mu, which is its answer up to the tolerance of the joint solve.
 
     Args:
-        solver: of the backward solve; default that of the joint solve.
+        solver: of the backward solve; default that of the joint solve, for ``Picard`` ``Anderson(m=20)``.
         rtol: relative tolerance of the backward solve, sample by sample; default that of mu in the joint solve, where
             that is 0 the default of the dtype.
         max_iter: vjps at most; default that of the joint solve.

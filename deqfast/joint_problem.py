@@ -152,8 +152,11 @@ class Problem:
                 raise ValueError(f"step_size must be on the device of x0, {where}")
             if not _broadcasts(t, leaf.shape):
                 raise ValueError(f"step_size must broadcast to x0, expected {tuple(leaf.shape)}, got {tuple(t.shape)}")
-            self._refuse_where(~((t > 0) & t.isfinite()).all(), "step_size must be positive and finite throughout")
-        return [t.detach().to(self.layout.dtype) for t in leaves]
+        rates = [t.detach().to(self.layout.dtype) for t in leaves]
+        for t in rates:
+            within = f"step_size must be positive and finite throughout, as {self.layout.dtype} too"
+            self._refuse_where(~((t > 0) & t.isfinite()).all(), within)
+        return rates
 
     def step_size(self, k: int) -> float:
         """a_x of step ``k``."""
@@ -175,8 +178,9 @@ class Problem:
         if self.layout.B:
             inside = self.x_layout.flatten(project(self.x_tree([t.clone() for t in x])), "project(x)")
             for t, p in zip(x, inside, strict=True):
-                # A number that is none is no reason to say that of others.
-                bound = 1e3 * torch.finfo(t.dtype).eps * (1 + t.abs().nan_to_num(0.0))
+                eps = torch.finfo(t.dtype).eps
+                # Of rounding, in what made x0 as well. A number that is none says nothing of the others.
+                bound = (1e3 if eps < 1e-4 else 4.0) * eps * (1 + t.abs().nan_to_num(0.0))
                 away = ((t - p).abs() > bound).any()
                 self._refuse_where(away, "x0 must lie within the projection; start from project(x0)")
         return project
@@ -192,7 +196,7 @@ class Problem:
     def check_late(self) -> None:
         """Raise ValueError for what was found on the device since."""
         while self._late:
-            bad, message = self._late.pop()
+            bad, message = self._late.pop(0)
             if bad:
                 raise ValueError(message)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -115,7 +114,7 @@ class JointState:
 
     def _by_block(self, norms: Tensor) -> dict[str, Tensor]:
         moved, size = norms[:, :, : self.problem.layout.B].unbind(1)
-        relative = torch.where(size > 0, moved / size, torch.where(moved > 0, math.inf, 0.0))
+        relative = torch.where(moved == 0, 0.0, moved / size)  # beyond all measure where a block has no size
         return {name: relative[i] for i, name in enumerate(self.problem.blocks)}
 
     def advance(self) -> bool:

@@ -46,9 +46,10 @@ class Projection:
         if self.ball == "l2":
             moved = [t if c is None else t - c for t, c in zip(leaves, centers, strict=True)]
             squares = torch.stack([_rows(t).double().square().sum(1) for t in moved]).sum(0)
-            # A root at zero has no derivative, so none is taken within the ball.
-            outside = squares > self.radius**2
-            shrink = torch.where(outside, self.radius / torch.where(outside, squares, 1.0).sqrt(), 1.0)
+            # A root at zero has no derivative, so none is taken there.
+            norm = torch.where(squares > 0, squares, 1.0).sqrt()
+            outside = (squares > 0) & (norm > self.radius)
+            shrink = torch.where(outside, self.radius / norm, 1.0)
             leaves = [
                 _scale(t, shrink) if c is None else c + _scale(t, shrink) for t, c in zip(moved, centers, strict=True)
             ]

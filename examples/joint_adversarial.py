@@ -203,7 +203,10 @@ def publish(runs: list[Run], data, args) -> None:
         for name, group in groups.items()
         for r in [[100 * run.result["pgd"] for run in group]]
     )
+    few = groups[f"PGD-{max(1, args.pgd_steps // 2)}, torchdeq plain"]
+    less = common.ratio(seconds(few, "wall"), seconds(joint, "wall"))
     notes = [
+        f"{few[0].name}, the cheapest of them: {percent(few, 'pgd'):.1f} % robust, {less:.1f}{common.TIMES} the joint time",
         f"means of {args.seeds} seeds; Euclidean balls of radius {RADIUS}, pixels in [0, 1]",
         f"joint: {args.evaluations} evaluations an attack; solves of training: relative tolerance {TRAINING_RTOL:g}",
         f"under PGD-{args.judge_steps}, from the worst seed to the best: {spread}",

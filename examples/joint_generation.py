@@ -19,7 +19,7 @@ import torch
 from joint_model import Run, infer, long_inference, make_run, train_round
 
 CODES, HIDDEN, BATCH = 16, 128, 128
-# What solves, and the share of --adam-steps that it makes. Half of them are twice as fast and not as good.
+# What solves, and the share of --adam-steps that it makes: half of them are faster, and not as good.
 KINDS = {
     "joint": ("joint", 1.0),
     "nested, torchdeq Anderson": ("torchdeq", 1.0),

@@ -609,6 +609,11 @@ def test_values_on_a_gpu_are_refused_when_the_host_hears_of_them(monkeypatch, ma
         with pytest.raises(ValueError, match=message):
             dq.joint_solve(f, good_loss, Z0, X0, **options)
         assert len(calls) <= 3
+        with pytest.raises(ValueError, match=message):  # stopped before the host has heard
+            dq.joint_solve(f, good_loss, Z0, X0, callback=lambda k, state: True, **options)
+    both = {"project": dq.project.Box(1.0, 2.0), "step_size": torch.zeros(3)}
+    with pytest.raises(ValueError, match="step_size must be positive"):  # the first, as on a CPU
+        dq.joint_solve(f, good_loss, Z0, X0, **both)
     assert dq.joint_solve(f, good_loss, Z0, X0, step_size=torch.full((3,), 0.1), max_iter=5).nfe == 5
 
 

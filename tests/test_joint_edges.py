@@ -238,3 +238,53 @@ def test_step_size_says_where_there_is_no_fixed_point_and_leaves_out_what_is_no_
     assert torch.allclose(rates, torch.full((2, 1), 1 / 8, dtype=F64), rtol=1e-6)
     with pytest.raises(ValueError, match="none that is a number"):
         dq.joint_step_size(lambda z, x: 0.5 * z + x, lambda z, x: math.nan * loss(z, x), z0, x0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cost_that_carries_a_negative_bit_is_read_with_its_sign(backend):
+    """The imaginary part of a conjugate is a view whose numbers torch negates when it reads them."""
+    z0, x0 = torch.zeros(1, 1, dtype=torch.complex128), torch.zeros(1, 1, dtype=torch.complex128)
+
+    def loss(z: Tensor, x: Tensor) -> Tensor:
+        return (z - (1 + 2j)).conj().imag[:, 0]
+
+    options = {"step_size": 1e-3, "max_iter": 1, "backward": "none", "returns": "cost", "backend": backend}
+    assert dq.joint_solve(lambda z, x: 0.5 * z + x, loss, z0, x0, **options).cost.tolist() == [2.0]
+
+
+def test_residual_of_a_sample_whose_cost_is_no_number_shows_it():
+    bad = torch.tensor([0.0, math.nan])
+
+    def loss(z: Tensor, x: Tensor) -> Tensor:
+        return x.square().sum(1) + bad
+
+    seen = []
+    dq.joint_solve(
+        lambda z, x: 0.5 * z + x, loss, torch.zeros(2, 3), torch.ones(2, 3), step_size=0.1, max_iter=2,
+        callback=lambda k, state: seen.append(state.residual["mu"].clone()),
+    )  # fmt: skip
+    assert seen[0][0] == 0 and seen[0][1].isnan()
+
+
+@pytest.mark.parametrize("radius", [1e-170, 1e200])
+def test_ball_of_any_radius(radius):
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=F64)
+    inside = dq.project.L2Ball(radius)(x)
+    assert torch.allclose(inside[0], x[0] * min(1.0, radius / 5), rtol=1e-12, atol=0) and bool((inside[1] == 0).all())
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 1e-9), (torch.float16, 1e6), (F32, 1e-60)])
+def test_step_size_that_the_state_cannot_hold_is_refused(dtype, size):
+    f, loss, z0, x0 = small(dtype)
+    with pytest.raises(ValueError, match=f"step_size must be positive and finite throughout, as {dtype} too"):
+        dq.joint_solve(f, loss, z0, x0, step_size=torch.full((4, 1), size, dtype=F64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_start_outside_in_half_precision(dtype):
+    f, loss, z0, x0 = small(dtype)
+    project = dq.project.Box(0.0, 1.0)
+    with pytest.raises(ValueError, match="x0 must lie within the projection"):
+        dq.joint_solve(f, loss, z0, x0 + 1.5, step_size=0.1, project=project)
+    on_the_edge = dq.project.L2Ball(0.3)(torch.randn(4, 3).to(dtype))
+    assert dq.joint_solve(f, loss, z0, on_the_edge, step_size=0.1, project=dq.project.L2Ball(0.3)).nfe > 0

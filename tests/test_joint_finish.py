@@ -41,12 +41,16 @@ CASES = [
     ((R, MADE, 3, 0.5, 0.4, math.nan, 2.0, 0.4), "mapped", False, False, True, False, False),
 ]
 COLUMN = {"best": 3, "last": 4, "cost": 5}
+MANY = 17  # so that a tile of samples is not full
 
 
-def workspace(returns, safeguard, dtype, sizes=(33, 9), accelerate=("z", "mu")) -> JointWorkspace:
-    """A workspace of one sample for each case, with numbers of its own in every buffer."""
+def cases(B: int) -> list[tuple]:
+    return [CASES[b % len(CASES)] for b in range(B)]
+
+
+def workspace(returns, safeguard, dtype, sizes=(33, 9), accelerate=("z", "mu"), B=MANY) -> JointWorkspace:
+    """A workspace of a sample for each case, in turn, with numbers of its own in every buffer."""
     nz, nx = sizes
-    B = len(CASES)
     at = Start(*([random(B, n, dtype=dtype, seed=i)] for i, n in enumerate((nz, nz, nx))))
     layout = Layout(at.every(), "start")
     chosen = [i for i, block in enumerate(BLOCKS) if block in accelerate]
@@ -63,16 +67,16 @@ def workspace(returns, safeguard, dtype, sizes=(33, 9), accelerate=("z", "mu")) 
         if t is not None:
             t.copy_(random(*t.shape, dtype=t.dtype, seed=100 + seed))
     for row, i in ((Int.STATUS, 0), (Int.STEPS, 1), (Int.BEST_STEP, 2)):
-        core.int_row(row).copy_(torch.tensor([int(case[0][i]) for case in CASES]))
+        core.int_row(row).copy_(torch.tensor([int(case[0][i]) for case in cases(B)]))
     for row, i in ((Real.RESIDUAL, 3), (Real.BEST, 4)):
-        core.real_row(row).copy_(torch.tensor([case[0][i] for case in CASES]))
-    ws.record.best_cost.copy_(torch.tensor([case[0][6] for case in CASES]))
-    ws.record.least.copy_(torch.tensor([case[0][7] for case in CASES]))
+        core.real_row(row).copy_(torch.tensor([case[0][i] for case in cases(B)]))
+    ws.record.best_cost.copy_(torch.tensor([case[0][6] for case in cases(B)]))
+    ws.record.least.copy_(torch.tensor([case[0][7] for case in cases(B)]))
     return ws
 
 
 def cost_of(ws: JointWorkspace) -> torch.Tensor:
-    return torch.tensor([case[0][5] for case in CASES], dtype=ws.core.layout.acc, device=DEVICE)
+    return torch.tensor([case[0][5] for case in cases(ws.core.layout.B)], dtype=ws.core.layout.acc, device=DEVICE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -81,9 +85,8 @@ def cost_of(ws: JointWorkspace) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("accelerate", [("z", "mu"), ("z", "mu", "x"), ("mu",)], ids="-".join)
 def test_every_verdict(accelerate, dtype, safeguard, returns, backend):
-    ws, cost = workspace(returns, safeguard, dtype, accelerate=accelerate), None
-    cost = cost_of(ws)
-    cur, record, B = ws.core.cur, ws.record, len(CASES)
+    ws = workspace(returns, safeguard, dtype, accelerate=accelerate)
+    cost, cur, record, B = cost_of(ws), ws.core.cur, ws.record, MANY
     before = {
         "x": [ws.value(i).clone() for i in range(3)],
         "mapped": [t.clone() for t in ws.mapped[cur]],
@@ -95,8 +98,9 @@ def test_every_verdict(accelerate, dtype, safeguard, returns, backend):
     saved = None if record.saved_norms is None else (record.saved_cost.clone(), record.saved_norms.clone())
     assert (saved is not None) == (returns == "last")
     bind_ends(ws, backend)[1](cost, MADE)
-    for b, (given, goes, save, *_) in enumerate(CASES):
-        take = CASES[b][COLUMN[returns]]
+    for b, case in enumerate(cases(B)):
+        given, goes, save = case[:3]
+        take = case[COLUMN[returns]]
         answer = "saved" if returns == "best" else "x"
         for i, part in enumerate(ws.parts):
             assert torch.equal(ws.value(i)[b], before["x"][i][b])
@@ -114,12 +118,12 @@ def test_every_verdict(accelerate, dtype, safeguard, returns, backend):
         assert float(record.best_cost[b]) == expected or (math.isnan(expected) and record.best_cost[b].isnan())
         assert torch.equal(record.best_norms[:, :, b], expected_norms)
         if saved is not None:
-            assert float(record.saved_cost[b]) == (given[5] if CASES[b][COLUMN["best"]] else float(saved[0][b]))
-            saved_norms = (ws.core.block_norms if CASES[b][COLUMN["best"]] else saved[1])[:, :, b]
+            assert float(record.saved_cost[b]) == (given[5] if case[COLUMN["best"]] else float(saved[0][b]))
+            saved_norms = (ws.core.block_norms if case[COLUMN["best"]] else saved[1])[:, :, b]
             assert torch.equal(record.saved_norms[:, :, b], saved_norms)
         for t, old, x in zip(record.kept or [], kept, before["x"], strict=bool(kept)):
             assert torch.equal(t[b], (x if take else old)[b])
-        forget, lanes = safeguard and CASES[b][6], columns.shape[-1]
+        forget, lanes = safeguard and case[6], columns.shape[-1]
         place = (b // lanes, slice(None), slice(None), b % lanes)
         assert torch.equal(ws.core.norms[place], columns[place] * (not forget)), b
         if safeguard and given[1] == MADE and given[0] != X:
@@ -130,16 +134,21 @@ def test_every_verdict(accelerate, dtype, safeguard, returns, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("returns", ["best", "cost"])
-def test_large_samples_as_the_oracle(returns, count, backend):
-    """Rows that are split over threads or blocks, of sizes that are no multiples of anything."""
+@pytest.mark.parametrize("returns", ["best", "last", "cost"])
+@pytest.mark.parametrize(
+    ("B", "sizes"), [(17, (9001, 40_003)), (301, (5, 3)), (37, (4, 0)), (1, (33, 9))], ids=lambda part: str(part)
+)
+def test_samples_of_every_size_and_number_as_the_oracle(B, sizes, returns, count, backend):
+    """Rows and samples that are split over threads or blocks, of sizes that are no multiples of anything."""
     ends = []
     for name in ("reference", backend):
-        ws = workspace(returns, True, torch.float32, sizes=(9001, 40_003))
+        ws = workspace(returns, True, torch.float32, sizes=sizes, B=B)
         with threads(count):
             bind_ends(ws, name)[1](cost_of(ws), MADE)
-        kept = ws.record.kept or []
-        ends.append([*ws.plain[1], *ws.plain_saved, *kept, ws.record.best_norms, ws.record.taken, ws.core.norms])
+        record = ws.record
+        numbers = [*ws.plain[1], *ws.plain_saved, *(record.kept or []), record.best_norms, record.saved_norms]
+        numbers += [record.taken, ws.core.norms, record.best_cost, record.saved_cost, record.least]
+        ends.append([None if t is None else t.nan_to_num(7) for t in numbers])
     for expected, got in zip(*ends, strict=True):
         assert (expected is None and got is None) or torch.equal(expected, got)
 
@@ -150,7 +159,7 @@ def test_without_a_cost_nothing_is_said_of_it(backend):
     cost = ws.record.best_cost.clone()
     bind_ends(ws, backend)[1](None, MADE)
     assert torch.equal(ws.record.best_cost.nan_to_num(7), cost.nan_to_num(7))
-    assert ws.record.taken.tolist() == [int(case[COLUMN["best"]]) for case in CASES]
+    assert ws.record.taken.tolist() == [int(case[COLUMN["best"]]) for case in cases(MANY)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -29,7 +29,8 @@ void joint_finish(const FinishArgs& a) {
     if (!a.copies()) return;
     const int64_t size = size_of(a.dtype);
     int64_t bytes = 0;
-    for (int i = 0; i < a.n_parts; ++i) bytes += a.parts[i].n * size;
+    for (int i = 0; i < a.n_parts; ++i)
+        if (a.parts[i].next || a.parts[i].kept) bytes += a.parts[i].n * size;
     const int threads = a.B * bytes < kThreadsFrom ? 1 : a.threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t unit = 0; unit < a.B * a.n_parts; ++unit) {

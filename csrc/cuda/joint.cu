@@ -34,10 +34,7 @@ JointSizes joint_sizes(const JointArgs& a) {
 }
 
 void joint_map(const JointArgs& a, const JointWork& work) {
-    if (a.n_parts > kMaxParts)
-        throw std::invalid_argument("z0 and x0: the CUDA kernels of a joint solve take at most " +
-                                    std::to_string(kMaxParts) + " tensors of z, mu and x, got " +
-                                    std::to_string(a.n_parts));
+    check_parts(a.n_parts);
     if (a.B == 0) return;
     switch (a.dtype) {
         case DType::f64:

@@ -77,6 +77,7 @@ void copy(const FinishArgs& a, void* stream) {
 }  // namespace
 
 void joint_finish(const FinishArgs& a, void* stream) {
+    check_parts(a.n_parts);
     if (a.B == 0) return;
     const dim3 grid(unsigned((a.B + kFinishThreads - 1) / kFinishThreads));
     RecordParams p{a};

@@ -4,12 +4,22 @@
 // `factors` have the sizes that JointSizes asks for. `threads` and `chunks` are not read.
 #pragma once
 
+#include <stdexcept>
+#include <string>
+
 #include "deqfast/joint.h"
 #include "deqfast/joint_finish.h"
 
 namespace deqfast::cuda {
 
 constexpr int kMaxParts = 32;  // tensors of z, mu and x together
+
+inline void check_parts(int parts) {
+    if (parts > kMaxParts)
+        throw std::invalid_argument("z0 and x0: the CUDA kernels of a joint solve take at most " +
+                                    std::to_string(kMaxParts) + " tensors of z, mu and x, got " +
+                                    std::to_string(parts));
+}
 
 struct JointWork {
     int32_t* arrivals = nullptr;  // (B), zeroed when allocated: blocks of a sample that have finished

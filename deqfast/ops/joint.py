@@ -146,7 +146,7 @@ def bind_joint(ws: JointWorkspace, backend: str, project: Callable[[list[Tensor]
         nonlocal made
         if core.layout.B == 0:
             return 0
-        cost = None if cost is None else cost.contiguous()
+        cost = None if cost is None else cost.resolve_neg().contiguous()  # kernels read its memory
         with torch.no_grad():
             to_mapped(values, step_size, cost)
             if project is not None:
@@ -160,7 +160,6 @@ def bind_joint(ws: JointWorkspace, backend: str, project: Callable[[list[Tensor]
         core.cur ^= 1
         return running
 
-    step.update = accelerate  # type: ignore[attr-defined]
     return step
 
 

@@ -22,9 +22,10 @@ class Later:
         self._event: torch.cuda.Event | None = None
         if flag.device.type == "cuda":
             self._flag = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
-            self._flag.copy_(flag, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+            with torch.cuda.device(flag.device):  # events belong to a stream of the current one
+                self._flag.copy_(flag, non_blocking=True)
+                self._event = torch.cuda.Event()
+                self._event.record()
 
     def __bool__(self) -> bool:
         if self._event is not None:

@@ -82,7 +82,7 @@ def bind_ends(ws: JointWorkspace) -> tuple[Map, Finish]:
     def finish(cost: Tensor | None, made: int) -> None:
         plan.finish(core.cur, made, _address(cost), now())
 
-    to_mapped.memory = finish.workspace = memory, ws  # type: ignore[attr-defined]  # as long as the plan
+    to_mapped.alive = finish.alive = memory, ws  # type: ignore[attr-defined]  # as long as the plan
     return to_mapped, finish
 
 

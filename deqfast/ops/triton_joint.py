@@ -145,7 +145,7 @@ class _FinishPlan:
         saved += [record.best_norms if record.saved_norms is None else record.saved_norms]
         launch = functools.partial(
             kernels.record_kernel[(math.ceil(B / block),)],
-            RETURNS=RETURNS[record.returns], GUARDED=record.safeguard and core.m > 0,
+            RETURNS=RETURNS[record.returns], GUARDED=record.safeguard,
             ROWS=2 * core.block_norms.shape[0], BLOCK=block, num_warps=4, **COMPILER,
         )  # fmt: skip
         self.record = lambda cost, made: launch(

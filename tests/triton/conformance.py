@@ -300,7 +300,8 @@ def test_every_verdict_at_the_end_of_a_joint_step(accelerate, dtype, safeguard, 
 
 @pytest.mark.parametrize("returns", ["best", "cost"])
 def test_end_of_a_joint_step_where_programs_share_a_sample(returns):
-    finish.test_large_samples_as_the_oracle(returns, 1, "triton")
+    finish.test_samples_of_every_size_and_number_as_the_oracle(17, (9001, 40_003), returns, 1, "triton")
+    finish.test_samples_of_every_size_and_number_as_the_oracle(301, (5, 0), returns, 1, "triton")
 
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
