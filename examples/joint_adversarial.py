@@ -206,7 +206,7 @@ def publish(runs: list[Run], data, args) -> None:
     few = groups[f"PGD-{max(1, args.pgd_steps // 2)}, torchdeq plain"]
     less = common.ratio(seconds(few, "wall"), seconds(joint, "wall"))
     notes = [
-        f"{few[0].name}, the cheapest of them: {percent(few, 'pgd'):.1f} % robust, {less:.1f}{common.TIMES} the joint time",
+        f"{few[0].name}, torchdeq's cheapest: {percent(few, 'pgd'):.1f} % robust, {less:.1f}{common.TIMES} the wall time",
         f"means of {args.seeds} seeds; Euclidean balls of radius {RADIUS}, pixels in [0, 1]",
         f"joint: {args.evaluations} evaluations an attack; solves of training: relative tolerance {TRAINING_RTOL:g}",
         f"under PGD-{args.judge_steps}, from the worst seed to the best: {spread}",
