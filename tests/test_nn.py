@@ -121,17 +121,21 @@ def test_pickle_deepcopy_and_state_dict():
     assert list(deq.state_dict()) == ["cell.linear.weight", "cell.linear.bias"]
 
 
+def living_tensors() -> int:
+    for _ in range(3):  # what is freed may free more
+        gc.collect()
+    return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+
 def test_keeps_nothing_between_calls():
     deq, x = dq.DEQ(Cell()), torch.randn(4, 6)
     before = dict(vars(deq))
     deq(x).sum().backward()
     assert vars(deq) == before
-    gc.collect()
-    count = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+    count = living_tensors()
     for _ in range(3):
         deq(x)
-    gc.collect()
-    assert sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()) == count
+    assert living_tensors() <= count  # fewer, where another test's compiled frames are given up meanwhile
 
 
 def test_repr_shows_the_options():
