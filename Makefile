@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 # CUDA kernels take minutes to compile: without a GPU to run them they are left to check-cuda.
 CUDA ?= $(if $(shell command -v nvidia-smi),auto,off)
 # Everything instrumented takes an hour: SANITIZE_TESTS="tests -k native".
-SANITIZE_TESTS ?= tests/test_memory.py
+SANITIZE_TESTS ?= $(patsubst %,tests/test_%.py,memory joint_step joint_finish)
 # One is enough to notice breakage; wheels have CMakeLists.txt's default.
 CUDA_ARCHS ?= 90-real
 EMULATED_TESTS ?= $(patsubst %,tests/test_%.py,anderson broyden picard halves low_precision joint_step joint_finish refusals)

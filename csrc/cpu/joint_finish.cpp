@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kThreadsFrom = 1 << 18;  // bytes below which starting threads takes longer than the copies
 
 void copy_rows(const FinishArgs& a, const FinishPart& part, int64_t b, int64_t bytes) {
+    if (!bytes) return;  // and perhaps no address
     const auto row = [&](auto* rows) { return reinterpret_cast<char*>(const_cast<void*>(rows)) + b * bytes; };
     if (part.kept && a.taken[b]) std::memcpy(row(part.kept), row(part.x), size_t(bytes));
     if (!part.next) return;

@@ -197,6 +197,7 @@ inline void spill_and_rest(const SolveArgs& a, int64_t b, const Verdict& v) {
     for (int l = 0; l < a.n_leaves; ++l) {
         const Leaf& leaf = a.leaves[l];
         const size_t bytes = size_t(leaf.n) * size_of(a.dtype);
+        if (!bytes) continue;  // and perhaps no address
         char *x = row_of(leaf.x, a, leaf, b), *x_prev = row_of(leaf.x_prev, a, leaf, b);
         char* saved = row_of(leaf.saved, a, leaf, b);
         if (v.spill) std::memcpy(saved, x_prev, bytes);
