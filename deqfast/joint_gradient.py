@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,12 +14,14 @@ from . import adjoint, compiled
 from .anderson import Anderson
 from .choose import choose_solver
 from .implicit import Implicit
+from .joint_problem import gradients
 from .linear import LinearOptions
 from .state import DEFAULT_RTOL, Solver, check_stopping
 
 if TYPE_CHECKING:
     from .joint import JointSolution
     from .joint_problem import Problem
+    from .ops.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _scaled_adjoint(problem: Problem, solution: JointSolution) -> Callable[[list
 
     def start(g: list[Tensor]) -> Any:
         known = inner_gradient()
-        inner, size = _dot(g, known), _dot(known, known)
+        inner, size = _dot(problem.z_layout, g, known), _dot(problem.z_layout, known, known)
         scale = torch.where(size > 0, inner / size, 0.0)
         scale = torch.where(torch.isfinite(scale), scale, 0.0)
         return problem.z_layout.unflatten([t * scale.view(-1, *([1] * (t.dim() - 1))).to(t.dtype) for t in mu])
@@ -93,9 +94,9 @@ def _detached(t: Any) -> Any:
     return t.detach() if isinstance(t, Tensor) else t
 
 
-def _dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    products = [(s.conj() * t).real for s, t in zip(a, b, strict=True)]
-    return torch.stack([t.reshape(t.shape[0], math.prod(t.shape[1:])).double().sum(1) for t in products]).sum(0)
+def _dot(layout: Layout, a: list[Tensor], b: list[Tensor]) -> Tensor:
+    pairs = zip(layout.rows(a), layout.rows(b), strict=True)
+    return torch.stack([(s.double() * t.double()).sum(1) for s, t in pairs]).sum(0)
 
 
 def attach_implicit(problem: Problem, solution: JointSolution, gradient: Implicit) -> tuple[Any, Any, Any]:
@@ -115,12 +116,7 @@ def attach_implicit(problem: Problem, solution: JointSolution, gradient: Implici
             trees = problem.z_layout.unflatten(z), problem.x_tree(x)
             fz = pytree.tree_leaves(f(*trees, *args))
             cost = loss(*trees, *args)
-            outputs = [t for t in (*fz, cost) if t.requires_grad]
-            weights = [m for t, m in zip(fz, mu, strict=True) if t.requires_grad]
-            weights += [torch.ones_like(cost)] if cost.requires_grad else []
-            found = torch.autograd.grad(outputs, [*z, *x], weights, create_graph=True, allow_unused=True)
-            pairs = zip([*z, *x], found, strict=True)
-            p_q = [torch.zeros_like(t) if gradient is None else gradient for t, gradient in pairs]
+            p_q = gradients(fz, mu, cost, [*z, *x], create_graph=True)
             rates: list[Any] = [rate] * len(x) if problem._rates is None else problem._rates
             stepped = [t - r * q for t, r, q in zip(x, rates, p_q[many:], strict=True)]
             return [*fz, *p_q[:many], *problem.feasible(stepped)]

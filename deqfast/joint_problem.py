@@ -235,27 +235,19 @@ class Problem:
             return x
         return self.x_layout.flatten(self.projection(self.x_tree(x)), "project(x)")
 
-    def evaluate(self, z: Any, mu: Any, x: Any, first: bool) -> tuple[list[Tensor], Tensor]:
-        """f, p = l_z + f_z^T mu and q = l_x + f_x^T mu as one list, and the (B,) cost."""
+    def evaluate(self, at: list[Tensor], first: bool) -> tuple[list[Tensor], Tensor]:
+        """f, p and q (see ``gradients``) as one list, and the (B,) cost, at the tensors of z, mu and x."""
+        many = len(self.z_layout.leaves)
         with torch.enable_grad():
-            z_in = [t.detach().requires_grad_() for t in pytree.tree_leaves(z)]
-            x_in = [t.detach().requires_grad_() for t in pytree.tree_leaves(x)]
-            inputs = [*z_in, *x_in]
+            z_in = [t.detach().requires_grad_() for t in at[:many]]
+            x_in = [t.detach().requires_grad_() for t in at[2 * many :]]
             z_tree, x_tree = self.z_layout.unflatten(z_in), self.x_tree(x_in)
             fz = self.z_layout.flatten(self.f(z_tree, x_tree, *self.args), "f(z, x)")
             cost = self.loss(z_tree, x_tree, *self.args)
             if first:
                 self._check_first(fz, cost, z_in, x_in)
-                self._ones = torch.ones_like(cost)
-            outputs = [t for t in (*fz, cost) if t.requires_grad]
-            weights = [m.to(t.dtype) for t, m in zip(fz, pytree.tree_leaves(mu), strict=True) if t.requires_grad]
-            if cost.requires_grad:
-                weights.append(self._ones)
-            found = torch.autograd.grad(outputs, inputs, weights, allow_unused=True)
-        values = [t.detach() for t in fz]
-        values += [
-            torch.zeros_like(t) if gradient is None else gradient for t, gradient in zip(inputs, found, strict=True)
-        ]
+            found = gradients(fz, at[many : 2 * many], cost, [*z_in, *x_in])
+        values = [*(t.detach() for t in fz), *found]
         if self._rates is not None:
             first_x = len(values) - len(self._rates)
             values[first_x:] = [q * rate for q, rate in zip(values[first_x:], self._rates, strict=True)]
@@ -270,6 +262,17 @@ class Problem:
                 "f(z, x) must be differentiable in x, got one that does not depend on it through autograd; is x used "
                 "under no_grad or detached?"
             )
+
+
+def gradients(
+    fz: list[Tensor], mu: list[Tensor], cost: Tensor, inputs: list[Tensor], create_graph: bool = False
+) -> list[Tensor]:
+    """P = l_z + f_z^T mu and q = l_x + f_x^T mu, for the tensors of z and x that f and the loss were given."""
+    outputs = [t for t in (*fz, cost) if t.requires_grad]
+    weights = [m.to(t.dtype) for t, m in zip(fz, mu, strict=True) if t.requires_grad]
+    weights += [torch.ones_like(cost)] if cost.requires_grad else []
+    found = torch.autograd.grad(outputs, inputs, weights, create_graph=create_graph, allow_unused=True)
+    return [torch.zeros_like(t) if gradient is None else gradient for t, gradient in zip(inputs, found, strict=True)]
 
 
 def check_alike(z: Layout, x: Layout) -> None:

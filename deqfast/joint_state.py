@@ -119,7 +119,8 @@ class JointState:
 
     def advance(self) -> bool:
         """Evaluate f, loss and their gradients, and step; returns ``done``."""
-        values, self.cost = self.problem.evaluate(self.z, self.mu, self.x, first=self.nfe == 0)
+        at = [self.ws.value(i) for i in range(len(self.ws.parts))]
+        values, self.cost = self.problem.evaluate(at, first=self.nfe == 0)
         self._running = self._step(values, self.problem.step_size(self.nfe), self.cost)
         self.nfe += 1
         if self.nfe > LAG or not self._running:  # the host has heard of later things by now

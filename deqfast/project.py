@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .ops.joint import project_rows
+from .ops.layout import Leaf
 from .state import check_number
 
 __all__ = ["Box", "L2Ball", "LinfBall"]
@@ -40,40 +42,20 @@ class Projection:
 
     def __call__(self, x: Any) -> Any:
         """The nearest point of the set to each sample of ``x``, a tensor (B, ...) or a tree of them."""
-        given, spec = pytree.tree_flatten(x)
-        leaves = [_real(t) for t in given]
-        centers = [None] * len(leaves) if self.center is None else [_real(c) for c in pytree.tree_leaves(self.center)]
-        if self.ball == "l2":
-            moved = [t if c is None else t - c for t, c in zip(leaves, centers, strict=True)]
-            squares = torch.stack([_rows(t).double().square().sum(1) for t in moved]).sum(0)
-            # A root at zero has no derivative, so none is taken there.
-            norm = torch.where(squares > 0, squares, 1.0).sqrt()
-            outside = (squares > 0) & (norm > self.radius)
-            shrink = torch.where(outside, self.radius / norm, 1.0)
-            leaves = [
-                _scale(t, shrink) if c is None else c + _scale(t, shrink) for t, c in zip(moved, centers, strict=True)
-            ]
-        elif self.ball == "linf":
-            leaves = [
-                t.clamp(-self.radius, self.radius) if c is None else torch.clamp(t, c - self.radius, c + self.radius)
-                for t, c in zip(leaves, centers, strict=True)
-            ]
-        if self.low > -math.inf or self.high < math.inf:
-            leaves = [t.clamp(self.low, self.high) for t in leaves]
-        leaves = [torch.view_as_complex(t) if g.is_complex() else t for t, g in zip(leaves, given, strict=True)]
-        return pytree.tree_unflatten(leaves, spec)
+        leaves, spec = pytree.tree_flatten(x)
+        layouts = [Leaf(t) for t in leaves]
+        centers = [None] * len(leaves) if self.center is None else pytree.tree_leaves(self.center)
+        rows = [leaf.rows(t) for leaf, t in zip(layouts, leaves, strict=True)]
+        pairs = zip(layouts, centers, strict=True)
+        inside = project_rows(self, [None if c is None else leaf.rows(c.expand(leaf.shape)) for leaf, c in pairs], rows)
+        return pytree.tree_unflatten([_like(r, leaf) for r, leaf in zip(inside, layouts, strict=True)], spec)
 
 
-def _real(t: Tensor) -> Tensor:
-    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
-
-
-def _rows(t: Tensor) -> Tensor:
-    return t.reshape(t.shape[0], math.prod(t.shape[1:]))
-
-
-def _scale(t: Tensor, by: Tensor) -> Tensor:
-    return t * by.to(t.dtype).view(-1, *([1] * (t.dim() - 1)))
+def _like(rows: Tensor, leaf: Leaf) -> Tensor:
+    """Rows as a tensor of the leaf's shape and memory order."""
+    shape = [leaf.shape[d] for d in leaf.order]
+    found = torch.view_as_complex(rows.reshape(*shape, 2)) if leaf.complex else rows.reshape(shape)
+    return found.permute([leaf.order.index(d) for d in range(len(shape))])
 
 
 def Box(low: float, high: float) -> Projection:

@@ -288,3 +288,17 @@ def test_start_outside_in_half_precision(dtype):
         dq.joint_solve(f, loss, z0, x0 + 1.5, step_size=0.1, project=project)
     on_the_edge = dq.project.L2Ball(0.3)(torch.randn(4, 3).to(dtype))
     assert dq.joint_solve(f, loss, z0, on_the_edge, step_size=0.1, project=dq.project.L2Ball(0.3)).nfe > 0
+
+
+@pytest.mark.parametrize("project", [dq.project.L2Ball, dq.project.LinfBall], ids=["l2", "linf"])
+@pytest.mark.parametrize("dtype", [F64, torch.complex128])
+def test_projection_does_not_mind_the_order_in_memory(dtype, project):
+    x, center = torch.randn(2, 3, 4, 5, dtype=dtype), torch.randn(2, 3, 4, 5, dtype=dtype)
+    turned = [t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) for t in (x, center)]
+    expected = project(0.7, center)(x)
+    assert torch.allclose(project(0.7, turned[1])(turned[0]), expected, rtol=1e-12)
+    assert torch.allclose(project(0.7, center)(turned[0]), expected, rtol=1e-12)
+    away = (x - center).reshape(2, -1)
+    shrunk = center + (x - center) * (0.7 / away.norm(dim=1)).clamp(max=1).view(2, 1, 1, 1)
+    assert project is not dq.project.L2Ball or torch.allclose(expected, shrunk, rtol=1e-12)
+    assert torch.allclose(project(0.7, center[:1].expand_as(x))(x), project(0.7, center[:1])(x))

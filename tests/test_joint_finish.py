@@ -8,6 +8,7 @@ import pytest
 import torch
 from problems import BACKENDS, DEVICE, threads
 from test_joint_step import BLOCKS, DAMPING, RULES, Start, random
+from test_joint_step import workspace as step_workspace
 
 import deqfast as dq
 from deqfast.ops.joint import JointWorkspace, MapOptions, Part, bind_ends, bind_joint
@@ -79,12 +80,7 @@ def cost_of(ws: JointWorkspace) -> torch.Tensor:
     return torch.tensor([case[0][5] for case in cases(ws.core.layout.B)], dtype=ws.core.layout.acc, device=DEVICE)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("returns", ["best", "last", "cost"])
-@pytest.mark.parametrize("safeguard", [False, True], ids=["", "safeguard"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("accelerate", [("z", "mu"), ("z", "mu", "x"), ("mu",)], ids="-".join)
-def test_every_verdict(accelerate, dtype, safeguard, returns, backend):
+def assert_every_verdict(accelerate, dtype, safeguard, returns, backend):
     ws = workspace(returns, safeguard, dtype, accelerate=accelerate)
     cost, cur, record, B = cost_of(ws), ws.core.cur, ws.record, MANY
     before = {
@@ -133,12 +129,15 @@ def test_every_verdict(accelerate, dtype, safeguard, returns, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("returns", ["best", "last", "cost"])
-@pytest.mark.parametrize(
-    ("B", "sizes"), [(17, (9001, 40_003)), (301, (5, 3)), (37, (4, 0)), (1, (33, 9))], ids=lambda part: str(part)
-)
-def test_samples_of_every_size_and_number_as_the_oracle(B, sizes, returns, count, backend):
+@pytest.mark.parametrize("safeguard", [False, True], ids=["", "safeguard"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("accelerate", [("z", "mu"), ("z", "mu", "x"), ("mu",)], ids="-".join)
+def test_every_verdict(accelerate, dtype, safeguard, returns, backend):
+    assert_every_verdict(accelerate, dtype, safeguard, returns, backend)
+
+
+def assert_as_the_oracle(B, sizes, returns, count, backend):
     """Rows and samples that are split over threads or blocks, of sizes that are no multiples of anything."""
     ends = []
     for name in ("reference", backend):
@@ -154,7 +153,16 @@ def test_samples_of_every_size_and_number_as_the_oracle(B, sizes, returns, count
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_without_a_cost_nothing_is_said_of_it(backend):
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("returns", ["best", "last", "cost"])
+@pytest.mark.parametrize(
+    ("B", "sizes"), [(17, (9001, 40_003)), (301, (5, 3)), (37, (4, 0)), (1, (33, 9))], ids=lambda part: str(part)
+)
+def test_samples_of_every_size_and_number_as_the_oracle(B, sizes, returns, count, backend):
+    assert_as_the_oracle(B, sizes, returns, count, backend)
+
+
+def assert_nothing_is_said_without_a_cost(backend):
     ws = workspace("best", False, torch.float32)
     cost = ws.record.best_cost.clone()
     bind_ends(ws, backend)[1](None, MADE)
@@ -163,21 +171,15 @@ def test_without_a_cost_nothing_is_said_of_it(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("n", [20, 9000, 20_000])
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_cost_that_is_no_number_stops_its_sample(bad, n, backend):
+def test_without_a_cost_nothing_is_said_of_it(backend):
+    assert_nothing_is_said_without_a_cost(backend)
+
+
+def assert_cost_stops_its_sample(bad, n, backend):
     at = Start(*([random(3, size, seed=size)] for size in (n, n, 6)))
     for accelerate in (BLOCKS, ("z", "mu")):
-        layout = Layout(at.every(), "start")
-        chosen = [i for i, block in enumerate(BLOCKS) if block in accelerate]
-        core = dq.Anderson(m=2).workspace(
-            Layout([at.every()[i] for i in chosen], "start"), rtol=0.0, atol=0.0, max_iter=0, keep_best=True
-        )
-        core.judge_blocks(RULES)
-        parts = [Part(i, leaf, chosen.index(i) if i in chosen else None) for i, leaf in enumerate(layout.leaves)]
-        ws = JointWorkspace(core, parts, MapOptions(damping=DAMPING))
-        for i, t in enumerate(at.every()):
-            ws.value(i, 0).copy_(t)
+        ws = step_workspace(at, dq.Anderson(m=2), accelerate)
+        core = ws.core
         step = bind_joint(ws, backend)
         values = [t + 0.1 for t in at.every()]
         strided = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]], device=DEVICE)[:, 0]
@@ -187,3 +189,10 @@ def test_cost_that_is_no_number_stops_its_sample(bad, n, backend):
         step(values, 0.1, torch.tensor([1.0, bad, 3.0], device=DEVICE))
         assert core.int_row(Int.STATUS).tolist() == [R, X, R]
         assert float(ws.record.best_cost[1]) == 2.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("n", [20, 9000, 20_000])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_cost_that_is_no_number_stops_its_sample(bad, n, backend):
+    assert_cost_stops_its_sample(bad, n, backend)

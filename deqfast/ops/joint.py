@@ -19,7 +19,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,14 +77,14 @@ class JointWorkspace:
     core: AndersonWorkspace
     parts: list[Part]
     options: MapOptions
-    returns: str = "best"
-    safeguard: bool = False
+    returns: InitVar[str] = "best"
+    safeguard: InitVar[bool] = False
     record: Record = field(init=False)
     mapped: tuple[list[Tensor], list[Tensor]] = field(init=False)
     plain: tuple[list[Tensor | None], list[Tensor | None]] = field(init=False)
     plain_saved: list[Tensor | None] = field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, returns: str, safeguard: bool) -> None:
         layout = self.core.layout
 
         def empty() -> list[Tensor]:
@@ -95,7 +96,7 @@ class JointWorkspace:
         self.mapped = (empty(), empty())
         self.plain = (empty_plain(), empty_plain())
         self.plain_saved = empty_plain()
-        self.record = Record(self.core, self.returns, self.safeguard, empty() if self.returns == "cost" else None)
+        self.record = Record(self.core, returns, safeguard, empty() if returns == "cost" else None)
 
     def value(self, i: int, which: int | None = None) -> Tensor:
         """Tensor i of the iterate: the current one, or buffer ``which``."""
@@ -187,7 +188,7 @@ def joint_map(ws: JointWorkspace, values: list[Tensor], step_size: float, cost: 
             norm = _norm([given[i] for i in inputs])
             rates = torch.where(norm > 0, rates / norm, 0.0)
         stepped = [now[i] - rates[:, None].to(acc) * given[i] for i in inputs]
-        for i, t in zip(inputs, _project(options, [ws.parts[i].center for i in inputs], stepped), strict=True):
+        for i, t in zip(inputs, project_rows(options, [ws.parts[i].center for i in inputs], stepped), strict=True):
             moved[i] = towards[i] = t
     for i, part in enumerate(ws.parts):
         target = part.leaf.rows(ws.mapped[core.cur][i])
@@ -219,11 +220,14 @@ def _store(norms: Tensor, block: int, where: Tensor, step: list[Tensor], size: l
         target.copy_(torch.where(where, _norm(rows) if rows else torch.zeros_like(target), target))
 
 
-def _project(options: MapOptions, centers: list[Tensor | None], x: list[Tensor]) -> list[Tensor]:
+def project_rows(options: Any, centers: list[Tensor | None], x: list[Tensor]) -> list[Tensor]:
+    """Rows (B, n) of real numbers in the ball and the box of ``options``, ``MapOptions`` or a ``Projection``."""
     if options.ball == "l2":
         away = [t if c is None else t - c for t, c in zip(x, centers, strict=True)]
-        norm = _norm(away)
-        shrink = torch.where(norm > options.radius, options.radius / norm, 1.0)[:, None].to(x[0].dtype)
+        squares = torch.stack([_sum(t.double().square()) for t in away]).sum(0)
+        norm = torch.where(squares > 0, squares, 1.0).sqrt()  # a root at zero has no derivative
+        outside = (squares > 0) & (norm > options.radius)
+        shrink = torch.where(outside, options.radius / norm, 1.0)[:, None].to(x[0].dtype)
         x = [t * shrink if c is None else c + t * shrink for t, c in zip(away, centers, strict=True)]
     elif options.ball == "linf":
         r = options.radius

@@ -96,7 +96,7 @@ def test_broyden_step_agrees_with_float64_formulas(solver, state, B, N, steps):
 
 
 @pytest.mark.parametrize(
-    "claim",
+    "assert_that",
     [
         test_anderson.test_growth_of_a_type_2_residual_keeps_the_newest_column_alone,
         test_anderson.test_failed_small_solve_takes_a_plain_step_and_forgets_that_sample_alone,
@@ -106,8 +106,8 @@ def test_broyden_step_agrees_with_float64_formulas(solver, state, B, N, steps):
     ],
     ids=lambda claim: claim.__name__,
 )
-def test_claim_about_every_backend_holds(claim):
-    claim("triton")
+def test_claim_about_every_backend_holds(assert_that):
+    assert_that("triton")
 
 
 SOLVERS = {
@@ -263,7 +263,7 @@ def test_joint_map_agrees_where_programs_share_a_sample(nz, nx):
 
 
 @pytest.mark.parametrize(
-    ("claim", "arguments"),
+    ("assert_that", "arguments"),
     [
         (joint.test_trees_are_read_in_any_memory_order, ("normalised-l2",)),
         (joint.test_narrower_values_are_read, (F32, BF16)),
@@ -284,8 +284,8 @@ def test_joint_map_agrees_where_programs_share_a_sample(nz, nx):
     ],
     ids=lambda part: part.__name__ if callable(part) else str(part),
 )
-def test_claim_about_the_joint_step_of_every_backend_holds(claim, arguments):
-    claim(*arguments, "triton")
+def test_claim_about_the_joint_step_of_every_backend_holds(assert_that, arguments):
+    assert_that(*arguments, "triton")
 
 
 @pytest.mark.parametrize("returns", ["best", "last", "cost"])
@@ -295,19 +295,19 @@ def test_claim_about_the_joint_step_of_every_backend_holds(claim, arguments):
     ids=lambda part: "-".join(part) if isinstance(part, tuple) else str(part),
 )
 def test_every_verdict_at_the_end_of_a_joint_step(accelerate, dtype, safeguard, returns):
-    finish.test_every_verdict(accelerate, dtype, safeguard, returns, "triton")
+    finish.assert_every_verdict(accelerate, dtype, safeguard, returns, "triton")
 
 
 @pytest.mark.parametrize("returns", ["best", "cost"])
 def test_end_of_a_joint_step_where_programs_share_a_sample(returns):
-    finish.test_samples_of_every_size_and_number_as_the_oracle(17, (9001, 40_003), returns, 1, "triton")
-    finish.test_samples_of_every_size_and_number_as_the_oracle(301, (5, 0), returns, 1, "triton")
+    finish.assert_as_the_oracle(17, (9001, 40_003), returns, 1, "triton")
+    finish.assert_as_the_oracle(301, (5, 0), returns, 1, "triton")
 
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
 def test_cost_that_is_no_number_stops_its_sample(bad):
-    finish.test_without_a_cost_nothing_is_said_of_it("triton")
-    finish.test_cost_that_is_no_number_stops_its_sample(bad, 20, "triton")
+    finish.assert_nothing_is_said_without_a_cost("triton")
+    finish.assert_cost_stops_its_sample(bad, 20, "triton")
 
 
 @pytest.mark.parametrize("solver", ["mixed", "type-2-int8", "picard"])
