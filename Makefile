@@ -102,7 +102,7 @@ bench-report: venv ## Write the tables of the documentation from bench/results/
 
 # No environment of its own: PYTHON's torch, which brings its CUDA along; see docs/gpu-notes.md.
 gpu: ## On a machine with a GPU: build, test, sanitize and measure there (ten minutes, no network)
-	$(PYTHON) bench/run_gpu.py
+	$(PYTHON) .ci/gpu.py
 
 # The instrumented module goes into a copy of the package, so the one in deqfast/ stays as it is. libstdc++ is preloaded
 # because AddressSanitizer looks for __cxa_throw at start; leaks are not looked for, the interpreter has its own; pytest

@@ -19,7 +19,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import methods, report, summary, targets  # noqa: E402
+from bench import methods, targets  # noqa: E402
+from bench.report import sections as report  # noqa: E402
+from bench.report import summary  # noqa: E402
 
 Record = Mapping[str, Any]
 COLUMNS = {

@@ -25,7 +25,7 @@ def newest(folder: Path) -> Record | None:
 
 def target_rows(record: Record) -> list[list[str]]:
     """Every target and what was measured for it."""
-    from bench.report import verdict
+    from bench.report.sections import verdict
 
     rows: list[list[str]] = []
     for row in [*record.get("bandwidth", []), *record.get("joint", [])]:
@@ -55,7 +55,7 @@ def target_rows(record: Record) -> list[list[str]]:
 
 
 def _held(row: Record, key: str, target: float, *, at_most: bool = False) -> str:
-    from bench.report import verdict
+    from bench.report.sections import verdict
 
     why = row.get("skipped") or (row.get("why") if row.get(key) is None else None)
     return verdict(row.get(key), target, at_most=at_most) + (f": {why}" if why else "")
@@ -119,7 +119,7 @@ def _training_ratio(rows: Mapping[str, Record]) -> tuple[float | None, str]:
 
 def section(record: Record | None) -> list[str]:
     """Markdown parts of the GPU section."""
-    from bench.report import number, table
+    from bench.report.sections import number, table
 
     if record is None:
         return ["## On a GPU", "No run on a GPU has been made; [gpu-notes.md](gpu-notes.md) says how to make one."]

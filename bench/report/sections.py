@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import free, gpu_report, joint, methods, pictures, summary, targets
+from bench import free, joint, methods, targets
+from bench.report import gpu, pictures, summary
 
 Results = Mapping[str, Any]
 CROWDED = 0.15  # cores in other programs' hands above which times are not to be trusted
@@ -375,7 +376,7 @@ def write(results: Path, out: Path) -> None:
         shown = [method for method in methods.SHOWN if method in convergence["counts"]]
         pictures.performance_profiles(convergence, shown, img / "performance_profiles.png")
         parts += convergence_section(convergence) + time_section(convergence)
-    parts += gpu_report.section(gpu_report.newest(results))
+    parts += gpu.section(gpu.newest(results))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n\n".join(parts) + "\n")
     print(f"wrote {out}")
@@ -387,7 +388,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
     options = parser.parse_args(arguments)
     write(options.results, options.out)
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,7 @@ import torch
 
 import deqfast as dq
 from bench import floor, joint
-from bench.device import Place, spread
+from bench.gpu.device import Place, spread
 from deqfast.ops.workspace import Int
 
 FED = 4  # outputs of f in turn

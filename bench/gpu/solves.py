@@ -13,8 +13,8 @@ from torch import Tensor
 
 import deqfast as dq
 from bench import free, peers, rival, timing
-from bench.device import Call, Place
-from bench.gpu_steps import F32
+from bench.gpu.device import Call, Place
+from bench.gpu.steps import F32
 
 EVALUATIONS = 30
 LIKE = {"solver": dq.Anderson(m=6, type=2, history_dtype=F32, evict="oldest"), "label": "Type II m=6, float32"}
