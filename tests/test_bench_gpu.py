@@ -13,7 +13,7 @@ import pytest
 
 from bench import floor, targets
 from bench.report import gpu as report
-from bench.report.sections import table
+from bench.report.markdown import table
 
 ROOT = Path(__file__).parents[1]
 SPEC = importlib.util.spec_from_file_location("ci_gpu", ROOT / ".ci" / "gpu.py")
