@@ -14,14 +14,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import frame
 import joint_common as common
 import torch
 from joint_generation import adam_schedule
 from joint_model import Counted, Generator, infer, make_run, train_round
+from joint_nested import Clock
 from torch import Tensor
 
 import deqfast as dq
-from bench.nested import Clock
 
 PATCH, STRIDE, SIDE = 8, 4, 128
 SEEN = ("astronaut", "chelsea", "coffee", "coins", "rocket")
@@ -92,13 +93,13 @@ def psnr(pictures: Tensor, truth: Tensor) -> float:
 
 def train(args) -> dict[str, Generator]:
     """A model of digits and one of patches, trained with the joint solve."""
-    digits = common.digits(args.seed, args.device)[0][: args.samples]
+    digits = frame.digits(args.seed, args.device)[0][: args.samples]
     patches = training_patches(args.samples, args.seed).to(args.device)
     pools = {"digits": digits, "photograph": patches}
     runs = {data: make_run(data, "joint", 30, args, pool, CODES[data], HIDDEN) for data, pool in pools.items()}
     generator = torch.Generator().manual_seed(args.seed)
     steps = [(epoch, data) for epoch in range(args.epochs) for data in runs]
-    for epoch, data in common.progress(steps, lambda t: f"training on {t[1]}, pass {t[0] + 1}", "pass"):
+    for epoch, data in frame.progress(steps, lambda t: f"training on {t[1]}, pass {t[0] + 1}", "pass"):
         order = torch.randperm(len(pools[data]), generator=generator).to(args.device)
         for group in runs[data].optimiser.param_groups:
             group["lr"] = 4e-3 * (1 - 0.9 * epoch / args.epochs)
@@ -108,7 +109,7 @@ def train(args) -> dict[str, Generator]:
 
 def make_tasks(models: dict[str, Generator], args) -> list[Task]:
     generator = torch.Generator().manual_seed(args.seed)
-    digits = common.digits(args.seed, "cpu")[2][: 100 if args.quick else 300]
+    digits = frame.digits(args.seed, "cpu")[2][: 100 if args.quick else 300]
     image = photograph(UNSEEN)[40 : 40 + args.side, 170 : 170 + args.side]
     tasks = []
     for data, truth, sigma in (("digits", digits, 0.25), ("photograph", image, 0.1)):
@@ -179,7 +180,7 @@ def main() -> None:
         raise SystemExit("scikit-image is not installed, and has the photographs: pip install scikit-image") from None
     tasks = make_tasks(train(args), args)
     steps = [(r, task, m) for task in tasks for r, m in common.turns(args.repeats, list(METHODS))]
-    for _, task, method in common.progress(steps, lambda t: f"{t[1].data}, {t[2]}", "restoration"):
+    for _, task, method in frame.progress(steps, lambda t: f"{t[1].data}, {t[2]}", "restoration"):
         restore(task, method, args)
     publish(tasks, args)
 
@@ -202,7 +203,7 @@ def publish(tasks: list[Task], args) -> None:
                     f"{raw['evaluations']}",
                     f"{raw['vjps']}",
                     f"{seconds:.2f}",
-                    f"{slower:.1f}{common.TIMES}",
+                    f"{slower:.1f}{frame.TIMES}",
                 ]
             )
         rivals = [method for method in METHODS if "torchdeq" in method]
@@ -219,7 +220,7 @@ def publish(tasks: list[Task], args) -> None:
     ]
     raw = [{"task": t.name, "data": t.data, "before": psnr(before(t), t.truth), "methods": t.raw} for t in tasks]
     title = "Denoising and inpainting with a generative equilibrium model"
-    speed = f"{min(ratios):.1f} to {max(ratios):.1f}{common.TIMES}"
+    speed = f"{min(ratios):.1f} to {max(ratios):.1f}{frame.TIMES}"
     common.report(
         args, "joint_inverse", title, header, rows, targets, notes, raw, lambda path: draw(path, tasks, speed)
     )

@@ -11,7 +11,7 @@ import torch
 
 from deqfast.ops import native, pool
 
-# bench/ is tested too. Last: a copy of the package that PYTHONPATH names comes first.
+# bench/ and examples/ are tested too. Last: a copy of the package that PYTHONPATH names comes first.
 sys.path.append(str(Path(__file__).parents[1]))
 
 # No deadline: CI shares two cores. Derandomised: a red build is red again.
