@@ -74,7 +74,7 @@ def convergence_block(record: Record) -> list[str]:
 
 def measured(results: Path) -> list[str]:
     """The parts that full runs of the benchmarks give; a quick trial, or times taken on a busy machine, are none."""
-    speed, convergence, _ = newest(results) if results.is_dir() else (None, None, None)
+    speed, convergence = (newest(results, kind) for kind in ("speed", "convergence"))
     parts = []
     if speed is not None:
         machine = speed["machine_info"]

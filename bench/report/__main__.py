@@ -18,24 +18,26 @@ from bench.report.held import target_section
 from bench.report.markdown import CROWDED
 from bench.report.newest import newest
 from bench.report.sections import breakdown_section, joint_section, speed_section
+from bench.report.torch import torch_section
 
 
 def write(results: Path, out: Path) -> None:
-    speed, convergence, breakdown = newest(results)
+    kinds = ("speed", "convergence", "breakdown", "torch")
+    speed, convergence, breakdown, plain = (newest(results, kind) for kind in kinds)
     if speed is None and convergence is None:
         raise SystemExit(f"no results in {results}: run `make bench` or `python -m bench.convergence` first")
-    quick = [r for r in (speed and speed["machine_info"], convergence) if r and r.get("quick")]
+    quick = [r for r in (speed and speed["machine_info"], convergence, plain) if r and r.get("quick")]
     img = out.parent / "img"
     parts = ["# Benchmarks", "Written by `python -m bench.report` from the newest results; edit nothing here."]
     if quick:
         parts.append("**Some of these results come from a `--quick` trial and are not measurements.**")
-    metas = [record["meta"] for record in (convergence, breakdown) if record]
+    metas = [record["meta"] for record in (convergence, breakdown, plain) if record]
     metas += [speed["machine_info"]] if speed else []
     if any((meta.get("busy_elsewhere") or 0.0) > CROWDED for meta in metas):
         parts.append(
             "**Other programs were busy during a run below: its times, and what they say of targets, are void.**"
         )
-    parts += target_section(speed, convergence)
+    parts += target_section(speed, convergence, plain)
     if speed is not None:
         parts += speed_section(speed, img)
         parts += joint_section(speed)
@@ -45,6 +47,8 @@ def write(results: Path, out: Path) -> None:
         shown = [method for method in methods.SHOWN if method in convergence["counts"]]
         pictures.performance_profiles(convergence, shown, img / "performance_profiles.png")
         parts += convergence_section(convergence) + time_section(convergence)
+    if plain is not None:
+        parts += torch_section(plain)
     parts += gpu.section(gpu.newest(results))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n\n".join(parts) + "\n")

@@ -6,9 +6,10 @@ from bench import free, joint, methods, targets
 from bench.report import summary
 from bench.report.markdown import Results, table, verdict
 from bench.report.sections import honest_ratio, joint_rows, speed_rows
+from bench.report.torch import torch_checks
 
 
-def target_section(speed: Results | None, convergence: Results | None) -> list[str]:
+def target_section(speed: Results | None, convergence: Results | None, plain: Results | None) -> list[str]:
     rows: list[list[str]] = []
     if convergence is not None and methods.DEFAULT in convergence["counts"]:
         headline = convergence["headline"]
@@ -45,6 +46,8 @@ def target_section(speed: Results | None, convergence: Results | None) -> list[s
                         rows.append([f"{name}, {size}: torchdeq / row", verdict(honest, goal)])
         rows += floor_checks(speed)
         rows += joint_checks(speed)
+    if plain is not None:
+        rows += torch_checks(plain)
     met = sum("(met" in row[1] for row in rows)
     head = f"{met} of {len(rows)} met; the sections below say how each was measured."
     return ["## Targets of this project", head, table(["figure", "measured"], rows)]
