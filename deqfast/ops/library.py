@@ -12,12 +12,12 @@ Arguments, with B samples of N numbers in leaves, m columns (read off ``history`
     x, x_prev, saved       leaves (B, ...), mutated: iterate, the one before, an earlier best one
     history                Anderson (2, B, m, N), of tiny samples (2, tiles, m, N, 16); Broyden (B, memory, N); mutated
     scales ... ages        small matrices and norms, as ``AndersonWorkspace`` and ``BroydenWorkspace`` describe them
-    ints, reals            per-sample statistics, rows as in ``workspace.Int`` and ``workspace.Real``, mutated
+    ints, reals            per-sample statistics, rows as in ``codes.Int`` and ``codes.Real``, mutated
     rtol ... keep_best     stopping rule; max_iter 0: no limit
 
 Returns: (1,) int64, the samples that are still running.
 
-Gradients are made outside of the ops (``deqfast/implicit.py``), so that a tensor which requires them is refused.
+Gradients are made outside of the ops (``deqfast/gradients/``), so that a tensor which requires them is refused.
 """
 
 from __future__ import annotations
@@ -30,20 +30,19 @@ import torch
 from torch import Tensor
 
 from ..status import Status
-from . import bind, choose
-from .layout import Layout
-from .workspace import (
-    BLOCK,
+from .anderson import (
     HISTORY_DTYPES,
     SCALED_DTYPES,
-    TILE,
+    AndersonMethod,
     AndersonWorkspace,
-    BroydenWorkspace,
-    Int,
-    Workspace,
     history_shape,
     keeps_products,
 )
+from .broyden import BroydenMethod, BroydenWorkspace
+from .codes import BLOCK, TILE, Evict, Int
+from .contract import choose
+from .layout import Layout
+from .workspace import Stopping, Workspace
 
 __all__ = ["ANDERSON_SCHEMA", "BROYDEN_SCHEMA", "arguments"]
 
@@ -53,7 +52,7 @@ _STOPPING = "float rtol, float atol, int max_iter, bool keep_best"
 ANDERSON_SCHEMA = (
     f"anderson_step({_SOURCES}, {_ITERATES}, Tensor(f!) history, Tensor(g!) scales, Tensor(h!) matrix, "
     "Tensor(i!) gram, Tensor(j!) norms, Tensor(k!) ages, float test_space, float mixing, float ridge, "
-    f"bool evict_least_useful, {_STOPPING}) -> Tensor"
+    f"int evict, {_STOPPING}) -> Tensor"
 )
 BROYDEN_SCHEMA = (
     "broyden_step(Tensor[] f, Tensor? f_rows, "
@@ -75,16 +74,11 @@ def arguments(
         ``ws.cur``.
     """
     state = (list(ws.x[ws.cur]), list(ws.x[1 - ws.cur]), list(ws.saved), ws.ints, ws.reals)
-    stopping = (ws.rtol, ws.atol, ws.max_iter, ws.keep_best)
     if isinstance(ws, BroydenWorkspace):
-        return f, f_rows, *state, ws.history, ws.norms, ws.gram, ws.scale_first, *stopping
+        return f, f_rows, *state, ws.history, ws.norms, ws.gram, *ws.method[1:], *ws.stopping
     assert isinstance(ws, AndersonWorkspace)
     columns = (ws.history, ws.scales, ws.matrix, ws.gram, ws.norms, ws.ages)
-    return f, f_prev, f_rows, f_prev_rows, *state, *columns, *_method(ws), *stopping
-
-
-def _method(ws: AndersonWorkspace) -> tuple[float, float, float, bool]:
-    return ws.test_space, ws.mixing, ws.ridge, ws.evict_least_useful
+    return f, f_prev, f_rows, f_prev_rows, *state, *columns, *ws.method[1:], *ws.stopping
 
 
 def _anderson_step(
@@ -106,15 +100,12 @@ def _anderson_step(
     test_space: float,
     mixing: float,
     ridge: float,
-    evict_least_useful: bool,
-    rtol: float,
-    atol: float,
-    max_iter: int,
-    keep_best: bool,
+    evict: int,
+    *stopping: Any,
 ) -> Tensor:
     ws = AndersonWorkspace.__new__(AndersonWorkspace)
     ws.own_previous, ws.own_columns = None, None
-    layout = _share(ws, x, x_prev, saved, ints, reals, rtol, atol, max_iter, keep_best)
+    layout = _share(ws, x, x_prev, saved, ints, reals, Stopping(*stopping))
     if history.dim() not in (4, 5) or history.dtype not in HISTORY_DTYPES:
         raise ValueError(f"history: expected (2, B, m, N) of {HISTORY_DTYPES}, got {_is(history)}")
     m, acc = history.shape[2], layout.acc
@@ -131,7 +122,7 @@ def _anderson_step(
     _expect("gram", gram, (ws.tiles, kept, kept, TILE), acc, layout.device)
     _expect("norms", norms, (ws.tiles, 2, m, TILE), acc, layout.device)
     _expect("ages", ages, (ws.tiles, m, TILE), torch.int32, layout.device)
-    ws.m, ws.test_space, ws.mixing, ws.ridge, ws.evict_least_useful = m, test_space, mixing, ridge, evict_least_useful
+    ws.method = AndersonMethod(m, test_space, mixing, ridge, Evict(evict))
     ws.history, ws.scales, ws.matrix, ws.gram, ws.norms, ws.ages = history, scales, matrix, gram, norms, ages
     return _run(ws, f, f_prev, f_rows, f_prev_rows)
 
@@ -148,13 +139,10 @@ def _broyden_step(
     norms: Tensor,
     gram: Tensor,
     scale_first: bool,
-    rtol: float,
-    atol: float,
-    max_iter: int,
-    keep_best: bool,
+    *stopping: Any,
 ) -> Tensor:
     ws = BroydenWorkspace.__new__(BroydenWorkspace)
-    layout = _share(ws, x, x_prev, saved, ints, reals, rtol, atol, max_iter, keep_best)
+    layout = _share(ws, x, x_prev, saved, ints, reals, Stopping(*stopping))
     if history.dim() != 3 or history.shape[1] < 2:
         raise ValueError(f"history: expected (B, memory, N) with at least 2 steps of memory, got {_is(history)}")
     memory = history.shape[1]
@@ -162,7 +150,7 @@ def _broyden_step(
     _expect("history", history, (layout.B, memory, layout.N), layout.acc, layout.device)
     _expect("norms", norms, (layout.B, memory), layout.acc, layout.device)
     _expect("gram", gram, (layout.B, side, side), layout.acc, layout.device)
-    ws.memory, ws.scale_first = memory, scale_first
+    ws.method = BroydenMethod(memory, scale_first)
     ws.history, ws.norms, ws.gram = history, norms, gram
     return _run(ws, f, None, f_rows, None)
 
@@ -174,10 +162,7 @@ def _share(
     saved: list[Tensor],
     ints: Tensor,
     reals: Tensor,
-    rtol: float,
-    atol: float,
-    max_iter: int,
-    keep_best: bool,
+    stopping: Stopping,
 ) -> Layout:
     """Fill what both workspaces have with the given memory, checked: the kernels see addresses alone."""
     layout = Layout(list(x), "x")
@@ -195,7 +180,7 @@ def _share(
     ws.tiles = math.ceil(layout.B / TILE)
     _expect("ints", ints, (16, ws.tiles * TILE), torch.int32, layout.device)
     _expect("reals", reals, (8, ws.tiles * TILE), layout.acc, layout.device)
-    ws.rtol, ws.atol, ws.max_iter, ws.keep_best = rtol, atol, max_iter, keep_best
+    ws.stopping = stopping
     ws.x, ws.cur, ws.saved = (list(x), list(x_prev)), 0, list(saved)
     ws.ints, ws.reals, ws.buffer = ints, reals, None
     return layout
@@ -210,7 +195,7 @@ def _run(
         _check_sources(layout, f, f_rows, "f", running_samples)
         if f_prev is not None:
             _check_sources(layout, f_prev, f_prev_rows, "f_prev", running_samples)
-        running = bind(ws, choose("auto", layout.device), evaluations=1)(f, f_prev, f_rows, f_prev_rows)
+        running = choose("auto", layout.device).bind(ws, evaluations=1)(f, f_prev, f_rows, f_prev_rows)
         if layout.device.type != "cpu":  # there the step does not wait for the device, and knows less
             return (ws.int_row(Int.STATUS) == Status.RUNNING).sum().view(1)
     else:
