@@ -38,7 +38,7 @@ def f(leaves):
 
 
 def op_of(ws: Workspace):
-    return OPS["broyden" if hasattr(ws, "memory") else "anderson"]
+    return OPS["broyden" if hasattr(ws.method, "memory") else "anderson"]
 
 
 def begin(solver, shapes, dtype, steps=0) -> tuple[Workspace, list | None]:
