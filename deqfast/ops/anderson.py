@@ -6,6 +6,7 @@ Picard is Anderson with no columns.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from . import pool
 from .codes import BLOCK, TILE, TINY, Evict
 from .layout import Layout
-from .workspace import Stopping, Workspace, untile
+from .workspace import Shapes, Stopping, Workspace, tiles_of, untile
 
 HISTORY_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8)
 SCALED_DTYPES = (torch.float16, torch.int8)
@@ -54,24 +55,63 @@ class AndersonWorkspace(Workspace):
     formed anew at every step: reading and writing them would cost more than that.
     """
 
+    uses_previous = True
+    kept = ("history", "scales", "matrix", "gram", "norms", "ages")
+
+    method: AndersonMethod
+    scales: Tensor
+    matrix: Tensor  # normalised W^T dG
+    gram: Tensor  # normalised dG^T dG, lower triangle
+    norms: Tensor  # ||dG_j||, ||W_j||
+    ages: Tensor  # step that wrote the column
+
     def __init__(self, layout: Layout, stopping: Stopping, method: AndersonMethod, history_dtype: torch.dtype) -> None:
         super().__init__(layout, stopping)
+        self._describe_method(method, history_dtype)
+        shapes = self.shapes(layout, method, history_dtype)
+        self.history, self.buffer = pool.empty(*shapes.pop("history"), layout.device)
+        for name, (shape, dtype) in shapes.items():
+            make = torch.zeros if name in ("norms", "ages") else torch.empty
+            setattr(self, name, make(shape, dtype=dtype, device=layout.device))
+
+    def _describe_method(self, method: AndersonMethod, history_dtype: torch.dtype) -> None:
         self.method = method
-        m = method.m
-        device, acc, tiles = layout.device, layout.acc, self.tiles
-        self.keeps_products = keeps_products(layout, history_dtype)
-        self.history, self.buffer = pool.empty(history_shape(layout, m, history_dtype), history_dtype, device)
-        blocks = sum(math.ceil(leaf.n / BLOCK) for leaf in layout.leaves) if history_dtype in SCALED_DTYPES else 0
-        self.scales = torch.empty(2, layout.B, m, blocks, dtype=torch.float32, device=device)
-        kept = m if self.keeps_products else 0
-        side = kept if method.test_space else 0  # Type II needs the Gram matrix alone
-        self.matrix = torch.empty(tiles, side, side, TILE, dtype=acc, device=device)  # normalised W^T dG
-        self.gram = torch.empty(tiles, kept, kept, TILE, dtype=acc, device=device)  # normalised dG^T dG, lower triangle
-        self.norms = torch.zeros(tiles, 2, m, TILE, dtype=acc, device=device)  # ||dG_j||, ||W_j||
-        self.ages = torch.zeros(tiles, m, TILE, dtype=torch.int32, device=device)  # step that wrote the column
+        self.keeps_products = keeps_products(self.layout, history_dtype)
         # With a residual of the caller's own: the one before, and its differences (B, m, any) instead of history[1].
         self.own_previous: Tensor | None = None
         self.own_columns: Tensor | None = None
+
+    @classmethod
+    def over(
+        cls,
+        layout: Layout,
+        stopping: Stopping,
+        method: AndersonMethod,
+        iterates: tuple[list[Tensor], list[Tensor], list[Tensor]],
+        tensors: Mapping[str, Tensor],
+    ) -> AndersonWorkspace:
+        """A workspace on memory that somebody else owns, of the right ``shapes``."""
+        ws = cls.__new__(cls)
+        ws._describe(layout, stopping)
+        ws._describe_method(method, tensors["history"].dtype)
+        ws._adopt(iterates, tensors)
+        return ws
+
+    @staticmethod
+    def shapes(layout: Layout, method: AndersonMethod, history_dtype: torch.dtype) -> Shapes:
+        """Shape and dtype of what the method keeps."""
+        m, acc, tiles = method.m, layout.acc, tiles_of(layout)
+        blocks = sum(math.ceil(leaf.n / BLOCK) for leaf in layout.leaves) if history_dtype in SCALED_DTYPES else 0
+        kept = m if keeps_products(layout, history_dtype) else 0
+        side = kept if method.test_space else 0  # Type II needs the Gram matrix alone
+        return {
+            "history": (history_shape(layout, m, history_dtype), history_dtype),
+            "scales": ((2, layout.B, m, blocks), torch.float32),
+            "matrix": ((tiles, side, side, TILE), acc),
+            "gram": ((tiles, kept, kept, TILE), acc),
+            "norms": ((tiles, 2, m, TILE), acc),
+            "ages": ((tiles, m, TILE), torch.int32),
+        }
 
     def reset(self) -> None:
         """As new: no evaluation made, no column kept."""
@@ -92,12 +132,11 @@ class AndersonWorkspace(Workspace):
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that a later step reads, by name."""
-        names = ["history", "scales", "matrix", "gram", "norms", "ages"]
-        if self.own_residual is not None:
-            names += ["own_residual", "own_columns"]
-        return super().tensors() | {name: getattr(self, name) for name in names}
+        if self.own_residual is None or self.own_columns is None:
+            return super().tensors()
+        return {**super().tensors(), "own_residual": self.own_residual, "own_columns": self.own_columns}
 
-    def expected(self, saved: dict[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def expected(self, saved: Mapping[str, Tensor]) -> Shapes:
         """Shape and dtype of each saved tensor; a residual of the caller's own has any size."""
         expected = super().expected(saved)
         if "own_residual" in saved:

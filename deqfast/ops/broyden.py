@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from . import pool
 from .layout import Layout
-from .workspace import Stopping, Workspace
+from .workspace import Shapes, Stopping, Workspace
 
 
 class BroydenMethod(NamedTuple):
@@ -28,16 +29,40 @@ class BroydenWorkspace(Workspace):
 
     GRAM_MIN_N = 1 << 16
 
+    uses_previous = False
+    kept = ("history", "norms", "gram")
+
+    method: BroydenMethod
+    norms: Tensor  # ||s_j||^2
+    gram: Tensor  # s_i . s_j, i >= j
+
     def __init__(self, layout: Layout, stopping: Stopping, method: BroydenMethod) -> None:
         super().__init__(layout, stopping)
         self.method = method
-        memory = method.memory
-        acc, device, B = layout.acc, layout.device, layout.B
-        self.history, self.buffer = pool.empty((B, memory, layout.N), acc, device)
-        self.norms = torch.empty(B, memory, dtype=acc, device=device)  # ||s_j||^2
-        side = memory if layout.N >= self.GRAM_MIN_N else 0
-        self.gram = torch.empty(B, side, side, dtype=acc, device=device)  # s_i . s_j, i >= j
+        shapes = self.shapes(layout, method)
+        self.history, self.buffer = pool.empty(*shapes.pop("history"), layout.device)
+        for name, (shape, dtype) in shapes.items():
+            setattr(self, name, torch.empty(shape, dtype=dtype, device=layout.device))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that a later step reads, by name."""
-        return super().tensors() | {name: getattr(self, name) for name in ("history", "norms", "gram")}
+    @classmethod
+    def over(
+        cls,
+        layout: Layout,
+        stopping: Stopping,
+        method: BroydenMethod,
+        iterates: tuple[list[Tensor], list[Tensor], list[Tensor]],
+        tensors: Mapping[str, Tensor],
+    ) -> BroydenWorkspace:
+        """A workspace on memory that somebody else owns, of the right ``shapes``."""
+        ws = cls.__new__(cls)
+        ws._describe(layout, stopping)
+        ws.method = method
+        ws._adopt(iterates, tensors)
+        return ws
+
+    @staticmethod
+    def shapes(layout: Layout, method: BroydenMethod) -> Shapes:
+        """Shape and dtype of what the method keeps."""
+        memory, acc, B = method.memory, layout.acc, layout.B
+        side = memory if layout.N >= BroydenWorkspace.GRAM_MIN_N else 0
+        return {"history": ((B, memory, layout.N), acc), "norms": ((B, memory), acc), "gram": ((B, side, side), acc)}

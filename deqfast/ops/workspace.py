@@ -8,7 +8,8 @@ warp on a GPU, then holds the same entry of 16 systems.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,14 @@ class Stopping(NamedTuple):
     keep_best: bool = True
 
 
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def tiles_of(layout: Layout) -> int:
+    """Tiles that hold a number of every sample."""
+    return math.ceil(layout.B / TILE)
+
+
 class Workspace:
     """What both solvers need: two iterate buffers, a third for the best iterate, statistics, stopping rule.
 
@@ -38,25 +47,47 @@ class Workspace:
     to be overwritten.
     """
 
+    uses_previous: ClassVar[bool]  # whether a step reads f at the iterate before
+    kept: ClassVar[tuple[str, ...]]  # names of the method's own tensors
+
+    method: tuple[Any, ...]
+    x: tuple[list[Tensor], list[Tensor]]
+    saved: list[Tensor]
+    ints: Tensor
+    reals: Tensor
+    history: Tensor
+
     def __init__(self, layout: Layout, stopping: Stopping) -> None:
+        self._describe(layout, stopping)
+        self.x = (layout.empty(), layout.empty())
+        self.saved = layout.empty()
+        for name, (shape, dtype) in self.statistics(layout).items():
+            setattr(self, name, torch.zeros(shape, dtype=dtype, device=layout.device))
+        self.reals.select(0, Real.BEST).fill_(math.inf)
+
+    def _describe(self, layout: Layout, stopping: Stopping) -> None:
         self.layout = layout
         self.stopping = stopping
-        self.tiles = math.ceil(layout.B / TILE)
-        padded = self.tiles * TILE
-        self.x = (layout.empty(), layout.empty())
+        self.tiles = tiles_of(layout)
         self.cur = 0
-        self.saved = layout.empty()
-        device = layout.device
-        self.ints = torch.zeros(16, padded, dtype=torch.int32, device=device)
-        self.reals = torch.zeros(8, padded, dtype=layout.acc, device=device)
-        self.reals.select(0, Real.BEST).fill_(math.inf)
-        self.history: Tensor
         self.buffer: Tensor | None = None  # what the history lies in, if it is worth keeping for another solve
         self.own_residual: Tensor | None = None  # the caller's, in place of f(z) - z (Anderson, Type II)
         # A state of several blocks, each to a tolerance of its own: (blocks, 2, padded) float64, how far each block
         # moves and how large it is, measured before the step; and a rule (rtol, atol, weight of its residual) a block.
         self.block_norms: Tensor | None = None
         self.block_rules: list[tuple[float, float, float]] = []
+
+    def _adopt(self, iterates: tuple[list[Tensor], list[Tensor], list[Tensor]], tensors: Mapping[str, Tensor]) -> None:
+        """Work on memory that somebody else owns: x, the one before and the saved one; every other tensor by name."""
+        self.x, self.saved = iterates[:2], iterates[2]
+        for name, t in tensors.items():
+            setattr(self, name, t)
+
+    @staticmethod
+    def statistics(layout: Layout) -> Shapes:
+        """Shape and dtype of what every workspace keeps of its samples: rows as in ``Int`` and ``Real``."""
+        padded = tiles_of(layout) * TILE
+        return {"ints": ((16, padded), torch.int32), "reals": ((8, padded), layout.acc)}
 
     def reset(self) -> None:
         """As new: no evaluation made, no column kept."""
@@ -78,16 +109,20 @@ class Workspace:
             pool.give(self.buffer)
             self.buffer = None
 
+    def memory(self) -> dict[str, Tensor]:
+        """The method's own tensors by name."""
+        return {name: getattr(self, name) for name in self.kept}
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that a later step reads, by name, for saving."""
-        named = {"ints": self.ints, "reals": self.reals}
+        named = {"ints": self.ints, "reals": self.reals, **self.memory()}
         for i in range(len(self.layout.leaves)):
             named[f"x.{i}"] = self.x[self.cur][i]
             named[f"x_prev.{i}"] = self.x[1 - self.cur][i]
             named[f"saved.{i}"] = self.saved[i]
         return named
 
-    def expected(self, saved: dict[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def expected(self, saved: Mapping[str, Tensor]) -> Shapes:
         """Shape and dtype that each tensor must have in what was ``saved`` of such a workspace."""
         return {name: (tuple(t.shape), t.dtype) for name, t in self.tensors().items()}
 
