@@ -63,7 +63,12 @@ def compare(size: str, backend: str, rounds: int) -> list[dict[str, Any]]:
     for peer in contestants(backend):
         outcome = peers.run(peer, f, z0, EVALUATIONS)
         residual = float(outcome.residual.median())
-        facts = {"size": size, "row": peer.name, "evaluations": outcome.evaluations, "residual": residual}
+        facts: dict[str, Any] = {
+            "size": size,
+            "row": peer.name,
+            "evaluations": outcome.evaluations,
+            "residual": residual,
+        }
         rows.append({**facts, "ops": ops_a_step(peer, f, z0)})
         calls[peer.name] = partial(peer.solve, f, z0, EVALUATIONS, 0.0)
     taken = timing.alternate(calls, rounds=rounds, least_rounds=rounds)

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from digits_figure import draw
 from digits_measure import final_residuals
-from digits_model import Classifier, DeqfastLayer, TorchdeqLayer, torchdeq
+from digits_model import HAS_TORCHDEQ, Classifier, DeqfastLayer, TorchdeqLayer
 from digits_report import print_report, save_json
 from frame import digits, progress
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ def make_runs(args: argparse.Namespace) -> list[Run]:
     runs.append(make_run("deqfast at a tenth of the tolerance", RTOL / 10, DeqfastLayer, args))
     if args.no_torchdeq:
         return runs
-    if torchdeq is None:
+    if not HAS_TORCHDEQ:
         print(
             "torchdeq is not installed, so deqfast trains alone and there is nothing to compare it with.\n"
             "To compare:  pip install torchdeq==0.1.0 --no-deps   (--no-torchdeq silences this message)\n"

@@ -30,7 +30,7 @@ def draw_panels(runs: list, data, args: argparse.Namespace, path: Path) -> None:
     low = figure.add_gridspec(
         1, 2, left=0.055, right=0.985, top=0.405, bottom=0.06, wspace=0.12, width_ratios=[1, 1.12]
     )
-    forward, backward, accuracy = (figure.add_subplot(cell) for cell in top)
+    forward, backward, accuracy = (figure.add_subplot(top[i]) for i in range(3))
     draw_convergence(forward, backward, shown, runs[0].model, data, args, colours)
     draw_accuracy(accuracy, shown, colours)
     bars = figure.add_subplot(low[0])

@@ -27,7 +27,7 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 OURS = "#0072B2"
 RIVALS = ["#D55E00", "#E69F00", "#009E73", "#CC79A7", "#8C6D46"]
 INK = "#222222"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "axes.titlesize": 11,

@@ -18,8 +18,8 @@ import frame
 import joint_common as common
 import torch
 from joint_generation import adam_schedule
-from joint_model import Counted, Generator, infer, make_run, train_round
-from joint_nested import Clock
+from joint_model import Generator, infer, make_run, train_round
+from joint_nested import Clock, Counted
 from torch import Tensor
 
 import deqfast as dq
@@ -114,11 +114,11 @@ def make_tasks(models: dict[str, Generator], args) -> list[Task]:
     tasks = []
     for data, truth, sigma in (("digits", digits, 0.25), ("photograph", image, 0.1)):
         noisy = truth + sigma * torch.randn(truth.shape, generator=generator)
-        known = (torch.rand(truth.shape, generator=generator) < 0.5).float()
+        half = (torch.rand(truth.shape, generator=generator) < 0.5).float()
         cut = take_apart if data == "photograph" else (lambda t: t)
-        for name, damaged, mask in (("denoising", noisy, None), ("inpainting", truth * known, known)):
-            parts = [truth, cut(damaged), None if mask is None else cut(mask)]
-            tasks.append(Task(name, data, models[data], *(t if t is None else t.to(args.device) for t in parts)))
+        for name, damaged, mask in (("denoising", noisy, None), ("inpainting", truth * half, half)):
+            known = None if mask is None else cut(mask).to(args.device)
+            tasks.append(Task(name, data, models[data], truth.to(args.device), cut(damaged).to(args.device), known))
     return tasks
 
 
@@ -218,11 +218,11 @@ def publish(tasks: list[Task], args) -> None:
         "cost: what both minimise, mean of a sample; wall: over the joint solve's, median of pairs side by side",
         f"photograph: {UNSEEN}, {len(tasks[-1].damaged)} overlapping patches; inpainting: half of the pixels missing",
     ]
-    raw = [{"task": t.name, "data": t.data, "before": psnr(before(t), t.truth), "methods": t.raw} for t in tasks]
+    record = [{"task": t.name, "data": t.data, "before": psnr(before(t), t.truth), "methods": t.raw} for t in tasks]
     title = "Denoising and inpainting with a generative equilibrium model"
     speed = f"{min(ratios):.1f} to {max(ratios):.1f}{frame.TIMES}"
     common.report(
-        args, "joint_inverse", title, header, rows, targets, notes, raw, lambda path: draw(path, tasks, speed)
+        args, "joint_inverse", title, header, rows, targets, notes, record, lambda path: draw(path, tasks, speed)
     )
 
 

@@ -144,11 +144,11 @@ def main() -> None:
             model = Learner(WAYS, CODES, HIDDEN).to(args.device)
             group.append(Run(name, seed, model, torch.optim.Adam(model.parameters(), lr=2e-3)))
         runs += group
-        batches = [[episodes.draw(BATCH, SHOTS, QUERIES) for _ in range(args.updates)] for _ in range(args.groups)]
-        steps += [(batches[i], run) for i, run in common.turns(args.groups, group)]
+        groups = [[episodes.draw(BATCH, SHOTS, QUERIES) for _ in range(args.updates)] for _ in range(args.groups)]
+        steps += [(groups[i], run) for i, run in common.turns(args.groups, group)]
     for run in runs[: len(KINDS)]:  # the first calls load code and fill caches; they are timed for nobody
-        few = (t[:BATCH] for t in unseen[:2])
-        adapt(run.kind, run.model, run.model.f, 1e-3, *few, args)
+        few, few_labels = (t[:BATCH] for t in unseen[:2])
+        adapt(run.kind, run.model, run.model.f, 1e-3, few, few_labels, args)
     # Now and then a sample of a batch falls short of the outer gradient's tolerance, which is below the noise.
     warnings.simplefilter("ignore", dq.GradientWarning)
     for batches, run in frame.progress(steps, lambda t: f"seed {t[1].seed}, {t[1].name}", "group"):

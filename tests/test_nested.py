@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from joint_nested import SOLVERS, Counted, nested_solve
 from test_joint_step_size import quadratic
 
 import deqfast as dq
-from examples.joint_nested import SOLVERS, Counted, nested_solve
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
