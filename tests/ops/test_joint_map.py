@@ -20,12 +20,13 @@ from joint_step import (
     tree,
     workspace,
 )
-from problems import BACKENDS, EPS, same_bits, threads
+from problems import BACKENDS, DEVICE, EPS, same_bits, threads
 from torch import Tensor
 
-from deqfast.ops.joint import BLOCKS, bind_ends, joint_map
+from deqfast import ops
+from deqfast.ops.codes import BLOCKS, Int
+from deqfast.ops.joint import joint_map
 from deqfast.ops.layout import accumulation_dtype
-from deqfast.ops.workspace import Int
 from deqfast.status import Status
 
 pytestmark = pytest.mark.sanitize
@@ -35,7 +36,7 @@ def check_map(at: Start, backend: str, values: list[Tensor] | None = None, step_
     """The mapped state and the norms are those of float64, up to rounding."""
     values = given(at) if values is None else values
     ws, oracle = workspace(at, **options), workspace(at.to(F64), **options)
-    bind_ends(ws, backend)[0](values, step_size, None)
+    ops.choose(backend, DEVICE).joint(ws).map(values, step_size, None)
     joint_map(oracle, [t.to(torch.complex128 if t.is_complex() else F64) for t in values], step_size)
     own = [*rows(ws, at.every())], [*rows(ws, values)]
     dtype = ws.core.layout.dtype
@@ -112,7 +113,7 @@ def test_stopped_samples_are_left_alone(nz, backend):
     ws = workspace(at, **PROJECTIONS["normalised-l2"])
     ws.core.int_row(Int.STATUS)[1] = Status.CONVERGED
     ws.core.block_norms.fill_(-1)
-    bind_ends(ws, backend)[0](given(at), 0.3, None)
+    ops.choose(backend, DEVICE).joint(ws).map(given(at), 0.3, None)
     running = [0, 2, 3]
     assert bool((ws.core.block_norms[:, :, 1] == -1).all())
     assert bool((ws.core.block_norms[:, :, running] > 0).all())
@@ -132,8 +133,8 @@ def test_sample_is_unaffected_by_a_neighbour_that_is_no_number(bad, projection, 
         values = [t.clone() for t in clean]
         values[i][1, 2] = bad
         with_bad, without = workspace(at, **options), workspace(at, **options)
-        bind_ends(with_bad, backend)[0](values, 0.3, None)
-        bind_ends(without, backend)[0](clean, 0.3, None)
+        ops.choose(backend, DEVICE).joint(with_bad).map(values, 0.3, None)
+        ops.choose(backend, DEVICE).joint(without).map(clean, 0.3, None)
         for block in range(3):
             finite = torch.isfinite(with_bad.core.block_norms[block, :, :3]).all(0)
             expected = [True, block != i or (bad == math.inf and i == 2 and clipped(options)), True]
@@ -155,8 +156,8 @@ def test_sample_has_the_same_bits_in_any_batch(nz, nx, backend):
     values = given(at)
     options = PROJECTIONS["normalised-l2"]
     together, apart = workspace(at, **options), workspace(at.change(lambda t: t[3:4].clone()), **options)
-    bind_ends(together, backend)[0](values, 0.3, None)
-    bind_ends(apart, backend)[0]([t[3:4].clone() for t in values], 0.3, None)
+    ops.choose(backend, DEVICE).joint(together).map(values, 0.3, None)
+    ops.choose(backend, DEVICE).joint(apart).map([t[3:4].clone() for t in values], 0.3, None)
     assert same_bits([t[3:4] for t in together.mapped[0]], apart.mapped[0])
     assert same_bits(together.core.block_norms[:, :, 3], apart.core.block_norms[:, :, 0])
 
@@ -168,7 +169,7 @@ def test_threads_change_no_bit(backend):
     for count in (1, 2, 3):
         with threads(count):
             ws = workspace(at, **PROJECTIONS["normalised-l2"])
-            bind_ends(ws, backend)[0](given(at), 0.3, None)
+            ops.choose(backend, DEVICE).joint(ws).map(given(at), 0.3, None)
             found.append((ws.mapped[0], ws.core.block_norms))
     assert same_bits(found[0], found[1])
     assert same_bits(found[0], found[2])

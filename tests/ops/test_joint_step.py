@@ -22,13 +22,16 @@ from joint_step import (
     tree,
     workspace,
 )
-from problems import BACKENDS, EPS, bits
+from problems import BACKENDS, DEVICE, EPS, bits
 from torch import Tensor
 
 import deqfast as dq
-from deqfast.ops.joint import BLOCKS, JointWorkspace, bind_ends, bind_joint
+from deqfast import ops
+from deqfast.ops.anderson import AndersonWorkspace
+from deqfast.ops.codes import BLOCKS, Int, Real
+from deqfast.ops.joint import JointWorkspace
+from deqfast.ops.joint_step import JointStep
 from deqfast.ops.layout import real_dtype
-from deqfast.ops.workspace import AndersonWorkspace, Int, Real
 from deqfast.status import Status
 
 pytestmark = pytest.mark.sanitize
@@ -37,8 +40,8 @@ pytestmark = pytest.mark.sanitize
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch(backend):
     at = start(0, 5, 3)
-    bind_ends(workspace(at, **PROJECTIONS["normalised-l2"]), backend)[0](at.every(), 0.1, None)
-    assert bind_joint(workspace(at, dq.Anderson(m=2)), backend)(at.every(), 0.1) == 0
+    ops.choose(backend, DEVICE).joint(workspace(at, **PROJECTIONS["normalised-l2"])).map(at.every(), 0.1, None)
+    assert JointStep(workspace(at, dq.Anderson(m=2)), ops.choose(backend, DEVICE))(at.every(), 0.1) == 0
 
 
 # ---- the whole step ----
@@ -66,7 +69,7 @@ def like(value: Any, t: Tensor) -> Any:
 
 
 def drive(ws: JointWorkspace, backend: str, steps: int, step_size: float = 0.2) -> list[Tensor]:
-    step = bind_joint(ws, backend)
+    step = JointStep(ws, ops.choose(backend, DEVICE))
     n = sum(part.block == 0 for part in ws.parts)
     for _ in range(steps):
         step(joint_f([ws.value(i) for i in range(len(ws.parts))], n), step_size)
@@ -96,7 +99,7 @@ def check_step(
     results = [drive(ws, backend, steps), drive(peer, "reference", steps), drive(oracle, "reference", steps)]
     got, beside, expected = (torch.cat(rows(w, r), dim=1) for w, r in zip((ws, peer, oracle), results, strict=True))
     eps = EPS[real_dtype(at.z[0].dtype)]
-    history = ws.core.history.dtype if isinstance(ws.core, AndersonWorkspace) and ws.core.m else F64
+    history = ws.core.history.dtype if isinstance(ws.core, AndersonWorkspace) and ws.core.method.m else F64
     ulp = 1e-2 if history in (BF16, F16, I8) else 0  # a column that rounds the other way
     error, own = (got - expected).norm(dim=1), (beside - expected).norm(dim=1)
     assert bool((error <= 30 * own + (100 * eps + ulp) * expected.norm(dim=1)).all()), (error, own)
@@ -151,7 +154,7 @@ def test_sample_stops_when_every_block_is_within_its_tolerance(nz, accelerate, b
     values[1][5] *= 1 + 1e-4
     rules = [(2e-3, 0.0, 0.05), (2e-4, 0.0, 0.5), (1e-4, 0.0, 1.0)]
     ws = workspace(at, dq.Anderson(m=2), accelerate, rules)
-    assert bind_joint(ws, backend)(values, 0.3) >= 4  # a GPU tells late
+    assert JointStep(ws, ops.choose(backend, DEVICE))(values, 0.3) >= 4  # a GPU tells late
     status = ws.core.int_row(Int.STATUS).tolist()
     running, done = int(Status.RUNNING), int(Status.CONVERGED)
     assert status == [done, running, running, running, running, done]
@@ -168,7 +171,7 @@ def test_absolute_tolerance_of_a_block(backend):
     values[1] += 0.01
     for atol, status in ((0.01, Status.RUNNING), (0.05, Status.CONVERGED)):
         ws = workspace(at, dq.Anderson(m=2), rules=[(1e-6, 0.0, 1.0), (0.0, atol, 1.0), (1e-6, 0.0, 1.0)])
-        bind_joint(ws, backend)(values, 0.3)
+        JointStep(ws, ops.choose(backend, DEVICE))(values, 0.3)
         assert ws.core.int_row(Int.STATUS).tolist() == [int(status)] * 2
 
 
@@ -182,8 +185,8 @@ def test_sample_that_is_no_number_in_one_block_stops_alone(accelerate, backend):
         values = [t.clone() for t in clean]
         values[i][1, 0] = math.nan
         ws, without = (workspace(at, dq.Anderson(m=2), accelerate) for _ in range(2))
-        bind_joint(ws, backend)(values, 0.3)
-        bind_joint(without, backend)(clean, 0.3)
+        JointStep(ws, ops.choose(backend, DEVICE))(values, 0.3)
+        JointStep(without, ops.choose(backend, DEVICE))(clean, 0.3)
         assert ws.core.int_row(Int.STATUS).tolist() == [Status.RUNNING, Status.NON_FINITE, Status.RUNNING]
         for j in range(3):
             assert bool(torch.isfinite(ws.value(j)).all())

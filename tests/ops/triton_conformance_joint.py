@@ -9,7 +9,7 @@ import test_joint_step as joint
 import torch
 from joint_step import PROJECTIONS, start
 
-from deqfast.ops.joint import BLOCKS
+from deqfast.ops.codes import BLOCKS
 
 # NumPy warns of what is masked out afterwards.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

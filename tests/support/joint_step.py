@@ -11,8 +11,10 @@ from problems import DEVICE
 from torch import Tensor
 
 import deqfast as dq
-from deqfast.ops.joint import BLOCKS, JointWorkspace, MapOptions, Part
+from deqfast.ops.codes import BLOCKS
+from deqfast.ops.joint import JointWorkspace, MapOptions, Part
 from deqfast.ops.layout import Layout
+from deqfast.ops.workspace import Stopping
 
 F64, F32, BF16, F16, I8 = torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8
 RULES = [(1e-3, 0.0, 1.0)] * 3
@@ -81,9 +83,7 @@ def workspace(
     chosen = [i for i, kind in enumerate(kinds) if BLOCKS[kind] in accelerate]
     layout = Layout(every, "start")
     solver = solver or dq.Picard()
-    core = solver.workspace(
-        Layout([every[i] for i in chosen], "start"), rtol=0.0, atol=0.0, max_iter=max_iter, keep_best=True
-    )
+    core = solver.workspace(Layout([every[i] for i in chosen], "start"), Stopping(0.0, max_iter=max_iter))
     core.judge_blocks((rules or RULES)[: 3 if at.x else 2])
     centers = [None] * (len(at.z) + len(at.mu)) + (at.center or [None] * len(at.x))
     parts = [

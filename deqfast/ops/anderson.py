@@ -1,0 +1,112 @@
+"""Anderson's memory: columns, their small matrices, and the numbers of the method.
+
+Picard is Anderson with no columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .codes import BLOCK, TILE, TINY, Evict
+from .layout import Layout
+from .workspace import Memory, Stopping, Workspace, untile
+
+HISTORY_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8)
+SCALED_DTYPES = (torch.float16, torch.int8)
+
+
+class AndersonMethod(NamedTuple):
+    """The numbers of the method, handed on whole from the solver's options to every backend.
+
+    ``m``: columns. ``test_space``: W = dF - c dG with c = 1 (Type I) or 2 (mixed); 0: Type II, W = -dG.
+    """
+
+    m: int
+    test_space: float = 0.0
+    mixing: float = 1.0
+    ridge: float = 0.0
+    evict: Evict = Evict.OLDEST
+
+
+class AndersonWorkspace(Workspace):
+    """History (2, B, m, N) of differences of f and of the residual, and their small matrices.
+
+    Columns are stored in units of the sample (times ``Real.UNIT``, a power of two), rounded to ``history.dtype``;
+    float16 and int8 carry a power-of-two scale per block of 1024 numbers. A column whose residual difference has norm
+    0 in ``norms`` is empty. The history of tiny samples lies in tiles too, (2, tiles, m, N, 16), and they have no
+    matrices.
+    """
+
+    uses_previous = True
+    kept = ("history", "scales", "matrix", "gram", "norms", "ages")
+
+    method: AndersonMethod
+
+    def __init__(
+        self,
+        layout: Layout,
+        stopping: Stopping,
+        method: AndersonMethod,
+        history_dtype: torch.dtype,
+        memory: Memory | None = None,
+    ) -> None:
+        fresh = memory is None
+        memory = Memory(layout.device) if memory is None else memory
+        super().__init__(layout, stopping, memory)
+        self.method = method
+        m, acc, tiles, scaled = method.m, layout.acc, self.tiles, history_dtype in SCALED_DTYPES
+        # The products of tiny samples are not kept: reading and writing them would cost more than forming them anew.
+        self.keeps_products = layout.N > TINY or len(layout.leaves) > 1 or scaled
+        shape = (2, layout.B, m, layout.N) if self.keeps_products else (2, tiles, m, layout.N, TILE)
+        self.history = memory.history(shape, history_dtype)
+        self.buffer = memory.buffer
+        blocks = sum(math.ceil(leaf.n / BLOCK) for leaf in layout.leaves) if scaled else 0
+        kept = m if self.keeps_products else 0
+        side = kept if method.test_space else 0  # Type II needs the Gram matrix alone
+        self.scales = memory.new("scales", (2, layout.B, m, blocks), torch.float32)
+        self.matrix = memory.new("matrix", (tiles, side, side, TILE), acc)  # normalised W^T dG
+        self.gram = memory.new("gram", (tiles, kept, kept, TILE), acc)  # normalised dG^T dG, lower triangle
+        self.norms = memory.zeros("norms", (tiles, 2, m, TILE), acc)  # ||dG_j||, ||W_j||
+        self.ages = memory.zeros("ages", (tiles, m, TILE), torch.int32)  # step that wrote the column
+        # With a residual of the caller's own: the one before, and its differences (B, m, any) instead of history[1].
+        self.own_previous: Tensor | None = None
+        self.own_columns: Tensor | None = None
+        if fresh:
+            self.begin()
+
+    def reset(self) -> None:
+        """As new: no evaluation made, no column kept."""
+        super().reset()
+        self.norms.zero_()
+        self.ages.zero_()
+
+    def columns(self, which: int) -> Tensor:
+        """(B, m, N) columns as stored, without their scales: a view, or for tiny samples a copy."""
+        return self.history[which] if self.keeps_products else untile(self.history[which], self.layout.B)
+
+    def set_residual(self, rows: Tensor) -> None:
+        """Measure convergence and solve for the weights with (B, any) ``rows`` at the next step."""
+        if self.own_residual is None:
+            self.own_columns = rows.new_empty(rows.shape[0], self.method.m, rows.shape[1])
+        self.own_previous = self.own_residual
+        self.own_residual = rows
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that a later step reads, by name."""
+        if self.own_residual is None or self.own_columns is None:
+            return super().tensors()
+        return {**super().tensors(), "own_residual": self.own_residual, "own_columns": self.own_columns}
+
+    def expected(self, saved: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each saved tensor; a residual of the caller's own has any size."""
+        expected = super().expected(saved)
+        if "own_residual" in saved:
+            rows, acc = saved["own_residual"].shape[1:], self.layout.acc
+            expected["own_residual"] = ((self.layout.B, *rows), acc)
+            expected["own_columns"] = ((self.layout.B, self.method.m, *rows), acc)
+        return expected

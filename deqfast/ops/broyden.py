@@ -1,0 +1,44 @@
+"""Broyden's memory: the steps, their squared norms, and for large samples their Gram matrix."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .layout import Layout
+from .workspace import Memory, Stopping, Workspace
+
+
+class BroydenMethod(NamedTuple):
+    """The numbers of the method: steps kept, and whether H0 is measured on the first step."""
+
+    memory: int
+    scale_first: bool = False
+
+
+class BroydenWorkspace(Workspace):
+    """Steps (B, memory, N) and their squared norms; above ``GRAM_MIN_N`` numbers a sample also their Gram matrix.
+
+    While z fits in cache the chain z_{j+1} = z_j + s_{j+1} c_j / ||s_j||^2 reads every step once. Beyond that the Gram
+    form (independent dots, a small recursion, one combination) reads them twice but streams.
+    """
+
+    GRAM_MIN_N = 1 << 16
+
+    uses_previous = False
+    kept = ("history", "norms", "gram")
+
+    method: BroydenMethod
+
+    def __init__(self, layout: Layout, stopping: Stopping, method: BroydenMethod, memory: Memory | None = None) -> None:
+        fresh = memory is None
+        memory = Memory(layout.device) if memory is None else memory
+        super().__init__(layout, stopping, memory)
+        self.method = method
+        columns, acc, B = method.memory, layout.acc, layout.B
+        self.history = memory.history((B, columns, layout.N), acc)
+        self.buffer = memory.buffer
+        side = columns if layout.N >= self.GRAM_MIN_N else 0
+        self.norms = memory.new("norms", (B, columns), acc)  # ||s_j||^2
+        self.gram = memory.new("gram", (B, side, side), acc)  # s_i . s_j, i >= j
+        if fresh:
+            self.begin()
