@@ -7,7 +7,7 @@ of 1024 numbers before any of them can be rounded: these are then read twice, th
 import triton
 import triton.language as tl
 
-from deqfast.ops.workspace import BLOCK as _BLOCK
+from deqfast.ops.codes import BLOCK as _BLOCK
 
 from .measure import exponent, power_of_two, residual_tile, widen, write_tile
 

@@ -5,8 +5,8 @@ program a chunk. The formulas are in deqfast/ops/joint_finish.py. Nothing is add
 import triton
 import triton.language as tl
 
+from deqfast.ops.codes import TILE
 from deqfast.ops.joint_finish import COST_SLACK, SAFEGUARD
-from deqfast.ops.workspace import TILE
 
 from .measure import BEST, BEST_STEP, NON_FINITE, RESIDUAL, RUNNING, STATUS, STEPS
 

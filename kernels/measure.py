@@ -8,7 +8,7 @@ a barrier and all writes after it.
 import triton
 import triton.language as tl
 
-from deqfast.ops.workspace import At, Int, Real
+from deqfast.ops.codes import At, Int, Real
 from deqfast.status import Status
 
 STATUS = tl.constexpr(int(Int.STATUS))
