@@ -118,23 +118,24 @@ def assert_damping_does_not_flatter(residual: Callable[[float], float]) -> None:
 
 
 class Layered(torch.nn.Module):
-    """linear -> equilibrium -> linear; solve(f, z0) gives the equilibrium."""
+    """linear -> equilibrium -> linear; ``value`` takes the equilibrium out of what solve(f, z0) returns."""
 
-    def __init__(self, solve: Callable[[Map, Tensor], Tensor]) -> None:
+    def __init__(self, solve: Callable[[Map, Tensor], Any], value: Callable[[Any], Tensor]) -> None:
         super().__init__()
         self.first, self.inner, self.last = (torch.nn.Linear(6, 6) for _ in range(3))
         torch.nn.init.normal_(self.inner.weight, std=0.1)
-        self.solve = solve
+        self.solve, self.value = solve, value
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)
-        out: Tensor = self.last(self.solve(lambda z: torch.tanh(self.inner(z) + h), torch.zeros_like(h)))
+        found = self.solve(lambda z: torch.tanh(self.inner(z) + h), torch.zeros_like(h))
+        out: Tensor = self.last(self.value(found))
         return out
 
 
-def assert_compiled_in_three_graphs(solve: Callable[[Map, Tensor], Tensor]) -> None:
+def assert_compiled_in_three_graphs(solve: Callable[[Map, Tensor], Any], value: Callable[[Any], Tensor]) -> None:
     """What lies before the solve, f, and what lies after it."""
-    model, x = Layered(solve), torch.randn(4, 6)
+    model, x = Layered(solve, value), torch.randn(4, 6)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler's imports, and what the tracer meets
         dynamo = importlib.import_module("torch._dynamo")
