@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from ..status import Status
 from .lag import Lag, capturing
 from .layout import Leaf
-from .workspace import SCALED_DTYPES, AndersonWorkspace, BroydenWorkspace, Int, Workspace
+from .workspace import BLOCK, SCALED_DTYPES, AndersonWorkspace, BroydenWorkspace, Int, Workspace
 
 OLDEST = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
@@ -93,57 +94,72 @@ def bind(ws: Workspace, evaluations: int = 0) -> Callable[[list[Tensor], list[Te
     return update
 
 
+def load(name: str) -> Any:
+    """A module of the kernels; importing the first one imports Triton."""
+    return importlib.import_module(f"deqfast.kernels.{name}")
+
+
+def bound(kernel: Any, grid: int, warps: int, **options: Any) -> Callable[..., None]:
+    """The launches of a kernel by so many programs: what is compiled in is said here, the arguments at each launch."""
+    return functools.partial(kernel[(grid,)], **options, num_warps=warps, **COMPILER)
+
+
+def doubles(numbers: list[float], device: torch.device) -> Tensor:
+    """Numbers for kernels to read, in float64: as arguments they would be rounded to float32."""
+    there = torch.empty(len(numbers), dtype=torch.float64, device=device)
+    for place, value in zip(there.unbind(), numbers, strict=True):
+        place.fill_(value)  # a copy of host memory would wait for the device
+    return there
+
+
 class _Part:
     """A tensor of the state with numbers in it: its rows in every buffer, and where they lie in the history."""
 
-    def __init__(self, ws: Workspace, index: int, offset: int, first_block: int, first_chunk: int, chunk: int) -> None:
-        self.index = index
+    def __init__(self, ws: Workspace, index: int, offset: int, first_block: int) -> None:
+        self.index, self.offset, self.first_block = index, offset, first_block
         self.leaf: Leaf = ws.layout.leaves[index]
-        self.n = self.leaf.n
-        self.offset, self.first_block, self.first_chunk = offset, first_block, first_chunk
-        self.chunks = math.ceil(self.n / chunk)
-        self.x = tuple(self.leaf.rows(buffer[index]) for buffer in ws.x)
-        self.saved = self.leaf.rows(ws.saved[index])
+        x = [self.leaf.rows(buffer[index]) for buffer in ws.x]
+        saved, iterates = self.leaf.rows(ws.saved[index]), load("arguments").Iterates
+        self.iterates = iterates(x[0], x[1], saved), iterates(x[1], x[0], saved)  # by ws.cur
 
 
 class _Plan:
-    """What a solve allocates beside its workspace, once: settings, counter, partial sums."""
+    """What a solve allocates beside its workspace, once, and the groups of arguments that its launches share."""
 
     def __init__(self, ws: Workspace, evaluations: int) -> None:
         self.ws = ws
         layout = ws.layout
-        self.shapes: Any = importlib.import_module("deqfast.kernels.shapes")
+        self.shapes, self.arguments = load("shapes"), load("arguments")
         self.device = layout.device
         self.itemsize = layout.acc.itemsize
         self.lag = Lag(layout.B, layout.device, ws.max_iter, evaluations)
-        numbers = [ws.rtol, ws.atol, math.sqrt(layout.N), getattr(ws, "mixing", 1.0), getattr(ws, "ridge", 0.0)]
-        numbers += [number for rule in ws.block_rules for number in rule]
-        self.settings = torch.empty(len(numbers), dtype=torch.float64, device=self.device)
-        for setting, value in zip(self.settings.unbind(), numbers, strict=True):
-            setting.fill_(value)  # a copy of host memory would wait for the device
         self.running = (ws.int_row(Int.STATUS) == Status.RUNNING).sum().to(torch.int32).reshape(1)
         self.padded = ws.ints.shape[1]
-        self.chunk = self.shapes.chunk_size([leaf.n for leaf in layout.leaves])
+        numbers = [ws.rtol, ws.atol, math.sqrt(layout.N), *(number for rule in ws.block_rules for number in rule)]
+        self.stopping = self.arguments.Stopping(doubles(numbers, self.device), self.running, ws.block_norms)
+        self.rule = self.arguments.Rule(ws.keep_best, len(ws.block_rules))
+        self.statistics = self.arguments.Statistics(ws.ints, ws.reals)
         self.parts = self._parts()
-        self.chunks = sum(part.chunks for part in self.parts)
+        self.chunks = share([part.leaf.n for part in self.parts])
+        self.total = sum(part.own for part in self.chunks)
 
     def _parts(self) -> list[_Part]:
         parts: list[_Part] = []
-        offset = block = chunk = 0
+        offset = block = 0
         for i, leaf in enumerate(self.ws.layout.leaves):
-            if not leaf.n:
-                continue
-            part = _Part(self.ws, i, offset, block, chunk, self.chunk)
-            parts.append(part)
-            offset, block, chunk = offset + leaf.n, block + math.ceil(leaf.n / 1024), chunk + part.chunks
+            if leaf.n:
+                parts.append(_Part(self.ws, i, offset, block))
+                offset, block = offset + leaf.n, block + math.ceil(leaf.n / BLOCK)
         return parts
 
-    def split_memory(self, products: int) -> None:
+    def hand_on(self, products: int) -> None:
         """Memory through which the kernels of a step hand results on where several programs share a sample."""
-        B = self.ws.layout.B
-        self.partials = torch.empty(B, products, self.chunks, dtype=torch.float64, device=self.device)
-        self.flags = torch.zeros(B, self.chunks, dtype=torch.int32, device=self.device)
-        self.outcomes = torch.zeros(B, dtype=torch.int32, device=self.device)
+        B, total = self.ws.layout.B, self.total
+        self.handed = self.arguments.Handed(
+            torch.empty(B, products, total, dtype=torch.float64, device=self.device),
+            torch.zeros(B, dtype=torch.int32, device=self.device),
+            torch.zeros(B, total, dtype=torch.int32, device=self.device),
+        )
 
     def failed(self) -> int:
         """Samples that stopped without having converged; waits for the device, and knows nothing under capture."""
@@ -168,14 +184,24 @@ class _Plan:
     def step(self, f: list[Tensor], f_prev: list[Tensor] | None, f_rows: Rows, f_prev_rows: Rows) -> int:
         """Launch one update."""
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            now = [_dense(f[part.index], part.leaf) for part in self.parts]
-            before = now if f_prev is None else [_dense(f_prev[part.index], part.leaf) for part in self.parts]
-            self.launch(now, f_rows, before, f_prev_rows, f_prev is not None)
+            now = self.outputs(f, f_rows)
+            self.launch(now, now if f_prev is None else self.outputs(f_prev, f_prev_rows), f_prev is not None)
             return self.lag.read(self.running)
 
-    def launch(self, f: list[Tensor], f_rows: Rows, f_prev: list[Tensor], f_prev_rows: Rows, previous: bool) -> None:
-        """The kernels of one update, on dense rows of f."""
+    def outputs(self, f: list[Tensor], rows: Rows) -> list[Any]:
+        """What f returned, as arguments."""
+        return [self.arguments.Output(_dense(f[part.index], part.leaf), rows) for part in self.parts]
+
+    def launch(self, f: list[Any], f_prev: list[Any], previous: bool) -> None:
+        """The kernels of one update."""
         raise NotImplementedError
+
+
+def share(sizes: list[int]) -> list[Any]:
+    """How programs share samples with tensors of these sizes: the ``Chunks`` of each."""
+    size = load("shapes").chunk_size(sizes)
+    own = [math.ceil(n / size) for n in sizes]
+    return [load("arguments").Chunks(n, size, sum(own[:i]), own[i], sum(own)) for i, n in enumerate(sizes)]
 
 
 def _dense(t: Tensor, leaf: Leaf) -> Tensor:
@@ -189,167 +215,119 @@ def _dense(t: Tensor, leaf: Leaf) -> Tensor:
 class _AndersonPlan(_Plan):
     def __init__(self, ws: AndersonWorkspace, evaluations: int) -> None:
         super().__init__(ws, evaluations)
-        kernels: Any = importlib.import_module("deqfast.kernels.anderson")
+        kernels, columns, small = load("anderson"), load("columns"), load("small")
         self.ws: AndersonWorkspace = ws
-        m, B = ws.m, ws.layout.B
-        self.tiled = m > 0 and not ws.keeps_products
-        shape = self.shapes.streaming(m, ws.layout.N, self.itemsize, self.tiled)
-        method = {"m": m, "M": shape.M}
-        space = {"C": ws.test_space}
-        solve = {"USEFUL": ws.evict_least_useful, "KEEP_BEST": ws.keep_best, "BLOCKS": len(ws.block_rules)}
-        self.block_norms = ws.reals if ws.block_norms is None else ws.block_norms
-        stored = {"SCALED": ws.history.dtype in SCALED_DTYPES}
-        mixed = {"MIXED": ws.mixing != 1}
-        streamed = {"BLOCK": shape.BLOCK, "num_warps": shape.warps, **COMPILER}
-        self.blocks = ws.scales.shape[3]
+        method, numbers = kernels.method_of(_method(ws))
+        self.numbers = doubles(numbers, self.device)
+        B, N, m = ws.layout.B, ws.layout.N, method.m
+        tiled = m > 0 and not ws.keeps_products
+        shape = self.shapes.streaming(m, N, self.itemsize, tiled)
+        form = columns.Form(shape.M, shape.BLOCK, ws.history.dtype in SCALED_DTYPES, tiled)
+        self.history = [
+            columns.History(ws.history, ws.scales, N, part.offset, part.first_block, ws.scales.shape[3])
+            for part in self.parts
+        ]
+        self.small = small.Small(ws.matrix, ws.gram, ws.norms, ws.ages)
         self.alone = (
-            len(self.parts) == 1
-            and ws.layout.N <= self.shapes.SAMPLE_MAX_N
-            and shape.M <= self.shapes.SAMPLE_MAX_COLUMNS
+            len(self.parts) == 1 and N <= self.shapes.SAMPLE_MAX_N and shape.M <= self.shapes.SAMPLE_MAX_COLUMNS
         )
         if self.alone:
-            self.sample = functools.partial(
-                kernels.sample_kernel[(B,)],
-                **method, **space, **solve, **stored, **mixed, **streamed, TILED=self.tiled,
+            self.sample = bound(kernels.sample_kernel, B, shape.warps, method=method, rule=self.rule, form=form)
+            return
+        self.hand_on(int(kernels.HEAD) + 4 * m)
+        self.gammas = torch.empty(B, m, dtype=ws.layout.acc, device=self.device)
+        walk = {"method": method, "form": form}
+        self.reduce = [bound(kernels.reduce_kernel, B * part.own, shape.warps, **walk) for part in self.chunks]
+        self.decide = bound(
+            kernels.decide_kernel, B, self.shapes.small(m).warps, method=method, rule=self.rule,
+            M=shape.M, CHUNKS=self.shapes.chunk_tile(self.total, m),
+        )  # fmt: skip
+        self.mix = [bound(kernels.mix_kernel, B * part.own, shape.warps, **walk) for part in self.chunks]
+        self.finish = bound(kernels.finish_kernel, B, 4, method=method, M=shape.M, BLOCK=256)
+
+    def launch(self, f: list[Any], f_prev: list[Any], previous: bool) -> None:
+        ws, B, padded, max_iter, has_previous = self.ws, self.ws.layout.B, self.padded, self.ws.max_iter, int(previous)
+        iterates = [part.iterates[ws.cur] for part in self.parts]
+        if self.alone:
+            self.sample(
+                f[0], f_prev[0], iterates[0], self.history[0], self.small, self.statistics, self.stopping,
+                self.numbers, B, padded, max_iter, has_previous,
             )  # fmt: skip
             return
-        self.split_memory(7 + 4 * m)
-        self.gammas = torch.empty(B, m, dtype=ws.layout.acc, device=self.device)
-        small = self.shapes.small(m)
-        grids = [(B * part.chunks,) for part in self.parts]
-        self.reduce = [
-            functools.partial(kernels.reduce_kernel[grid], **method, **space, **stored, **streamed) for grid in grids
-        ]
-        self.decide = functools.partial(
-            kernels.decide_kernel[(B,)], **method, **space, **solve, num_warps=small.warps,
-            CHUNKS=self.shapes.chunk_tile(self.chunks, m), **COMPILER,
-        )  # fmt: skip
-        self.mix = [
-            functools.partial(kernels.mix_kernel[grid], **method, **mixed, **stored, **streamed) for grid in grids
-        ]
-        self.finish = functools.partial(kernels.finish_kernel[(B,)], **method, BLOCK=256, num_warps=4, **COMPILER)
-
-    def launch(self, f: list[Tensor], f_rows: Rows, f_prev: list[Tensor], f_prev_rows: Rows, previous: bool) -> None:
-        if self.alone:
-            self._launch_alone(f[0], f_rows, f_prev[0], f_prev_rows, previous)
-        else:
-            self._launch_split(f, f_rows, f_prev, f_prev_rows, previous)
-
-    def _launch_alone(self, f: Tensor, f_rows: Rows, f_prev: Tensor, f_prev_rows: Rows, previous: bool) -> None:
-        ws, part = self.ws, self.parts[0]
-        self.sample(
-            f, f_prev, _or(f_rows, ws.ints), _or(f_prev_rows, ws.ints),
-            part.x[ws.cur], part.x[1 - ws.cur], part.saved,
-            ws.history, ws.scales, ws.matrix, ws.gram, ws.norms, ws.ages, ws.ints, ws.reals, self.settings,
-            self.block_norms, self.running, part.n, self.blocks, ws.layout.B, ws.tiles, self.padded, ws.max_iter,
-            int(previous),
-            F_ROWS=f_rows is not None, F_PREV_ROWS=f_prev_rows is not None,
-        )  # fmt: skip
-
-    def _launch_split(
-        self, f: list[Tensor], f_rows: Rows, f_prev: list[Tensor], f_prev_rows: Rows, previous: bool
-    ) -> None:
-        ws, N, B = self.ws, self.ws.layout.N, self.ws.layout.B
-        rows, rows_prev = _or(f_rows, ws.ints), _or(f_prev_rows, ws.ints)
-        has_rows = {"F_ROWS": f_rows is not None}
-        for part, launch, now, before in zip(self.parts, self.reduce, f, f_prev, strict=True):
+        for i, launch in enumerate(self.reduce):
             launch(
-                now, before, rows, rows_prev, part.x[ws.cur], part.x[1 - ws.cur], ws.history, ws.scales, ws.norms,
-                ws.ints, ws.reals, self.partials, part.n, part.offset, N, part.first_block, self.blocks,
-                part.first_chunk, part.chunks, self.chunks, self.chunk, B, self.padded, int(previous),
-                **has_rows, F_PREV_ROWS=f_prev_rows is not None,
+                f[i], f_prev[i], iterates[i], self.history[i], self.small, self.statistics, self.handed,
+                self.chunks[i], B, padded, has_previous,
             )  # fmt: skip
         self.decide(
-            self.partials, self.outcomes, self.gammas, ws.matrix, ws.gram, ws.norms, ws.ages, ws.ints, ws.reals,
-            self.settings, self.block_norms, self.running, self.chunks, self.padded, ws.max_iter, int(previous),
+            self.small, self.statistics, self.stopping, self.numbers, self.handed, self.gammas, self.total, padded,
+            max_iter, has_previous,
         )  # fmt: skip
-        for part, launch, now in zip(self.parts, self.mix, f, strict=True):
+        for i, launch in enumerate(self.mix):
             launch(
-                now, rows, part.x[ws.cur], part.x[1 - ws.cur], part.saved, ws.history, ws.scales, self.gammas,
-                self.outcomes, self.settings, self.flags, part.n, part.offset, N, part.first_block, self.blocks,
-                part.first_chunk, part.chunks, self.chunks, self.chunk, B, **has_rows,
-            )  # fmt: skip
-        for part, now in zip(self.parts, f, strict=True):
+                f[i], iterates[i], self.history[i], self.numbers, self.handed, self.gammas, self.chunks[i], B, padded
+            )
+        for i in range(len(f)):
+            last = i == len(f) - 1
             self.finish(
-                now, rows, part.x[1 - ws.cur], ws.norms, self.outcomes, self.flags, ws.ints, part.n, self.chunks,
-                self.padded, **has_rows, LAST=part is self.parts[-1],
-            )  # fmt: skip
+                f[i], iterates[i], self.small, self.statistics, self.handed, self.chunks[i], padded, LAST=last
+            )
 
 
 class _BroydenPlan(_Plan):
     def __init__(self, ws: BroydenWorkspace, evaluations: int) -> None:
         super().__init__(ws, evaluations)
-        kernels: Any = importlib.import_module("deqfast.kernels.broyden")
+        kernels = load("broyden")
         self.ws: BroydenWorkspace = ws
+        method, _ = kernels.method_of(ws)
         B, N, acc = ws.layout.B, ws.layout.N, ws.layout.acc
-        memory = {"memory": ws.memory}
-        solve = {"SCALE_FIRST": ws.scale_first, "KEEP_BEST": ws.keep_best}
-        self.gram = ws.gram.shape[1] > 0
+        gram = ws.gram.shape[1] > 0
+        self.steps = [kernels.Steps(ws.history, ws.norms, ws.gram, N, part.offset) for part in self.parts]
+        solve = {"method": method, "rule": self.rule}
         limit = self.shapes.SAMPLE_MAX_N * 4 // self.itemsize
-        self.alone = len(self.parts) == 1 and limit >= N and not self.gram
+        self.alone = len(self.parts) == 1 and limit >= N and not gram
         if self.alone:
             shape = self.shapes.chain(N, self.itemsize)
-            self.sample = functools.partial(
-                kernels.sample_kernel[(B,)], **memory, **solve, BLOCK=shape.BLOCK, num_warps=shape.warps, **COMPILER
+            self.sample = bound(kernels.sample_kernel, B, shape.warps, **solve, BLOCK=shape.BLOCK)
+            return
+        self.hand_on(2 + ws.memory)
+        self.scratch = kernels.Scratch(
+            torch.empty(B, N, dtype=acc, device=self.device),
+            torch.empty(B, ws.memory, dtype=acc, device=self.device),
+            torch.empty(B, 3, dtype=acc, device=self.device),
+        )
+        M, tile = self.shapes.power_of_two(ws.memory), self.shapes.chunk_tile(self.total, ws.memory)
+        walk = {"method": method, "GRAM": gram, "BLOCK": 1024, "PRODUCTS_BLOCK": 256 * 4 // self.itemsize}
+        self.gather = [bound(kernels.gather_kernel, B * part.own, 4, **walk) for part in self.chunks]
+        if gram:
+            self.judge = bound(kernels.recur_kernel, B, 1, **solve, M=M, CHUNKS=tile)
+        else:
+            self.judge = bound(kernels.chain_kernel, B, 8, **solve, CHUNKS=tile, BLOCK=2048)
+        self.apply = [bound(kernels.apply_kernel, B * part.own, 4, **walk) for part in self.chunks]
+        self.finish = bound(kernels.finish_kernel, B, 4, method=method, GRAM=gram, M=M, CHUNKS=tile, BLOCK=256)
+
+    def launch(self, f: list[Any], f_prev: list[Any], previous: bool) -> None:
+        ws, padded = self.ws, self.padded
+        iterates = [part.iterates[ws.cur] for part in self.parts]
+        if self.alone:
+            self.sample(
+                f[0], iterates[0], self.steps[0], self.statistics, self.stopping, padded, ws.max_iter
             )
             return
-        self.split_memory(2 + ws.memory)
-        self.z = torch.empty(B, N, dtype=acc, device=self.device)
-        self.weights = torch.empty(B, ws.memory, dtype=acc, device=self.device)
-        self.starts = torch.empty(B, 3, dtype=acc, device=self.device)
-        form = {"GRAM": self.gram}
-        streamed = {"BLOCK": 1024, "PRODUCTS_BLOCK": 256 * 4 // self.itemsize, "num_warps": 4, **COMPILER}
-        M, CHUNKS = self.shapes.power_of_two(ws.memory), self.shapes.chunk_tile(self.chunks, ws.memory)
-        grids = [(B * part.chunks,) for part in self.parts]
-        self.gather = [functools.partial(kernels.gather_kernel[grid], **memory, **form, **streamed) for grid in grids]
-        self.chain = functools.partial(
-            kernels.chain_kernel[(B,)], **memory, **solve, CHUNKS=CHUNKS, BLOCK=2048, num_warps=8, **COMPILER
+        shared = self.statistics, self.handed, self.scratch
+        for i, launch in enumerate(self.gather):
+            launch(f[i], iterates[i], self.steps[i], *shared, self.chunks[i], padded)
+        self.judge(
+            self.steps[0], self.statistics, self.stopping, self.handed, self.scratch, self.total, padded, ws.max_iter
         )
-        self.recur = functools.partial(
-            kernels.recur_kernel[(B,)], **memory, **solve, M=M, CHUNKS=CHUNKS, num_warps=1, **COMPILER
-        )
-        self.apply = [functools.partial(kernels.apply_kernel[grid], **memory, **form, **streamed) for grid in grids]
-        self.finish = functools.partial(
-            kernels.finish_kernel[(B,)], **memory, **form, M=M, CHUNKS=CHUNKS, BLOCK=256, num_warps=4, **COMPILER
-        )
-
-    def launch(self, f: list[Tensor], f_rows: Rows, f_prev: list[Tensor], f_prev_rows: Rows, previous: bool) -> None:
-        ws, N = self.ws, self.ws.layout.N
-        rows, has_rows = _or(f_rows, ws.ints), {"F_ROWS": f_rows is not None}
-        if self.alone:
-            part = self.parts[0]
-            self.sample(
-                f[0], rows, part.x[ws.cur], part.x[1 - ws.cur], part.saved, ws.history, ws.norms, ws.ints, ws.reals,
-                self.settings, self.running, N, self.padded, ws.max_iter, **has_rows,
-            )  # fmt: skip
-            return
-        for part, launch, now in zip(self.parts, self.gather, f, strict=True):
-            launch(
-                now, rows, part.x[ws.cur], self.z, ws.history, ws.ints, ws.reals, self.partials, part.n, part.offset,
-                N, part.first_chunk, part.chunks, self.chunks, self.chunk, self.padded, **has_rows,
-            )  # fmt: skip
-        if self.gram:
-            self.recur(
-                ws.norms, ws.gram, self.weights, self.partials, self.outcomes, self.starts, ws.ints, ws.reals,
-                self.settings, self.running, self.chunks, self.padded, ws.max_iter,
-            )  # fmt: skip
-        else:
-            self.chain(
-                self.z, ws.history, ws.norms, self.partials, self.outcomes, self.starts, ws.ints, ws.reals,
-                self.settings, self.running, N, self.chunks, self.padded, ws.max_iter,
-            )  # fmt: skip
-        for part, launch, now in zip(self.parts, self.apply, f, strict=True):
-            launch(
-                now, rows, part.x[ws.cur], part.x[1 - ws.cur], part.saved, self.z, ws.history, self.weights,
-                self.starts, self.outcomes, self.partials, self.flags, ws.reals, part.n, part.offset, N,
-                part.first_chunk, part.chunks, self.chunks, self.chunk, self.padded, **has_rows,
-            )  # fmt: skip
-        for part, now in zip(self.parts, f, strict=True):
-            self.finish(
-                now, rows, part.x[1 - ws.cur], ws.norms, ws.gram, self.starts, self.outcomes, self.partials,
-                self.flags, ws.ints, part.n, self.chunks, self.padded, **has_rows, LAST=part is self.parts[-1],
-            )  # fmt: skip
+        for i, launch in enumerate(self.apply):
+            launch(f[i], iterates[i], self.steps[i], *shared, self.chunks[i], padded)
+        for i in range(len(f)):
+            last = i == len(f) - 1
+            self.finish(f[i], iterates[i], self.steps[i], *shared, self.chunks[i], padded, LAST=last)
 
 
-def _or(rows: Rows, otherwise: Tensor) -> Tensor:
-    return otherwise if rows is None else rows
+def _method(ws: AndersonWorkspace) -> Any:
+    return SimpleNamespace(
+        m=ws.m, test_space=ws.test_space, mixing=ws.mixing, ridge=ws.ridge, evict=ws.evict_least_useful
+    )
