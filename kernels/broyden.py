@@ -41,7 +41,10 @@ class Method(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The steps kept of all samples, their squared norms and Gram matrices; where one tensor's begin among N numbers."""
+    """The steps kept of all samples, of N numbers each, their squared norms and Gram matrices.
+
+    Where those of one tensor begin (None: there is but one).
+    """
 
     history: Any
     norms: Any
@@ -80,7 +83,19 @@ def _measures(sample):
 @triton.jit
 def _steps_of(kept, b, memory: tl.constexpr):
     """Where the sample's steps in this tensor begin."""
-    return kept.history + b * (memory * tl.cast(kept.N, tl.int64)) + kept.offset
+    steps = kept.history + b * (memory * tl.cast(kept.N, tl.int64))
+    if kept.offset is not None:
+        steps += kept.offset
+    return steps
+
+
+@triton.jit
+def _z_of(scratch, kept, b):
+    """Where its part of z begins."""
+    z = scratch.z + b * kept.N
+    if kept.offset is not None:
+        z += kept.offset
+    return z
 
 
 @triton.jit
@@ -223,7 +238,7 @@ def gather_kernel(
     unit = tl.load(sample.reals + UNIT * padded)
     now = row_of(f, b, chunks.n)
     x = iterates.x + b * chunks.n
-    z = scratch.z + b * kept.N + kept.offset
+    z = _z_of(scratch, kept, b)
     ff = tl.zeros((BLOCK,), tl.float64)
     gg = tl.zeros((BLOCK,), tl.float64)
     for start in range(begin, end, BLOCK):
@@ -400,7 +415,7 @@ def apply_kernel(
         now = row_of(f, b, chunks.n)
         steps = _steps_of(kept, b, memory)
         new = steps + count * tl.cast(N, tl.int64)
-        z = scratch.z + b * N + kept.offset
+        z = _z_of(scratch, kept, b)
         squared = tl.zeros((BLOCK,), acc)
         infinite = tl.zeros((BLOCK,), tl.int32)
         for start in range(begin, end, BLOCK):

@@ -17,14 +17,17 @@ TO_INTEGER = tl.constexpr(1.5 * 2.0**52)  # added and taken away, rounds a float
 
 
 class History(NamedTuple):
-    """The columns of all samples and their scales; where those of one tensor begin among the N numbers of a sample."""
+    """The columns of all samples, of N numbers each, and their scales, of so many blocks.
+
+    Where those of one tensor begin: among a column's numbers and among its blocks (None: there is but one tensor).
+    """
 
     columns: Any
     scales: Any
     N: Any
+    blocks: Any
     offset: Any
     first_block: Any
-    blocks: Any
 
 
 class Form(NamedTuple):
@@ -87,16 +90,18 @@ class Products(NamedTuple):
 def columns_of(history, b, B, padded, m: tl.constexpr, form: tl.constexpr):
     """Those of sample b."""
     N, blocks = history.N, history.blocks
-    scales_f = history.scales + b * m * blocks + history.first_block
-    scales_g = history.scales + (B.to(tl.int64) + b) * m * blocks + history.first_block
+    columns, scales = history.columns, history.scales
+    if history.offset is not None:
+        columns += history.offset
+        scales += history.first_block
+    scales_f, scales_g = scales + b * m * blocks, scales + (B.to(tl.int64) + b) * m * blocks
     if form.TILED:
-        start = history.columns + (b // TILE) * (m * N * TILE) + b % TILE
+        start = columns + (b // TILE) * (m * N * TILE) + b % TILE
         to_g = (padded // TILE).to(tl.int64) * (m * N * TILE)
         return Columns(start, start + to_g, scales_f, scales_g, blocks, N * TILE)
     else:
         stride = tl.cast(N, tl.int64)
-        start = history.columns + history.offset
-        f, g = start + b * (m * stride), start + (B.to(tl.int64) + b) * (m * stride)
+        f, g = columns + b * (m * stride), columns + (B.to(tl.int64) + b) * (m * stride)
         return Columns(f, g, scales_f, scales_g, blocks, stride)
 
 

@@ -152,6 +152,10 @@ class _Plan:
                 offset, block = offset + leaf.n, block + math.ceil(leaf.n / BLOCK)
         return parts
 
+    def begin(self, *places: int) -> tuple[int | None, ...]:
+        """Where a tensor begins, as arguments: nothing to be added where there is but one."""
+        return places if len(self.parts) > 1 else (None,) * len(places)
+
     def hand_on(self, products: int) -> None:
         """Memory through which the kernels of a step hand results on where several programs share a sample."""
         B, total = self.ws.layout.B, self.total
@@ -224,7 +228,7 @@ class _AndersonPlan(_Plan):
         shape = self.shapes.streaming(m, N, self.itemsize, tiled)
         form = columns.Form(shape.M, shape.BLOCK, ws.history.dtype in SCALED_DTYPES, tiled)
         self.history = [
-            columns.History(ws.history, ws.scales, N, part.offset, part.first_block, ws.scales.shape[3])
+            columns.History(ws.history, ws.scales, N, ws.scales.shape[3], *self.begin(part.offset, part.first_block))
             for part in self.parts
         ]
         self.small = small.Small(ws.matrix, ws.gram, ws.norms, ws.ages)
@@ -282,7 +286,7 @@ class _BroydenPlan(_Plan):
         method, _ = kernels.method_of(ws)
         B, N, acc = ws.layout.B, ws.layout.N, ws.layout.acc
         gram = ws.gram.shape[1] > 0
-        self.steps = [kernels.Steps(ws.history, ws.norms, ws.gram, N, part.offset) for part in self.parts]
+        self.steps = [kernels.Steps(ws.history, ws.norms, ws.gram, N, *self.begin(part.offset)) for part in self.parts]
         solve = {"method": method, "rule": self.rule}
         limit = self.shapes.SAMPLE_MAX_N * 4 // self.itemsize
         self.alone = len(self.parts) == 1 and limit >= N and not gram
