@@ -16,7 +16,8 @@ import torch
 import deqfast as dq
 from bench import floor, joint
 from bench.device import Place, spread
-from deqfast.ops.workspace import Int
+from deqfast.ops import choose
+from deqfast.ops.codes import Int
 
 FED = 4  # outputs of f in turn
 F32, BF16, I8 = torch.float32, torch.bfloat16, torch.int8
@@ -117,7 +118,7 @@ class JointStepping:
         self.case, self.steps = case, steps
         self.fed = [draw() for _ in range(FED)]
         self.ws = joint.workspace(draw(), case.solver)
-        self._step = joint.bind_joint(self.ws, case.backend)
+        self._step = joint.JointStep(self.ws, choose(case.backend, self.ws.core.layout.device))
         for _ in range(-(-(case.m + 2) // FED)):
             self.take(FED)
 

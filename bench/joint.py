@@ -17,8 +17,12 @@ from torch import Tensor
 
 import deqfast as dq
 from bench import timing
-from deqfast.ops.joint import BLOCKS, JointWorkspace, MapOptions, Part, bind_joint
+from deqfast.ops import choose
+from deqfast.ops.codes import BLOCKS
+from deqfast.ops.joint import JointWorkspace, MapOptions, Part
+from deqfast.ops.joint_step import JointStep
 from deqfast.ops.layout import Layout
+from deqfast.ops.workspace import Stopping
 
 LARGEST = 4_100_000  # numbers of a batch
 DAMPING = (0.8, 0.6)
@@ -76,7 +80,7 @@ class Maps:
 def workspace(start: list[Tensor], solver: dq.Anderson) -> JointWorkspace:
     """Of a solve that stands at ``start``, tensors of z, mu and x, and never converges."""
     layout = Layout(start, "start")
-    core = solver.workspace(layout, rtol=0.0, atol=0.0, max_iter=0, keep_best=True)
+    core = solver.workspace(layout, Stopping(0.0))
     core.judge_blocks([(0.0, 0.0, 1.0)] * len(BLOCKS))
     ws = JointWorkspace(core, [Part(i, leaf, i) for i, leaf in enumerate(layout.leaves)], MapOptions(DAMPING))
     for i, t in enumerate(start):
@@ -90,7 +94,7 @@ class Own:
     def __init__(self, shape: Shape, maps: Maps, solver: dq.Anderson) -> None:
         self.maps = maps
         self.ws = workspace(maps.start, solver)
-        self._step = bind_joint(self.ws, "native")
+        self._step = JointStep(self.ws, choose("native", self.ws.core.layout.device))
         self.running = shape.batch
 
     def evaluate(self) -> list[Tensor]:

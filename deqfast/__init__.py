@@ -10,22 +10,24 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import compiled as _compiled
 from . import project
-from .anderson import Anderson
-from .broyden import Broyden
-from .implicit import Implicit, OneStep, Phantom
+from .gradients.implicit import Implicit
+from .gradients.linear import GradientWarning
+from .gradients.phantom import OneStep, Phantom
+from .gradients.unroll import Unroll
 from .jacobian import jacobian_penalty, spectral_radius
-from .joint import JointSolution, joint_solve
-from .joint_gradient import Envelope
-from .joint_step_size import joint_step_size
-from .linear import GradientWarning
+from .joint.gradient import Envelope
+from .joint.solution import JointSolution
+from .joint.solve import joint_solve
+from .joint.step_size import joint_step_size
+from .loop.state import SolverState
 from .nn import DEQ
 from .ops import library as _library  # noqa: F401  registers torch.ops.deqfast
-from .picard import Picard
 from .solution import ConvergenceError, Solution
 from .solve import fixed_point, root
-from .state import SolverState
+from .solvers.anderson import Anderson
+from .solvers.broyden import Broyden
+from .solvers.picard import Picard
 from .status import Status
-from .unroll import Unroll
 
 try:
     __version__ = version("deqfast")

@@ -14,7 +14,7 @@ import torch
 import deqfast
 
 from . import ops
-from .ops import native
+from .ops.native import extension as native
 
 OPS = ("anderson_step", "broyden_step", "joint_step")
 ENVIRONMENT = {
@@ -71,10 +71,10 @@ def _cpu_isa() -> str | None:
 
 def _device(device: torch.device) -> dict[str, Any]:
     try:
-        auto = ops.choose("auto", device)
+        auto = ops.choose("auto", device).name
     except ValueError as error:  # DEQFAST_BACKEND
         auto = f"an error: {error}"
-    reasons = {backend: ops.why_not(backend, device) for backend in ops.BACKENDS}
+    reasons = {backend: ops.why_not(backend, device) for backend in ops.names()}
     return {
         "device": str(device),
         "name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
@@ -99,9 +99,9 @@ def _device_lines(device: dict[str, Any]) -> list[str]:
     name = f" ({device['name']})" if device["name"] else ""
     lines = [f'{device["device"]}{name}: backend="auto" is {device["auto"]}']
     width = max(map(len, OPS)) + 2
-    lines.append("  " + " " * width + "".join(f"{backend:11s}" for backend in ops.BACKENDS).rstrip())
+    lines.append("  " + " " * width + "".join(f"{backend:11s}" for backend in ops.names()).rstrip())
     for op, row in device["ops"].items():
-        marks = ("yes" if row[backend] == "yes" else "no" for backend in ops.BACKENDS)
+        marks = ("yes" if row[backend] == "yes" else "no" for backend in ops.names())
         lines.append("  " + f"{op:{width}s}" + "".join(f"{mark:11s}" for mark in marks).rstrip())
     reasons = device["ops"][OPS[0]]
     return lines + [f"  {backend}: no, {why}" for backend, why in reasons.items() if why != "yes"]

@@ -11,7 +11,8 @@ from torch.utils import _pytree as pytree
 
 from . import compiled
 from .ops.layout import Layout
-from .packing import pack, unpack
+from .ops.packing import pack, unpack
+from .options import check_int
 
 
 @compiled.entry()
@@ -94,11 +95,8 @@ def spectral_radius(
 
     Source: Saad, Numerical Methods for Large Eigenvalue Problems, 2nd ed., SIAM 2011, section 6.2.
     """
-    for name, value in (("vectors", vectors), ("cycles", cycles)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_int("vectors", vectors)
+    check_int("cycles", cycles)
     layout = Layout(z, "z")
     if layout.B == 0 or layout.N == 0:
         return torch.zeros(layout.B, dtype=layout.acc, device=layout.device)

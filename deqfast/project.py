@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .ops.joint import project_rows
 from .ops.layout import Leaf
-from .state import check_number
+from .options import check_number
 
 __all__ = ["Box", "L2Ball", "LinfBall"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .ops.workspace import Int
+from .ops.codes import Int
 from .status import Status
 
 if TYPE_CHECKING:

@@ -11,14 +11,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import compiled, graphs, transforms
-from .choose import choose_solver
-from .compaction import Compactor
-from .implicit import Gradient, Problem, choose_gradient
-from .ops import BACKENDS
+from .gradients.base import Gradient
+from .gradients.choose import choose_gradient
+from .loop.compaction import Compactor
+from .loop.progress import progress_bar
+from .loop.state import SolverState
+from .ops.codes import Int
 from .ops.layout import Layout
-from .ops.workspace import Int
+from .options import Options, check_args, check_callable
+from .problem import Problem
 from .solution import ConvergenceError, Solution
-from .state import Solver, SolverState, check_stopping
+from .solvers.base import Solver
+from .solvers.choose import choose_solver
 from .status import Status
 
 
@@ -62,7 +66,8 @@ def fixed_point(
         trace: record the (nfe, B) residuals.
         callback: called after every evaluation as callback(k, state) with a ``SolverState`` to look at; True stops.
         throw: raise ``ConvergenceError`` unless every sample converged.
-        backend: "auto" (default), "native", "triton" or "reference"; ``python -m deqfast.info`` says what is available.
+        backend: "auto" (default), "native", "triton", "torch" or "reference"; ``python -m deqfast.info`` says what is
+            available.
         mode: who runs the loop on a GPU. "loop" (default): Python launches every evaluation of f. "graph": f and the
             step are captured once as a CUDA graph, and a few evaluations replayed at a time. "device": the whole loop
             runs on the GPU. Both give the bits of "loop", may evaluate f a few times more, and run f's Python once per
@@ -77,52 +82,54 @@ def fixed_point(
         TypeError, ValueError: naming the argument, what was expected and what came, before any work.
         ConvergenceError: with ``throw=True``.
     """
-    chosen = choose_solver(solver)
-    gradient = choose_gradient(backward)
-    check_options(f, args, max_iter, returns, callback)
-    check_choices(compact, backend, {"trace": trace, "throw": throw, "progress": progress})
-    check_mode(mode, {"trace": trace, "callback": callback is not None, "progress": progress, "compact": compact})
+    options = Options(
+        solver=choose_solver(solver),
+        rtol=rtol,
+        atol=atol,
+        max_iter=max_iter,
+        backward=choose_gradient(backward),
+        returns=returns,
+        compact=compact,
+        trace=trace,
+        callback=callback,
+        throw=throw,
+        backend=backend,
+        mode=mode,
+        progress=progress,
+    )
+    return solve(f, z0, args, options)
+
+
+def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Options) -> Solution:
+    """``fixed_point`` with options that have been checked."""
+    check_callable("f", f)
+    check_args(args)
+    gradient: Gradient | None = options.backward
     transformed = transforms.active()
     if transformed:
         f = compiled.eager(f)
     start = transforms.values(z0) if transformed else z0
     layout = Layout(start)
-    rtol, atol, max_iter = check_stopping(rtol, atol, max_iter, layout.dtype)
-    problem = Problem(f, args, layout, chosen, rtol, max_iter, backend, transformed, mode)
+    problem = Problem(f, args, layout, options, options.stopping(layout.dtype), transformed)
     if gradient is not None and gradient.solves and problem.differentiated:
-        if mode != "loop":
-            raise ValueError(
-                f"mode={mode!r} cannot be combined with backward={gradient}, which differentiates the loop"
-            )
-        return gradient.solve(
-            problem,
-            z0,
-            atol=atol,
-            returns=returns,
-            compact=compact,
-            trace=trace,
-            callback=callback,
-            throw=throw,
-            progress=progress,
-        )
+        return gradient.solve(problem, z0)
     solution = None
-    if mode != "loop" and layout.B and layout.N:
-        solution = _replayed(problem, start, atol, returns)
+    if options.mode != "loop" and layout.B and layout.N:
+        solution = _replayed(problem, start)
     if solution is None:
         if not transformed:
-            state, rows = _run(f, args, problem, start, atol, returns, compact, trace, callback, progress)
+            state, rows = _run(f, args, problem, start)
         else:
             with transforms.Outside() as outside:
-                inner, plain = outside.inside(f), transforms.values(args)
-                state, rows = _run(inner, plain, problem, start, atol, returns, compact, trace, callback, progress)
-        shared = callback is not None  # it may have kept the state
-        solution = conclude(state, returns, rows, shared)
+                state, rows = _run(outside.inside(f), transforms.values(args), problem, start)
+        shared = options.callback is not None  # it may have kept the state
+        solution = conclude(state, options.returns, rows, shared)
         problem.copy_z = state.copies_z
         if not shared:
             state.release()
     if gradient is not None and problem.differentiated:
         solution.z = gradient.attach(problem, solution.z)
-    if throw and not bool(solution.converged.all()):
+    if options.throw and not bool(solution.converged.all()):
         raise ConvergenceError(solution)
     return solution
 
@@ -133,8 +140,7 @@ def root(g: Callable[..., Any], z0: Any, args: tuple[Any, ...] = (), **options: 
 
     Takes every option of ``fixed_point``; stops a sample on ||g(z)|| <= atol + rtol ||z + g(z)||.
     """
-    if not callable(g):
-        raise TypeError(f"g must be callable, got {type(g).__name__}")
+    check_callable("g", g)
     return fixed_point(functools.partial(_shifted, g), z0, args, **options)
 
 
@@ -151,58 +157,19 @@ def _shifted(g: Callable[..., Any], z: Any, *args: Any) -> Any:
     return pytree.tree_map(torch.add, z, value)
 
 
-def check_options(f: Any, args: Any, max_iter: Any, returns: str, callback: Any) -> None:
-    """Raise TypeError or ValueError for a wrong option, naming it."""
-    if not callable(f):
-        raise TypeError(f"f must be callable, got {type(f).__name__}")
-    if not isinstance(args, tuple):
-        raise TypeError(f"args must be a tuple, got {type(args).__name__}; write args=(x,) for one argument")
-    if max_iter is None:
-        raise TypeError("max_iter must be an int, got None")
-    if returns not in ("best", "last"):
-        raise ValueError(f"returns must be 'best' or 'last', got {returns!r}")
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be callable, got {type(callback).__name__}")
-
-
-FLAGS = ("trace", "throw", "progress")
-
-
-def check_choices(compact: Any, backend: Any, flags: dict[str, Any]) -> None:
-    """Raise TypeError or ValueError for a wrong ``compact``, ``backend`` or flag, naming it."""
-    if compact is not True and compact is not False:
-        leaves = pytree.tree_leaves(compact)
-        if not leaves or not all(isinstance(leaf, bool) for leaf in leaves):
-            raise TypeError(f"compact must be a bool or a tree of bools shaped like args, got {compact!r}")
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend must be one of 'auto', {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    for name, value in flags.items():
-        if value is not True and value is not False:
-            raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
-
-
-def check_mode(mode: Any, others: dict[str, Any]) -> None:
-    """Raise ValueError for an unknown ``mode``, or for one that does not go with another option that is in use."""
-    if mode not in graphs.MODES:
-        raise ValueError(f"mode must be one of {', '.join(map(repr, graphs.MODES))}, got {mode!r}")
-    for name, used in others.items():
-        if mode != "loop" and used is not False:
-            raise ValueError(f"mode={mode!r} cannot be combined with {name}, which looks at every evaluation")
-
-
-def _replayed(problem: Problem, start: Any, atol: float, returns: str) -> Solution | None:
+def _replayed(problem: Problem, start: Any) -> Solution | None:
     """The solution by a recording; None, with a warning, where there can be none."""
-    layout = problem.layout
+    layout, options = problem.layout, problem.options
     try:
-        program = graphs.forward_program(problem, atol, keep_best=returns == "best")
+        program = graphs.forward_program(problem)
     except graphs.CannotRecord as reason:
-        graphs.warn(problem.mode, str(reason))
+        graphs.warn(options.mode, str(reason))
         return None
 
     def finish(state: SolverState, evaluations: int | Tensor) -> Solution:
-        solution = conclude(state, returns, None, shared=True)
+        solution = conclude(state, options.returns, None, shared=True)
         solution.z = pytree.tree_map(torch.clone, solution.z)
-        solution.evaluations, solution.mode = evaluations, problem.mode
+        solution.evaluations, solution.mode = evaluations, options.mode
         return solution
 
     leaves = [start.detach()] if layout.single else [t.detach() for t in pytree.tree_leaves(start)]
@@ -210,36 +177,24 @@ def _replayed(problem: Problem, start: Any, atol: float, returns: str) -> Soluti
 
 
 def _run(
-    f: Callable[..., Any],
-    args: tuple[Any, ...],
-    problem: Problem,
-    start: Any,
-    atol: float,
-    returns: str,
-    compact: Any,
-    trace: bool,
-    callback: Callable[[int, SolverState], bool | None] | None,
-    progress: bool,
+    f: Callable[..., Any], args: tuple[Any, ...], problem: Problem, start: Any
 ) -> tuple[SolverState, list[Tensor] | None]:
     """Evaluate and step until every sample has stopped; the state, and the recorded residuals."""
-    state = SolverState(
-        problem.solver,
-        start,
-        rtol=problem.rtol,
-        atol=atol,
-        max_iter=problem.max_iter,
-        keep_best=returns == "best",
-        backend=problem.backend,
-        layout=problem.layout,
-    )
-    compactor = Compactor(state, args, compact) if compact is not False else None
-    rows: list[Tensor] | None = [] if trace else None
-    bar = progress_bar(problem.max_iter) if progress else None
-    if compactor is None and rows is None and bar is None and callback is None:
-        with torch.no_grad():
-            while not state.done:
-                state.step(f(state.z, *args))
-        return state, None
+    options = problem.options
+    state = SolverState(options.solver, start, problem.stopping, backend=options.backend, layout=problem.layout)
+    if options.looks:
+        return state, _look_on(f, args, state, options)
+    with torch.no_grad():
+        while not state.done:
+            state.step(f(state.z, *args))
+    return state, None
+
+
+def _look_on(f: Callable[..., Any], args: tuple[Any, ...], state: SolverState, options: Options) -> list[Tensor] | None:
+    """The loop with what somebody wants to see or do between evaluations; the recorded residuals."""
+    compactor = Compactor(state, args, options.compact) if options.compact is not False else None
+    rows: list[Tensor] | None = [] if options.trace else None
+    bar = progress_bar(options.max_iter) if options.progress else None
     try:
         with torch.no_grad():
             while not state.done:
@@ -253,21 +208,12 @@ def _run(
                 if bar is not None:
                     bar.update()
                     bar.set_postfix_str(f"{state.known_running} running", refresh=False)
-                if callback is not None and state.show(callback):
+                if options.callback is not None and state.show(options.callback):
                     break
     finally:
         if bar is not None:
             bar.close()
-    return state, rows
-
-
-def progress_bar(total: int) -> Any:
-    """A tqdm bar of ``total`` evaluations."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise ImportError("progress=True needs tqdm: pip install 'deqfast[progress]'") from error
-    return tqdm(total=total, unit="evaluation", leave=False)
+    return rows
 
 
 def conclude(state: SolverState, returns: str, rows: list[Tensor] | None, shared: bool) -> Solution:

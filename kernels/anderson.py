@@ -29,7 +29,7 @@ class Method(NamedTuple):
 
     m: int
     C: float
-    EVICT: bool
+    EVICT: int
     MIXED: bool
 
 
@@ -40,7 +40,7 @@ RIDGE = tl.constexpr(1)
 
 def method_of(options: Any) -> tuple[Method, list[float]]:
     """An ``AndersonMethod`` as the kernels take it: compiled in, and as numbers."""
-    compiled = Method(options.m, options.test_space, bool(options.evict), options.mixing != 1)
+    compiled = Method(options.m, options.test_space, int(options.evict), options.mixing != 1)
     return compiled, [options.mixing, options.ridge]
 
 

@@ -39,7 +39,7 @@ class Statistics(NamedTuple):
 
 
 class Stopping(NamedTuple):
-    """When a sample stops: float64 ``settings`` (see measure.py), how many run, norms of blocks (None: judged whole)."""
+    """When a sample stops: ``settings`` (see measure.py), how many run, norms of its blocks (None: judged whole)."""
 
     settings: Any
     running: Any

@@ -54,7 +54,7 @@ class Steps(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """What the kernels of a step hand on beside ``Handed``: z (B, N), weights (B, memory), and `starts`, see _settle."""
+    """What the kernels of a step hand on beside ``Handed``: z (B, N), weights (B, memory), starts (see ``_settle``)."""
 
     z: Any
     weights: Any

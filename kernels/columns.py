@@ -31,7 +31,7 @@ class History(NamedTuple):
 
 
 class Form(NamedTuple):
-    """How columns lie and are walked over: a tile of M columns by BLOCK numbers; whether they have scales, lie in tiles."""
+    """How columns lie and are walked: by tiles of M columns and BLOCK numbers; with scales, in tiles of samples."""
 
     M: int
     BLOCK: int
@@ -40,7 +40,7 @@ class Form(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Of one sample and one tensor: where the columns of dF and dG and their scales begin, and how far apart they lie."""
+    """Of one sample and one tensor: where columns of dF and dG and their scales begin, and how far apart they lie."""
 
     f: Any
     g: Any
@@ -70,7 +70,7 @@ class New(NamedTuple):
 
 class Products(NamedTuple):
     """Of an evaluation: ||f||^2 and ||g||^2 in float64; of the new column dG.dG, W.W, W.g, dG.g, W.dG; and with every
-    column j in use W_j.g, W.dG_j, W_j.dG, dG_j.dG. W = dF - C dG; for C = 0 (Type II) W stands for dG, without its sign.
+    column j in use W_j.g, W.dG_j, W_j.dG, dG_j.dG. W = dF - C dG; for C = 0 (Type II) it is dG, without its sign.
     """
 
     ff: Any

@@ -44,6 +44,10 @@ CURRENT = tl.constexpr(1)
 PREVIOUS = tl.constexpr(2)
 SAVED = tl.constexpr(3)
 
+# Which column a full history gives up.
+OLDEST = tl.constexpr(0)
+LEAST_USEFUL = tl.constexpr(1)
+
 UNIT_RANGE = tl.constexpr(2.0**40)
 GROWTH_LIMIT = tl.constexpr(1.5)
 DIVERGENCE = tl.constexpr(10.0)

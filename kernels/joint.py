@@ -51,7 +51,7 @@ class Sums(NamedTuple):
 
 
 class Step(NamedTuple):
-    """How the tensors of one block move: which block that is, whether damped; x's gradient is normalised, x projected."""
+    """How the tensors of one block move: which block it is, whether damped; of x, how its step is made."""
 
     BLOCK_OF: int
     DAMPED: bool

@@ -116,7 +116,7 @@ def copy_kernel(
     KEEP_BEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A chunk of one tensor: the next iterate where it is not accelerated, and the one to be returned where it is kept."""
+    """A chunk of one tensor: the next iterate where it is not accelerated, the one to be returned where it is kept."""
     b, begin, end, _ = chunk_of(chunks)
     sample = sample_of(statistics, b, padded)
     status = tl.load(sample.ints + STATUS * padded)

@@ -12,6 +12,7 @@ from .constants import (
     COUNT,
     EVICTIONS,
     GROWTH_RESTARTS,
+    LEAST_USEFUL,
     SLOT,
     SOLVE_FALLBACKS,
     STEP_FALLBACKS,
@@ -167,7 +168,7 @@ def decide(
     full = count == m
     next_slot = tl.min(tl.where(inside & (used == 0), j, m), axis=0)
     if full:
-        if method.EVICT and m > 3:
+        if method.EVICT == LEAST_USEFUL and m > 3:
             next_slot = _victim(h, factors, diagonal, y, age, steps, ridge, n, m, M, C)
         else:
             next_slot = tl.argmin(tl.where(inside, age, 2147483647), axis=0)

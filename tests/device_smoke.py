@@ -15,7 +15,9 @@ from torch import Tensor
 
 import deqfast as dq
 from deqfast import ops
-from deqfast.ops import native
+from deqfast.ops import contract
+from deqfast.ops.native import extension as native
+from deqfast.ops.native import plan as plan_module
 
 F64, F32, BF16, F16, I8, C64 = (
     torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.complex64,
@@ -59,21 +61,24 @@ def f_of(z: list[Tensor], drive: list[Tensor], k: int) -> list[Tensor]:
     return found
 
 
-def in_halves(state: Any) -> Any:
-    plan, state.kept = native._plan(state.ws, halves=True)
+class Halves(contract.BoundStep):
+    """A native step as its two halves, one after the other."""
 
-    def update(*sources: Any) -> int:
-        native._general_step(plan, state.ws, *sources, native._C.REDUCE)
-        return native._general_step(plan, state.ws, *sources, native._C.APPLY)
+    counts_writes = False
 
-    state._update, state._dense = update, None
-    return state
+    def __init__(self, ws: Any) -> None:
+        super().__init__(ws)
+        self.plan, self.memory = plan_module.make_plan(ws, halves=True)
+
+    def __call__(self, *sources: Any) -> int:
+        plan_module.general_step(self.plan, self.ws, *sources, native._C.REDUCE)
+        return plan_module.general_step(self.plan, self.ws, *sources, native._C.APPLY)
 
 
 def solve(solver: Any, drive: list[Tensor], backend: str, halves: bool = False) -> list[Tensor]:
     state = solver.init([torch.zeros_like(t) for t in drive], rtol=0.0, backend=backend)
     if halves:
-        in_halves(state)
+        state._outputs.bind(Halves(state.ws))
     with torch.no_grad():
         for k in range(STEPS):
             state.step(f_of(state.z, drive, k))

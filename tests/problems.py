@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 
 import deqfast as dq
 from deqfast import ops
-from deqfast.ops.workspace import Int, Real
-from deqfast.state import SolverState
+from deqfast.loop.state import SolverState
+from deqfast.ops.codes import Int, Real
 
 # The tests of the steps run on another device too: DEQFAST_TEST_DEVICE=cuda. Numbers are drawn on the CPU, so that the
 # problems are the same everywhere.

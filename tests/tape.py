@@ -4,11 +4,13 @@ Like a graph, a tape runs no Python of what it recorded; unlike one, recording r
 """
 
 import contextlib
+import functools
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deqfast import graphs, ops
+from deqfast.graphs import recorder
+from deqfast.ops import contract
 
 
 class Tape(TorchDispatchMode):
@@ -61,14 +63,14 @@ def _tensors(result):
     return [t for t in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(t, torch.Tensor)]
 
 
-class TapeRecorder(graphs.Recorder):
+class TapeRecorder(recorder.Recorder):
     """Records solves of CPU tensors on tapes."""
 
     def __init__(self):
         self.recorded = 0
 
     def why_not(self, mode, state):
-        return None if hasattr(state.update, "report") else f"the {state.backend} backend has no reports"
+        return None if state.bound.replay is not None else f"the {state.backend} backend has no reports"
 
     @contextlib.contextmanager
     def aside(self, device, stream):
@@ -89,8 +91,8 @@ class TapeRecorder(graphs.Recorder):
     def own_stream(self, device):
         return None
 
-    def loop(self, state, parts, made, limit):
-        return TapeLoop(state, parts, made, limit)
+    def loop(self, replay, parts, made, limit):
+        return TapeLoop(replay, parts, made, limit)
 
     def stream(self, device):
         return 0
@@ -99,11 +101,11 @@ class TapeRecorder(graphs.Recorder):
 class TapeLoop:
     """What csrc/cuda/graph_loop.cu puts together: while samples run, passes; then the rest."""
 
-    def __init__(self, state, parts, made, limit):
-        self.running, (self.pass_, self.rest), self.made, self.limit = state.update.running, parts, made, limit
+    def __init__(self, replay, parts, made, limit):
+        self.running, (self.pass_, self.rest), self.made, self.limit = replay.running, parts, made, limit
 
     def launch(self, stream):
-        steps = graphs.PASS["device"]
+        steps = recorder.PASS["device"]
         self.made.fill_(1)
         while int(self.running) > 0 and int(self.made) + steps <= self.limit:
             self.pass_.replay()
@@ -113,64 +115,91 @@ class TapeLoop:
             self.made.fill_(self.limit)
 
 
-def bind_reporting(ws, backend, evaluations=0):
-    """``ops.bind`` with what graphs need of a step; every backend's, so that it can be tried without a device."""
-    update = _bind(ws, backend, evaluations)
-    running = torch.zeros(1, dtype=torch.int32)
-    reports = []
+class TapeBackend(contract.Backend):
+    """Another backend with what graphs need of its steps, so that recording can be tried without a device."""
 
-    def noted(call):
+    def __init__(self, inner):
+        self.name, self.own_residual, self.inner = inner.name, inner.own_residual, inner
+        self.steps = {kind: functools.partial(TapeStep, bind) for kind, bind in inner.steps.items()}
+
+    def why_not(self, device):
+        return self.inner.why_not(device)
+
+    def automatic(self, device):
+        return self.inner.automatic(device)
+
+    def joint(self, ws):
+        return self.inner.joint(ws)
+
+
+class TapeStep(contract.BoundStep):
+    """A step that goes onto the tape as one entry."""
+
+    def __init__(self, bind, ws, evaluations):
+        super().__init__(ws)
+        self.inner = bind(ws, evaluations)
+        self.counts_writes = self.inner.counts_writes
+        self.replay = TapeReplay(ws)
+        if self.inner.quick is not None:
+            self.quick = lambda cur, f, f_prev: self._noted(lambda: self._count(self.inner.quick(cur, f, f_prev)))
+
+    def __call__(self, f, f_prev, f_rows, f_prev_rows):
+        ws, cur = self.ws, self.ws.cur
+
+        def call():
+            kept, ws.cur = ws.cur, cur
+            try:
+                return self._count(self.inner(f, f_prev, f_rows, f_prev_rows))
+            finally:
+                ws.cur = kept
+
+        return self._noted(call)
+
+    def _count(self, running):
+        self.replay.running.fill_(running)
+        return running
+
+    def _noted(self, call):
         tape = Tape.recording
         if tape is None:
             return call()
         tape.entries.append(call)
         tape.paused = True
         try:
-            return call()
+            call()
         finally:
             tape.paused = False
-
-    def step(f, f_prev, f_rows, f_prev_rows):
-        cur = ws.cur
-
-        def call():
-            kept, ws.cur = ws.cur, cur
-            try:
-                count = update(f, f_prev, f_rows, f_prev_rows)
-            finally:
-                ws.cur = kept
-            running.fill_(count)
-            return count
-
-        count = noted(call)
-        return ws.layout.B if Tape.recording is not None else count
-
-    if hasattr(update, "dense"):
-
-        def dense(cur, f, f_prev):
-            def call():
-                count = update.dense(cur, f, f_prev)
-                running.fill_(count)
-                return count
-
-            count = noted(call)
-            return ws.layout.B if Tape.recording is not None else count
-
-        step.dense = dense
-
-    def report(lag):
-        reports.append(int(running))
-        return reports[-1 - lag] if len(reports) > lag else ws.layout.B
-
-    def rewind(evaluations):
-        reports.clear()
-
-    def renew():
-        running.fill_(ws.layout.B)
-
-    step.failed = lambda: int((ws.int_row(ops.workspace.Int.STATUS) > 1).sum())
-    step.report, step.rewind, step.renew, step.running = report, rewind, renew, running
-    return step
+        return self.ws.layout.B
 
 
-_bind = ops.bind
+class TapeReplay(contract.Replay):
+    def __init__(self, ws):
+        self.running, self.B, self.reports = torch.zeros(1, dtype=torch.int32), ws.layout.B, []
+
+    def renew(self):
+        self.running.fill_(self.B)
+
+    def rewind(self, evaluations):
+        self.reports.clear()
+
+    def report(self, lag):
+        self.reports.append(int(self.running))
+        return self.reports[-1 - lag] if len(self.reports) > lag else self.B
+
+
+@contextlib.contextmanager
+def taped_backends():
+    """Every registered backend in the guise of a ``TapeBackend``."""
+    originals = list(contract.backends())
+    replace_backends([TapeBackend(backend) for backend in originals])
+    try:
+        yield
+    finally:
+        replace_backends(originals)
+
+
+def replace_backends(new):
+    for name in contract.names():
+        contract.unregister(name)
+    for backend in new:
+        contract.register(backend)

@@ -22,9 +22,11 @@ from problems import (
 from torch import Tensor
 
 import deqfast as dq
+from deqfast.loop.state import SolverState
+from deqfast.ops.anderson import AndersonWorkspace
+from deqfast.ops.codes import Int, Real
 from deqfast.ops.reference import decode
-from deqfast.ops.workspace import AndersonWorkspace, Int, Real, untile
-from deqfast.state import SolverState
+from deqfast.ops.workspace import untile
 
 RIDGE = 1e-4  # given explicitly: the default depends on the dtype
 HISTORY = {
@@ -69,7 +71,7 @@ class Formula:
         ws, solver = state.ws, state.options
         assert isinstance(ws, AndersonWorkspace)
         assert isinstance(solver, dq.Anderson)
-        B, m = ws.layout.B, ws.m
+        B, m = ws.layout.B, ws.method.m
         unit = ws.real_row(Real.UNIT).double()[:, None]
         g = (f - x) * unit
         valid = untile(ws.norms, B)[:, 0] > 0

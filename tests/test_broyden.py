@@ -19,8 +19,9 @@ from problems import (
 from torch import Tensor
 
 import deqfast as dq
-from deqfast.ops.workspace import BroydenWorkspace, Int, Real
-from deqfast.state import SolverState
+from deqfast.loop.state import SolverState
+from deqfast.ops.broyden import BroydenWorkspace
+from deqfast.ops.codes import Int, Real
 
 OPTIONS = {
     "memory-2": dq.Broyden(memory=2),

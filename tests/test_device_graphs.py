@@ -9,12 +9,13 @@ from problems import assert_same_samples, pull, same_bits, solve
 
 import deqfast as dq
 from deqfast import graphs, ops
+from deqfast.graphs import recorder as recording
 
 pytestmark = needs_gpu
 every_mode = pytest.mark.parametrize("mode", ["graph", "device"])
 
 
-class Counting(graphs.Recorder):
+class Counting(recording.Recorder):
     """Counts what is captured."""
 
     def __init__(self) -> None:
@@ -28,7 +29,7 @@ class Counting(graphs.Recorder):
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch):
     found = Counting()
-    monkeypatch.setattr(graphs, "RECORDER", found)
+    monkeypatch.setattr(recording, "RECORDER", found)
     graphs.clear()
     yield found
     graphs.clear()
@@ -51,7 +52,7 @@ def test_recorded_solve_has_the_bits_of_the_loop(N, solver, mode, backend, recor
         plain, recorded = solve(p, **options), solve(p, mode=mode, **options)
         assert_same_samples(recorded, slice(None), plain, slice(None))
         assert recorded.mode == mode
-        assert int(plain.steps.max()) <= recorded.nfe <= int(plain.steps.max()) + 2 * graphs.PASS[mode]
+        assert int(plain.steps.max()) <= recorded.nfe <= int(plain.steps.max()) + 2 * recording.PASS[mode]
     assert recorder.recorded <= 3  # the first evaluation, a pass, the rest: once for all three
 
 
@@ -195,18 +196,17 @@ def test_step_captured_by_a_user_goes_on_where_it_was(backend):
 def test_registered_ops_do_what_the_eager_step_does(backend):
     from deqfast.ops import library
     from deqfast.ops.layout import Layout
+    from deqfast.ops.workspace import Stopping
 
     for solver, op in (
         (dq.Anderson(m=3), torch.ops.deqfast.anderson_step),
         (dq.Broyden(memory=4), torch.ops.deqfast.broyden_step),
     ):
         z0 = [torch.randn(5, 40, device=GPU)]
-        eager, registered = (
-            solver.workspace(Layout(z0), rtol=1e-6, atol=0.0, max_iter=50, keep_best=True) for _ in range(2)
-        )
+        eager, registered = (solver.workspace(Layout(z0), Stopping(1e-6, max_iter=50)) for _ in range(2))
         for ws in (eager, registered):
             ws.x[0][0].copy_(z0[0])
-        update, previous = ops.bind(eager, backend), None
+        update, previous = ops.choose(backend, GPU).bind(eager), None
         for _ in range(6):
             f = [torch.tanh(0.9 * eager.x[eager.cur][0].flip(-1)) + 0.1]
             update(f, previous, None, None)

@@ -12,7 +12,9 @@ from torch import nn
 
 import deqfast as dq
 from deqfast import graphs
-from deqfast.guards import identity
+from deqfast.graphs import identity, kept
+from deqfast.graphs import recorder as recording
+from deqfast.graphs.recording import Recording
 
 SOLVERS = [dq.Anderson(), dq.Anderson(m=4, type=2), dq.Broyden(), dq.Picard(damping=0.7)]
 
@@ -20,10 +22,10 @@ SOLVERS = [dq.Anderson(), dq.Anderson(m=4, type=2), dq.Broyden(), dq.Picard(damp
 @pytest.fixture
 def recorder(monkeypatch):
     found = tape.TapeRecorder()
-    monkeypatch.setattr(graphs, "RECORDER", found)
-    monkeypatch.setattr("deqfast.state.ops.bind", tape.bind_reporting)
+    monkeypatch.setattr(recording, "RECORDER", found)
     graphs.clear()
-    yield found
+    with tape.taped_backends():
+        yield found
     graphs.clear()
 
 
@@ -55,7 +57,7 @@ def test_recorded_solve_gives_the_bits_of_the_loop(recorder, mode, solver):
         plain = dq.fixed_point(cell, z0, (x,), **options)
         recorded = dq.fixed_point(cell, z0, (x,), mode=mode, **options)
         assert_same(recorded, plain)
-        assert plain.nfe <= recorded.nfe <= plain.nfe + 2 * graphs.PASS[mode]
+        assert plain.nfe <= recorded.nfe <= plain.nfe + 2 * recording.PASS[mode]
         assert (plain.mode, recorded.mode) == ("loop", mode)
     assert recorder.recorded == 3  # the first evaluation, a pass, the rest: once for all three
 
@@ -74,7 +76,7 @@ def test_recorded_solve_stops_when_the_last_sample_does(recorder):
     rate = torch.tensor([[0.1], [0.9]])
     recorded = dq.fixed_point(lambda z: rate * z + 1, torch.zeros(2, 9), solver="picard", mode="graph", max_iter=400)
     assert recorded.converged.all()
-    assert recorded.steps.max() <= recorded.nfe <= recorded.steps.max() + 2 * graphs.PASS["graph"]
+    assert recorded.steps.max() <= recorded.nfe <= recorded.steps.max() + 2 * recording.PASS["graph"]
 
 
 def test_answers_of_earlier_solves_stay(recorder):
@@ -163,7 +165,7 @@ def test_closure_over_ever_new_tensors_falls_back_and_says_so(recorder):
     alive = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for i in range(graphs.NEW_EVERY_TIME + 1):
+        for i in range(kept.NEW_EVERY_TIME + 1):
             x = torch.full((2, 8), float(i))
             alive.append(x)
             solution = dq.fixed_point(lambda z, x=x: 0.5 * torch.cos(z) + x, torch.zeros(2, 8), mode="graph")
@@ -271,15 +273,15 @@ def test_within_a_capture_of_the_caller_the_loop_runs(recorder, monkeypatch):
 
 
 def test_no_memory_for_a_recording_is_no_error_and_not_for_ever(recorder, monkeypatch):
-    record = graphs.Recording.record
+    record = Recording.record
 
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(graphs.Recording, "record", out_of_memory)
+    monkeypatch.setattr(Recording, "record", out_of_memory)
     with pytest.warns(graphs.ModeWarning, match="no memory for a recording"):
         dq.fixed_point(torch.cos, torch.zeros(2, 8), mode="graph")
-    monkeypatch.setattr(graphs.Recording, "record", record)
+    monkeypatch.setattr(Recording, "record", record)
     assert dq.fixed_point(torch.cos, torch.zeros(2, 8), mode="graph").mode == "graph"
 
 
@@ -291,7 +293,7 @@ def test_many_layers_of_one_class_are_programs_of_their_own(recorder):
         def f(self, z):
             return 0.5 * torch.cos(z) + self.shift
 
-    layers = [Layer(float(i)) for i in range(graphs.NEW_EVERY_TIME + 2)]
+    layers = [Layer(float(i)) for i in range(kept.NEW_EVERY_TIME + 2)]
     for layer in layers:
         assert dq.fixed_point(layer.f, torch.zeros(2, 8), mode="graph").mode == "graph"
 
@@ -339,9 +341,9 @@ def test_empty_batch_needs_no_recording(recorder):
 
 
 def test_few_recordings_are_kept(recorder):
-    for n in range(2, 2 + graphs.KEPT + 2):
+    for n in range(2, 2 + kept.KEPT + 2):
         dq.fixed_point(torch.cos, torch.zeros(2, n), mode="graph", solver="picard", max_iter=3)
-    assert len(graphs._kept) == graphs.KEPT
+    assert len(kept._kept) == kept.KEPT
 
 
 class Holder:

@@ -4,21 +4,31 @@ import pytest
 import torch
 
 import deqfast as dq
-from deqfast.ops import native
+from deqfast.ops import contract
+from deqfast.ops.native import extension as native
+from deqfast.ops.native import plan as plan_module
 
 pytestmark = pytest.mark.skipif(native._C is None, reason="the extension is not built")
 
 SIZES = {"anderson": [(3, 40), (17, 33), (2, 5000)], "broyden": [(2, 70000)]}
 
 
+class Halves(contract.BoundStep):
+    """A native step as its two halves, one after the other."""
+
+    counts_writes = False
+
+    def __init__(self, ws):
+        super().__init__(ws)
+        self.plan, self.memory = plan_module.make_plan(ws, halves=True)
+
+    def __call__(self, *sources):
+        plan_module.general_step(self.plan, self.ws, *sources, native._C.REDUCE)
+        return plan_module.general_step(self.plan, self.ws, *sources, native._C.APPLY)
+
+
 def in_halves(state):
-    plan, state.memory = native._plan(state.ws, halves=True)
-
-    def update(*sources):
-        native._general_step(plan, state.ws, *sources, native._C.REDUCE)
-        return native._general_step(plan, state.ws, *sources, native._C.APPLY)
-
-    state._update, state._dense = update, None
+    state._outputs.bind(Halves(state.ws))
     return state
 
 

@@ -11,7 +11,7 @@ import torch
 
 import deqfast as dq
 from deqfast import info, ops
-from deqfast.ops import native
+from deqfast.ops.native import extension as native
 
 CPU = torch.device("cpu")
 built = pytest.mark.skipif(native._C is None, reason="the extension is not built")
@@ -55,7 +55,7 @@ def test_report_says_how_the_extension_was_built_and_what_it_runs():
 
 def test_report_agrees_with_what_the_solvers_do():
     (cpu, *_) = info.facts()["devices"]
-    assert cpu["auto"] == ops.choose("auto", CPU)
+    assert cpu["auto"] == ops.choose("auto", CPU).name
     for row in cpu["ops"].values():
         for backend, answer in row.items():
             assert answer == (ops.why_not(backend, CPU) or "yes")

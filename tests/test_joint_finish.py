@@ -11,9 +11,12 @@ from test_joint_step import BLOCKS, DAMPING, RULES, Start, random
 from test_joint_step import workspace as step_workspace
 
 import deqfast as dq
-from deqfast.ops.joint import JointWorkspace, MapOptions, Part, bind_ends, bind_joint
+from deqfast import ops
+from deqfast.ops.codes import Int, Real
+from deqfast.ops.joint import JointWorkspace, MapOptions, Part
+from deqfast.ops.joint_step import JointStep
 from deqfast.ops.layout import Layout
-from deqfast.ops.workspace import Int, Real
+from deqfast.ops.workspace import Stopping
 from deqfast.status import Status
 
 MADE = 5
@@ -56,7 +59,7 @@ def workspace(returns, safeguard, dtype, sizes=(33, 9), accelerate=("z", "mu"), 
     layout = Layout(at.every(), "start")
     chosen = [i for i, block in enumerate(BLOCKS) if block in accelerate]
     core = dq.Anderson(m=3).workspace(
-        Layout([at.every()[i] for i in chosen], "start"), rtol=0.0, atol=0.0, max_iter=0, keep_best=returns == "best"
+        Layout([at.every()[i] for i in chosen], "start"), Stopping(0.0, keep_best=returns == "best")
     )
     core.judge_blocks(RULES)
     parts = [Part(i, leaf, chosen.index(i) if i in chosen else None) for i, leaf in enumerate(layout.leaves)]
@@ -93,7 +96,7 @@ def assert_every_verdict(accelerate, dtype, safeguard, returns, backend):
     best_cost, columns = record.best_cost.clone(), ws.core.norms.clone()
     saved = None if record.saved_norms is None else (record.saved_cost.clone(), record.saved_norms.clone())
     assert (saved is not None) == (returns == "last")
-    bind_ends(ws, backend)[1](cost, MADE)
+    ops.choose(backend, DEVICE).joint(ws).finish(cost, MADE)
     for b, case in enumerate(cases(B)):
         given, goes, save = case[:3]
         take = case[COLUMN[returns]]
@@ -143,7 +146,7 @@ def assert_as_the_oracle(B, sizes, returns, count, backend):
     for name in ("reference", backend):
         ws = workspace(returns, True, torch.float32, sizes=sizes, B=B)
         with threads(count):
-            bind_ends(ws, name)[1](cost_of(ws), MADE)
+            ops.choose(name, DEVICE).joint(ws).finish(cost_of(ws), MADE)
         record = ws.record
         numbers = [*ws.plain[1], *ws.plain_saved, *(record.kept or []), record.best_norms, record.saved_norms]
         numbers += [record.taken, ws.core.norms, record.best_cost, record.saved_cost, record.least]
@@ -165,7 +168,7 @@ def test_samples_of_every_size_and_number_as_the_oracle(B, sizes, returns, count
 def assert_nothing_is_said_without_a_cost(backend):
     ws = workspace("best", False, torch.float32)
     cost = ws.record.best_cost.clone()
-    bind_ends(ws, backend)[1](None, MADE)
+    ops.choose(backend, DEVICE).joint(ws).finish(None, MADE)
     assert torch.equal(ws.record.best_cost.nan_to_num(7), cost.nan_to_num(7))
     assert ws.record.taken.tolist() == [int(case[COLUMN["best"]]) for case in cases(MANY)]
 
@@ -180,7 +183,7 @@ def assert_cost_stops_its_sample(bad, n, backend):
     for accelerate in (BLOCKS, ("z", "mu")):
         ws = step_workspace(at, dq.Anderson(m=2), accelerate)
         core = ws.core
-        step = bind_joint(ws, backend)
+        step = JointStep(ws, ops.choose(backend, DEVICE))
         values = [t + 0.1 for t in at.every()]
         strided = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]], device=DEVICE)[:, 0]
         step(values, 0.1, strided)

@@ -11,7 +11,7 @@ from test_joint import F64, LinearQuadratic
 from torch import Tensor
 
 import deqfast as dq
-from deqfast import adjoint
+from deqfast.gradients import adjoint
 
 
 def test_implicit_gradients_are_those_of_the_closed_form():
@@ -188,8 +188,8 @@ def test_envelope_has_options_of_its_own_and_the_tolerance_of_mu_by_default(monk
     for options in ({"rtol": {"mu": 1e-5}}, {"rtol": 0.0, "max_iter": 30}, {"backward": envelope}):
         solution = problem.solve(**{"backward": "envelope", **options})
         problem.loss(solution.z, solution.x, problem.y).sum().backward()
-    assert [(type(o.solver), o.rtol, o.max_iter) for o in seen] == [
-        (dq.Anderson, 1e-5, seen[0].max_iter),
+    assert [(type(o.solver), o.stopping.rtol, o.stopping.max_iter) for o in seen] == [
+        (dq.Anderson, 1e-5, seen[0].stopping.max_iter),
         (dq.Anderson, 1e-8, 30),  # float64's default
         (dq.Broyden, 1e-6, 44),
     ]

@@ -11,7 +11,7 @@ from test_joint import F64
 from torch import Tensor
 
 import deqfast as dq
-from deqfast.joint_problem import Problem
+from deqfast.joint.problem import Problem
 from deqfast.ops.lag import Later
 
 Z0, X0 = torch.zeros(2, 3), torch.zeros(2, 3)
@@ -63,7 +63,7 @@ def good_loss(z: Any, x: Any) -> Tensor:
         ({"rtol": {"w": 1.0}}, ValueError, "rtol must name blocks of"),
         ({"rtol": (1e-3, 1e-3)}, ValueError, "rtol must have a number for each of"),
         ({"atol": -1.0}, ValueError, "atol must be finite and not negative"),
-        ({"max_iter": 0}, ValueError, "max_iter must be from 1"),
+        ({"max_iter": 0}, ValueError, "max_iter must be at least 1"),
         ({"returns": "first"}, ValueError, "returns must be one of"),
         ({"backward": "unroll"}, ValueError, "backward must be 'envelope', 'implicit', 'none', an Envelope or an Impl"),
         ({"backward": dq.Envelope}, ValueError, "backward must be 'envelope'"),

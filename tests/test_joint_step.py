@@ -13,9 +13,13 @@ from problems import BACKENDS, DEVICE, EPS, bits, same_bits, threads
 from torch import Tensor
 
 import deqfast as dq
-from deqfast.ops.joint import BLOCKS, JointWorkspace, MapOptions, Part, bind_ends, bind_joint, joint_map
+from deqfast import ops
+from deqfast.ops.anderson import AndersonWorkspace
+from deqfast.ops.codes import BLOCKS, Int, Real
+from deqfast.ops.joint import JointWorkspace, MapOptions, Part, joint_map
+from deqfast.ops.joint_step import JointStep
 from deqfast.ops.layout import Layout, accumulation_dtype, real_dtype
-from deqfast.ops.workspace import AndersonWorkspace, Int, Real
+from deqfast.ops.workspace import Stopping
 from deqfast.status import Status
 
 F64, F32, BF16, F16, I8 = torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8
@@ -85,9 +89,7 @@ def workspace(
     chosen = [i for i, kind in enumerate(kinds) if BLOCKS[kind] in accelerate]
     layout = Layout(every, "start")
     solver = solver or dq.Picard()
-    core = solver.workspace(
-        Layout([every[i] for i in chosen], "start"), rtol=0.0, atol=0.0, max_iter=max_iter, keep_best=True
-    )
+    core = solver.workspace(Layout([every[i] for i in chosen], "start"), Stopping(0.0, max_iter=max_iter))
     core.judge_blocks((rules or RULES)[: 3 if at.x else 2])
     centers = [None] * (len(at.z) + len(at.mu)) + (at.center or [None] * len(at.x))
     parts = [
@@ -120,7 +122,7 @@ def check_map(at: Start, backend: str, values: list[Tensor] | None = None, step_
     """The mapped state and the norms are those of float64, up to rounding."""
     values = given(at) if values is None else values
     ws, oracle = workspace(at, **options), workspace(at.to(F64), **options)
-    bind_ends(ws, backend)[0](values, step_size, None)
+    ops.choose(backend, DEVICE).joint(ws).map(values, step_size, None)
     joint_map(oracle, [t.to(torch.complex128 if t.is_complex() else F64) for t in values], step_size)
     own = [*rows(ws, at.every())], [*rows(ws, values)]
     dtype = ws.core.layout.dtype
@@ -208,7 +210,7 @@ def test_stopped_samples_are_left_alone(nz, backend):
     ws = workspace(at, **PROJECTIONS["normalised-l2"])
     ws.core.int_row(Int.STATUS)[1] = Status.CONVERGED
     ws.core.block_norms.fill_(-1)
-    bind_ends(ws, backend)[0](given(at), 0.3, None)
+    ops.choose(backend, DEVICE).joint(ws).map(given(at), 0.3, None)
     running = [0, 2, 3]
     assert bool((ws.core.block_norms[:, :, 1] == -1).all())
     assert bool((ws.core.block_norms[:, :, running] > 0).all())
@@ -228,8 +230,8 @@ def test_sample_is_unaffected_by_a_neighbour_that_is_no_number(bad, projection, 
         values = [t.clone() for t in clean]
         values[i][1, 2] = bad
         with_bad, without = workspace(at, **options), workspace(at, **options)
-        bind_ends(with_bad, backend)[0](values, 0.3, None)
-        bind_ends(without, backend)[0](clean, 0.3, None)
+        ops.choose(backend, DEVICE).joint(with_bad).map(values, 0.3, None)
+        ops.choose(backend, DEVICE).joint(without).map(clean, 0.3, None)
         for block in range(3):
             finite = torch.isfinite(with_bad.core.block_norms[block, :, :3]).all(0)
             expected = [True, block != i or (bad == math.inf and i == 2 and clipped(options)), True]
@@ -251,8 +253,8 @@ def test_sample_has_the_same_bits_in_any_batch(nz, nx, backend):
     values = given(at)
     options = PROJECTIONS["normalised-l2"]
     together, apart = workspace(at, **options), workspace(at.change(lambda t: t[3:4].clone()), **options)
-    bind_ends(together, backend)[0](values, 0.3, None)
-    bind_ends(apart, backend)[0]([t[3:4].clone() for t in values], 0.3, None)
+    ops.choose(backend, DEVICE).joint(together).map(values, 0.3, None)
+    ops.choose(backend, DEVICE).joint(apart).map([t[3:4].clone() for t in values], 0.3, None)
     assert same_bits([t[3:4] for t in together.mapped[0]], apart.mapped[0])
     assert same_bits(together.core.block_norms[:, :, 3], apart.core.block_norms[:, :, 0])
 
@@ -264,7 +266,7 @@ def test_threads_change_no_bit(backend):
     for count in (1, 2, 3):
         with threads(count):
             ws = workspace(at, **PROJECTIONS["normalised-l2"])
-            bind_ends(ws, backend)[0](given(at), 0.3, None)
+            ops.choose(backend, DEVICE).joint(ws).map(given(at), 0.3, None)
             found.append((ws.mapped[0], ws.core.block_norms))
     assert same_bits(found[0], found[1])
     assert same_bits(found[0], found[2])
@@ -273,8 +275,8 @@ def test_threads_change_no_bit(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch(backend):
     at = start(0, 5, 3)
-    bind_ends(workspace(at, **PROJECTIONS["normalised-l2"]), backend)[0](at.every(), 0.1, None)
-    assert bind_joint(workspace(at, dq.Anderson(m=2)), backend)(at.every(), 0.1) == 0
+    ops.choose(backend, DEVICE).joint(workspace(at, **PROJECTIONS["normalised-l2"])).map(at.every(), 0.1, None)
+    assert JointStep(workspace(at, dq.Anderson(m=2)), ops.choose(backend, DEVICE))(at.every(), 0.1) == 0
 
 
 # ---- the whole step ----
@@ -302,7 +304,7 @@ def like(value: Any, t: Tensor) -> Any:
 
 
 def drive(ws: JointWorkspace, backend: str, steps: int, step_size: float = 0.2) -> list[Tensor]:
-    step = bind_joint(ws, backend)
+    step = JointStep(ws, ops.choose(backend, DEVICE))
     n = sum(part.block == 0 for part in ws.parts)
     for _ in range(steps):
         step(joint_f([ws.value(i) for i in range(len(ws.parts))], n), step_size)
@@ -332,7 +334,7 @@ def check_step(
     results = [drive(ws, backend, steps), drive(peer, "reference", steps), drive(oracle, "reference", steps)]
     got, beside, expected = (torch.cat(rows(w, r), dim=1) for w, r in zip((ws, peer, oracle), results, strict=True))
     eps = EPS[real_dtype(at.z[0].dtype)]
-    history = ws.core.history.dtype if isinstance(ws.core, AndersonWorkspace) and ws.core.m else F64
+    history = ws.core.history.dtype if isinstance(ws.core, AndersonWorkspace) and ws.core.method.m else F64
     ulp = 1e-2 if history in (BF16, F16, I8) else 0  # a column that rounds the other way
     error, own = (got - expected).norm(dim=1), (beside - expected).norm(dim=1)
     assert bool((error <= 30 * own + (100 * eps + ulp) * expected.norm(dim=1)).all()), (error, own)
@@ -387,7 +389,7 @@ def test_sample_stops_when_every_block_is_within_its_tolerance(nz, accelerate, b
     values[1][5] *= 1 + 1e-4
     rules = [(2e-3, 0.0, 0.05), (2e-4, 0.0, 0.5), (1e-4, 0.0, 1.0)]
     ws = workspace(at, dq.Anderson(m=2), accelerate, rules)
-    assert bind_joint(ws, backend)(values, 0.3) >= 4  # a GPU tells late
+    assert JointStep(ws, ops.choose(backend, DEVICE))(values, 0.3) >= 4  # a GPU tells late
     status = ws.core.int_row(Int.STATUS).tolist()
     running, done = int(Status.RUNNING), int(Status.CONVERGED)
     assert status == [done, running, running, running, running, done]
@@ -404,7 +406,7 @@ def test_absolute_tolerance_of_a_block(backend):
     values[1] += 0.01
     for atol, status in ((0.01, Status.RUNNING), (0.05, Status.CONVERGED)):
         ws = workspace(at, dq.Anderson(m=2), rules=[(1e-6, 0.0, 1.0), (0.0, atol, 1.0), (1e-6, 0.0, 1.0)])
-        bind_joint(ws, backend)(values, 0.3)
+        JointStep(ws, ops.choose(backend, DEVICE))(values, 0.3)
         assert ws.core.int_row(Int.STATUS).tolist() == [int(status)] * 2
 
 
@@ -418,8 +420,8 @@ def test_sample_that_is_no_number_in_one_block_stops_alone(accelerate, backend):
         values = [t.clone() for t in clean]
         values[i][1, 0] = math.nan
         ws, without = (workspace(at, dq.Anderson(m=2), accelerate) for _ in range(2))
-        bind_joint(ws, backend)(values, 0.3)
-        bind_joint(without, backend)(clean, 0.3)
+        JointStep(ws, ops.choose(backend, DEVICE))(values, 0.3)
+        JointStep(without, ops.choose(backend, DEVICE))(clean, 0.3)
         assert ws.core.int_row(Int.STATUS).tolist() == [Status.RUNNING, Status.NON_FINITE, Status.RUNNING]
         for j in range(3):
             assert bool(torch.isfinite(ws.value(j)).all())

@@ -10,8 +10,10 @@ import torch
 import deqfast as dq
 from deqfast import ops
 from deqfast.ops import library
+from deqfast.ops.anderson import AndersonWorkspace
+from deqfast.ops.codes import Int
 from deqfast.ops.layout import Layout
-from deqfast.ops.workspace import AndersonWorkspace, Int, Workspace, untile
+from deqfast.ops.workspace import Stopping, Workspace, untile
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 OPS = {"anderson": torch.ops.deqfast.anderson_step, "broyden": torch.ops.deqfast.broyden_step}
@@ -36,19 +38,19 @@ def f(leaves):
 
 
 def op_of(ws: Workspace):
-    return OPS["broyden" if hasattr(ws, "memory") else "anderson"]
+    return OPS["broyden" if hasattr(ws.method, "memory") else "anderson"]
 
 
 def begin(solver, shapes, dtype, steps=0) -> tuple[Workspace, list | None]:
     """A workspace `steps` eager steps into a solve, and f at the previous iterate; all its memory is defined."""
     z0 = [torch.randn(shape, dtype=dtype) for shape in shapes]
-    ws = solver.workspace(Layout(z0), rtol=1e-6, atol=0.0, max_iter=50, keep_best=True)
+    ws = solver.workspace(Layout(z0), Stopping(1e-6, max_iter=50))
     for name, t in ws.tensors().items():
         if name != "reals":
             t.zero_()
     for x, t in zip(ws.x[0], z0, strict=True):
         x.copy_(t)
-    update, previous = ops.bind(ws, ops.choose("auto", torch.device("cpu"))), None
+    update, previous = ops.choose("auto", torch.device("cpu")).bind(ws), None
     for _ in range(steps):
         fx = f(ws.x[ws.cur])
         update(fx, previous, None, None)
@@ -70,7 +72,7 @@ def test_op_passes_opcheck(solver, shapes, dtype, steps):
 def test_op_equals_the_eager_step_bit_for_bit(solver, shapes, dtype):
     ws, previous = begin(solver, shapes, dtype)
     eager = twin(ws)
-    update = ops.bind(eager, ops.choose("auto", torch.device("cpu")))
+    update = ops.choose("auto", torch.device("cpu")).bind(eager)
     for _ in range(7):
         fx = f(ws.x[ws.cur])
         (running,) = op_of(ws)(*library.arguments(ws, fx, previous)).tolist()
@@ -117,7 +119,7 @@ def test_op_follows_dropped_samples(solver):
     fx = f([ws.x[ws.cur][0][[0, 2, 3]]])
     running = op_of(ws)(*library.arguments(ws, fx, previous, rows))
     assert int(running) == 3
-    ops.bind(eager, ops.choose("auto", torch.device("cpu")))(fx, previous, rows, None)
+    ops.choose("auto", torch.device("cpu")).bind(eager)(fx, previous, rows, None)
     assert_same_bits(ws, eager)
 
 

@@ -18,8 +18,9 @@ from problems import (
 )
 
 import deqfast as dq
+from deqfast.ops.codes import BLOCK, Int, Real
 from deqfast.ops.reference import decode
-from deqfast.ops.workspace import BLOCK, Int, Real, untile
+from deqfast.ops.workspace import untile
 
 NARROW = [torch.bfloat16, torch.float16]
 LOW = [torch.bfloat16, torch.float16, torch.int8]

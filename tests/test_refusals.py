@@ -11,7 +11,7 @@ from problems import (
 )
 
 import deqfast as dq
-from deqfast.ops import native
+from deqfast.ops.native import extension as native
 
 
 def never(*_):

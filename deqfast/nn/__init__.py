@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import compiled
-from ..choose import choose_solver
-from ..implicit import choose_gradient
+from ..gradients.choose import choose_gradient
+from ..options import Options, check_callable
 from ..solution import Solution
-from ..solve import FLAGS, check_choices, check_options, fixed_point
-from ..state import check_stopping
+from ..solve import fixed_point, solve
+from ..solvers.choose import choose_solver
 
 __all__ = ["DEQ"]
 
@@ -47,17 +47,13 @@ class DEQ(nn.Module):
 
     def __init__(self, cell: Any, **options: Any) -> None:
         super().__init__()
-        if not callable(cell):
-            raise TypeError(f"cell must be callable, got {type(cell).__name__}")
+        check_callable("cell", cell)
         unknown = [name for name in options if name not in _OPTIONS]
         if unknown:
             raise TypeError(f"unknown option {unknown[0]!r}; DEQ takes those of fixed_point: {', '.join(_OPTIONS)}")
         merged = {**_OPTIONS, **options}
-        choose_solver(merged["solver"])
-        choose_gradient(merged["backward"])
-        check_options(cell, (), merged["max_iter"], merged["returns"], merged["callback"])
-        check_choices(merged["compact"], merged["backend"], {name: merged[name] for name in FLAGS})
-        check_stopping(merged["rtol"], merged["atol"], merged["max_iter"], torch.float32)
+        chosen = {"solver": choose_solver(merged["solver"]), "backward": choose_gradient(merged["backward"])}
+        self._options = Options(**{**merged, **chosen})
         self.cell = cell
         self.options = options
 
@@ -77,11 +73,14 @@ class DEQ(nn.Module):
         """
         if z0 is None:
             z0 = _start(getattr(self.cell, "init", None), x)
-        return fixed_point(self.cell, z0, (x, *args), **self.options)
+        return _solve(self.cell, z0, (x, *args), self._options)
 
     def extra_repr(self) -> str:
         """The options that were given."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+_solve = compiled.entry("f")(solve)
 
 
 @compiled.entry("init")

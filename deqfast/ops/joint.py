@@ -7,8 +7,8 @@ The state v = (z, mu, x) is made of blocks of tensors. A step takes what f and i
     x    <-  P(x - a_x q),          q = l_x + f_x^T mu
 
 as the mapped state, measures how far each block moves, and hands the mapped state to the Anderson step of the blocks
-that are accelerated; the others move to their mapped value. So a step is the map, the accelerated step (``ops.bind``)
-and the finish (``joint_finish``); between the first two a caller's own projection may change the mapped x.
+that are accelerated; the others move to their mapped value. So a step is the map, the accelerated step and the finish
+(``joint_step``, ``joint_finish``); between the first two a caller's own projection may change the mapped x.
 
 A sample stops when every block is within its own tolerance. Convergence of z and mu is measured undamped; that of x is
 the length of its step, after the projection.
@@ -16,9 +16,7 @@ the length of its step, after the projection.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
@@ -26,13 +24,11 @@ import torch
 from torch import Tensor
 
 from ..status import Status
-from . import bind, native_joint, triton_joint
-from .joint_finish import Record, joint_finish
+from .anderson import AndersonWorkspace
+from .codes import Int
+from .joint_finish import Record
 from .layout import Leaf
 from .reference import _sum
-from .workspace import AndersonWorkspace, Int
-
-BLOCKS = ("z", "mu", "x")
 
 
 @dataclass
@@ -108,60 +104,6 @@ class JointWorkspace:
     def accelerated(self, leaves: list[Tensor]) -> list[Tensor]:
         """Those of a tensor a part that Anderson's step works on, in its order."""
         return [t for part, t in zip(self.parts, leaves, strict=True) if part.index is not None]
-
-
-Map = Callable[[list[Tensor], float, "Tensor | None"], None]
-Finish = Callable[["Tensor | None", int], None]
-Step = Callable[..., int]
-
-
-def bind_ends(ws: JointWorkspace, backend: str) -> tuple[Map, Finish]:
-    """What comes before and after the accelerated step.
-
-    The map: (f, p, q as one list in the order of ``parts``, a_x, cost or None) -> ``mapped`` and ``block_norms``, where
-    a cost that is no number makes that of the adjoint none. The finish: (cost or None, evaluations made) -> the
-    ``record`` and the next iterate of what is not accelerated.
-    """
-    if backend == "native":
-        return native_joint.bind_ends(ws)
-    if backend == "triton":
-        return triton_joint.bind_ends(ws)
-    return functools.partial(joint_map, ws), functools.partial(joint_finish, ws)
-
-
-def bind_joint(ws: JointWorkspace, backend: str, project: Callable[[list[Tensor]], list[Tensor]] | None = None) -> Step:
-    """The whole step, on the backend that ``ops.choose`` gave; flips ``core.cur``.
-
-    The step takes f, p and q as one list in the order of ``parts``, a_x and, if there is one, the (B,) cost, whose
-    samples stop where it is no number. It returns how many samples still run.
-
-    ``project``: a projection of the caller's own, of the mapped x's tensors; without the projection of ``options``.
-    """
-    core = ws.core
-    (to_mapped, finish), accelerate = bind_ends(ws, backend), bind(core, backend)
-    inputs = [i for i, part in enumerate(ws.parts) if BLOCKS[part.block] == "x"]
-    accelerated = tuple(ws.accelerated(mapped) for mapped in ws.mapped)
-    made = 0
-
-    def step(values: list[Tensor], step_size: float, cost: Tensor | None = None) -> int:
-        nonlocal made
-        if core.layout.B == 0:
-            return 0
-        cost = None if cost is None else cost.resolve_neg().contiguous()  # kernels read its memory
-        with torch.no_grad():
-            to_mapped(values, step_size, cost)
-            if project is not None:
-                mapped = ws.mapped[core.cur]
-                for i, t in zip(inputs, project([mapped[i] for i in inputs]), strict=True):
-                    mapped[i].copy_(t)
-                measure_block(ws, inputs)
-            running = accelerate(accelerated[core.cur], accelerated[1 - core.cur] if made else None, None, None)
-            made += 1
-            finish(cost, made)
-        core.cur ^= 1
-        return running
-
-    return step
 
 
 def joint_map(ws: JointWorkspace, values: list[Tensor], step_size: float, cost: Tensor | None = None) -> None:

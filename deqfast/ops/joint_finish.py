@@ -16,15 +16,11 @@ import torch
 from torch import Tensor
 
 from ..status import Status
-from .workspace import Int, Real
+from .codes import COST_SLACK, SAFEGUARD, Int, Real
 
 if TYPE_CHECKING:
+    from .anderson import AndersonWorkspace
     from .joint import JointWorkspace
-    from .workspace import AndersonWorkspace
-
-# As in csrc/include/deqfast/joint_finish.h.
-COST_SLACK = 1.3  # a lower cost is taken at a residual up to this times the best one
-SAFEGUARD = 2.0  # a residual this far above the best one since the last restart forgets the history
 
 
 @dataclass
@@ -108,7 +104,7 @@ def _note(to_cost: Tensor, to_norms: Tensor, where: Tensor, cost: Tensor | None,
 def _move_plain(ws: JointWorkspace, was_running: Tensor, best: Tensor, status: Tensor) -> None:
     core = ws.core
     # A sample whose first evaluation is no number has nothing saved: it stays where it began.
-    from_saved = ~best if core.keep_best else status == Status.NON_FINITE
+    from_saved = ~best if core.stopping.keep_best else status == Status.NON_FINITE
     from_saved = from_saved & (core.int_row(Int.BEST_STEP) > 0)
     for i, part in enumerate(ws.parts):
         if part.index is not None:
@@ -123,7 +119,7 @@ def _move_plain(ws: JointWorkspace, was_running: Tensor, best: Tensor, status: T
 
 def _forget(core: AndersonWorkspace, which: Tensor) -> None:
     """Plain damped steps from here: the columns of these samples no longer count."""
-    if core.m == 0:
+    if core.method.m == 0:
         return
     mask = torch.zeros(core.ints.shape[1], dtype=torch.bool, device=which.device)
     mask[: which.shape[0]] = which

@@ -12,52 +12,56 @@ Arguments, with B samples of N numbers in leaves, m columns (read off ``history`
     x, x_prev, saved       leaves (B, ...), mutated: iterate, the one before, an earlier best one
     history                Anderson (2, B, m, N), of tiny samples (2, tiles, m, N, 16); Broyden (B, memory, N); mutated
     scales ... ages        small matrices and norms, as ``AndersonWorkspace`` and ``BroydenWorkspace`` describe them
-    ints, reals            per-sample statistics, rows as in ``workspace.Int`` and ``workspace.Real``, mutated
+    ints, reals            per-sample statistics, rows as in ``codes.Int`` and ``codes.Real``, mutated
     rtol ... keep_best     stopping rule; max_iter 0: no limit
 
 Returns: (1,) int64, the samples that are still running.
 
-Gradients are made outside of the ops (``deqfast/implicit.py``), so that a tensor which requires them is refused.
+Gradients are made outside of the ops (``deqfast/gradients/``), so that a tensor which requires them is refused.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from enum import IntEnum
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
 from ..status import Status
-from . import bind, choose
+from .anderson import HISTORY_DTYPES, AndersonMethod, AndersonWorkspace
+from .broyden import BroydenMethod, BroydenWorkspace
+from .codes import Evict, Int
+from .contract import choose
 from .layout import Layout
-from .workspace import (
-    BLOCK,
-    HISTORY_DTYPES,
-    SCALED_DTYPES,
-    TILE,
-    AndersonWorkspace,
-    BroydenWorkspace,
-    Int,
-    Workspace,
-    history_shape,
-    keeps_products,
-)
+from .workspace import Shapes, Stopping, Workspace
+
+M = TypeVar("M", AndersonMethod, BroydenMethod)
 
 __all__ = ["ANDERSON_SCHEMA", "BROYDEN_SCHEMA", "arguments"]
 
 _SOURCES = "Tensor[] f, Tensor[]? f_prev, Tensor? f_rows, Tensor? f_prev_rows"
 _ITERATES = "Tensor(a!)[] x, Tensor(b!)[] x_prev, Tensor(c!)[] saved, Tensor(d!) ints, Tensor(e!) reals"
-_STOPPING = "float rtol, float atol, int max_iter, bool keep_best"
+_COLUMNS = (
+    "Tensor(f!) history, Tensor(g!) scales, Tensor(h!) matrix, Tensor(i!) gram, Tensor(j!) norms, Tensor(k!) ages"
+)
+_STEPS = "Tensor(f!) history, Tensor(g!) norms, Tensor(h!) gram"
+
+
+def _numbers(group: type[tuple[Any, ...]], left_out: int = 0) -> str:
+    """The fields of a group of numbers as arguments of a schema; ``left_out`` are read off the memory."""
+    fields = list(get_type_hints(group).items())[left_out:]
+    return ", ".join(f"{'int' if issubclass(kind, IntEnum) else kind.__name__} {name}" for name, kind in fields)
+
+
+_STOPPING = _numbers(Stopping)
 ANDERSON_SCHEMA = (
-    f"anderson_step({_SOURCES}, {_ITERATES}, Tensor(f!) history, Tensor(g!) scales, Tensor(h!) matrix, "
-    "Tensor(i!) gram, Tensor(j!) norms, Tensor(k!) ages, float test_space, float mixing, float ridge, "
-    f"bool evict_least_useful, {_STOPPING}) -> Tensor"
+    f"anderson_step({_SOURCES}, {_ITERATES}, {_COLUMNS}, {_numbers(AndersonMethod, 1)}, {_STOPPING}) -> Tensor"
 )
 BROYDEN_SCHEMA = (
-    "broyden_step(Tensor[] f, Tensor? f_rows, "
-    f"{_ITERATES}, Tensor(f!) history, Tensor(g!) norms, Tensor(h!) gram, bool scale_first, {_STOPPING}) -> Tensor"
+    f"broyden_step(Tensor[] f, Tensor? f_rows, {_ITERATES}, {_STEPS}, {_numbers(BroydenMethod, 1)}, {_STOPPING})"
+    " -> Tensor"
 )
 
 
@@ -75,16 +79,8 @@ def arguments(
         ``ws.cur``.
     """
     state = (list(ws.x[ws.cur]), list(ws.x[1 - ws.cur]), list(ws.saved), ws.ints, ws.reals)
-    stopping = (ws.rtol, ws.atol, ws.max_iter, ws.keep_best)
-    if isinstance(ws, BroydenWorkspace):
-        return f, f_rows, *state, ws.history, ws.norms, ws.gram, ws.scale_first, *stopping
-    assert isinstance(ws, AndersonWorkspace)
-    columns = (ws.history, ws.scales, ws.matrix, ws.gram, ws.norms, ws.ages)
-    return f, f_prev, f_rows, f_prev_rows, *state, *columns, *_method(ws), *stopping
-
-
-def _method(ws: AndersonWorkspace) -> tuple[float, float, float, bool]:
-    return ws.test_space, ws.mixing, ws.ridge, ws.evict_least_useful
+    sources = (f, f_prev, f_rows, f_prev_rows) if ws.uses_previous else (f, f_rows)
+    return *sources, *state, *ws.memory().values(), *ws.method[1:], *ws.stopping
 
 
 def _anderson_step(
@@ -95,93 +91,47 @@ def _anderson_step(
     x: list[Tensor],
     x_prev: list[Tensor],
     saved: list[Tensor],
-    ints: Tensor,
-    reals: Tensor,
-    history: Tensor,
-    scales: Tensor,
-    matrix: Tensor,
-    gram: Tensor,
-    norms: Tensor,
-    ages: Tensor,
-    test_space: float,
-    mixing: float,
-    ridge: float,
-    evict_least_useful: bool,
-    rtol: float,
-    atol: float,
-    max_iter: int,
-    keep_best: bool,
+    *given: Any,
 ) -> Tensor:
-    ws = AndersonWorkspace.__new__(AndersonWorkspace)
-    ws.own_previous, ws.own_columns = None, None
-    layout = _share(ws, x, x_prev, saved, ints, reals, rtol, atol, max_iter, keep_best)
+    tensors, numbers = _named(("ints", "reals", "history", "scales", "matrix", "gram", "norms", "ages"), given)
+    history, layout = tensors["history"], _layout(x, x_prev, saved)
     if history.dim() not in (4, 5) or history.dtype not in HISTORY_DTYPES:
         raise ValueError(f"history: expected (2, B, m, N) of {HISTORY_DTYPES}, got {_is(history)}")
-    m, acc = history.shape[2], layout.acc
-    ws.keeps_products = keeps_products(layout, history.dtype)
-    kept = m if ws.keeps_products else 0
-    if history.dtype == torch.float64 and acc != torch.float64:
+    if history.dtype == torch.float64 and layout.acc != torch.float64:
         raise ValueError(f"history: torch.float64 needs a float64 state, got {layout.dtype}")
-    scaled = history.dtype in SCALED_DTYPES
-    blocks = sum(math.ceil(leaf.n / BLOCK) for leaf in layout.leaves) if scaled else 0
-    side = kept if test_space else 0
-    _expect("history", history, history_shape(layout, m, history.dtype), history.dtype, layout.device)
-    _expect("scales", scales, (2, layout.B, m, blocks), torch.float32, layout.device)
-    _expect("matrix", matrix, (ws.tiles, side, side, TILE), acc, layout.device)
-    _expect("gram", gram, (ws.tiles, kept, kept, TILE), acc, layout.device)
-    _expect("norms", norms, (ws.tiles, 2, m, TILE), acc, layout.device)
-    _expect("ages", ages, (ws.tiles, m, TILE), torch.int32, layout.device)
-    ws.m, ws.test_space, ws.mixing, ws.ridge, ws.evict_least_useful = m, test_space, mixing, ridge, evict_least_useful
-    ws.history, ws.scales, ws.matrix, ws.gram, ws.norms, ws.ages = history, scales, matrix, gram, norms, ages
+    method, stopping = _split(AndersonMethod, history.shape[2], numbers)
+    method = method._replace(evict=Evict(method.evict))
+    _check_memory(layout, tensors, AndersonWorkspace.shapes(layout, method, history.dtype))
+    ws = AndersonWorkspace.over(layout, stopping, method, (x, x_prev, saved), tensors)
     return _run(ws, f, f_prev, f_rows, f_prev_rows)
 
 
 def _broyden_step(
-    f: list[Tensor],
-    f_rows: Tensor | None,
-    x: list[Tensor],
-    x_prev: list[Tensor],
-    saved: list[Tensor],
-    ints: Tensor,
-    reals: Tensor,
-    history: Tensor,
-    norms: Tensor,
-    gram: Tensor,
-    scale_first: bool,
-    rtol: float,
-    atol: float,
-    max_iter: int,
-    keep_best: bool,
+    f: list[Tensor], f_rows: Tensor | None, x: list[Tensor], x_prev: list[Tensor], saved: list[Tensor], *given: Any
 ) -> Tensor:
-    ws = BroydenWorkspace.__new__(BroydenWorkspace)
-    layout = _share(ws, x, x_prev, saved, ints, reals, rtol, atol, max_iter, keep_best)
+    tensors, numbers = _named(("ints", "reals", "history", "norms", "gram"), given)
+    history, layout = tensors["history"], _layout(x, x_prev, saved)
     if history.dim() != 3 or history.shape[1] < 2:
         raise ValueError(f"history: expected (B, memory, N) with at least 2 steps of memory, got {_is(history)}")
-    memory = history.shape[1]
-    side = memory if layout.N >= BroydenWorkspace.GRAM_MIN_N else 0
-    _expect("history", history, (layout.B, memory, layout.N), layout.acc, layout.device)
-    _expect("norms", norms, (layout.B, memory), layout.acc, layout.device)
-    _expect("gram", gram, (layout.B, side, side), layout.acc, layout.device)
-    ws.memory, ws.scale_first = memory, scale_first
-    ws.history, ws.norms, ws.gram = history, norms, gram
+    method, stopping = _split(BroydenMethod, history.shape[1], numbers)
+    _check_memory(layout, tensors, BroydenWorkspace.shapes(layout, method))
+    ws = BroydenWorkspace.over(layout, stopping, method, (x, x_prev, saved), tensors)
     return _run(ws, f, None, f_rows, None)
 
 
-def _share(
-    ws: Workspace,
-    x: list[Tensor],
-    x_prev: list[Tensor],
-    saved: list[Tensor],
-    ints: Tensor,
-    reals: Tensor,
-    rtol: float,
-    atol: float,
-    max_iter: int,
-    keep_best: bool,
-) -> Layout:
-    """Fill what both workspaces have with the given memory, checked: the kernels see addresses alone."""
+def _named(names: tuple[str, ...], given: tuple[Any, ...]) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
+    """The tensors among the arguments by name, and the numbers after them."""
+    return dict(zip(names, given, strict=False)), given[len(names) :]
+
+
+def _split(method: type[M], columns: int, numbers: tuple[Any, ...]) -> tuple[M, Stopping]:
+    at = len(numbers) - len(Stopping._fields)
+    return method(columns, *numbers[:at]), Stopping(*numbers[at:])
+
+
+def _layout(x: list[Tensor], x_prev: list[Tensor], saved: list[Tensor]) -> Layout:
+    """The layout of the iterates, all of them checked: the kernels see addresses alone."""
     layout = Layout(list(x), "x")
-    ws.own_residual, ws.block_norms, ws.block_rules = None, None, []
     for name, leaves in (("x", x), ("x_prev", x_prev), ("saved", saved)):
         if len(leaves) != len(x):
             raise ValueError(f"{name}: expected {len(x)} tensors as in x, got {len(leaves)}")
@@ -191,14 +141,12 @@ def _share(
             if t.shape != leaf.shape or t.dtype != leaf.dtype or not _same_memory(t, leaf.stride):
                 expected = f"{tuple(leaf.shape)} {leaf.dtype} with strides {tuple(leaf.stride)}"
                 raise ValueError(f"{name}: expected {expected}, got {_is(t)} with strides {t.stride()}")
-    ws.layout = layout
-    ws.tiles = math.ceil(layout.B / TILE)
-    _expect("ints", ints, (16, ws.tiles * TILE), torch.int32, layout.device)
-    _expect("reals", reals, (8, ws.tiles * TILE), layout.acc, layout.device)
-    ws.rtol, ws.atol, ws.max_iter, ws.keep_best = rtol, atol, max_iter, keep_best
-    ws.x, ws.cur, ws.saved = (list(x), list(x_prev)), 0, list(saved)
-    ws.ints, ws.reals, ws.buffer = ints, reals, None
     return layout
+
+
+def _check_memory(layout: Layout, tensors: dict[str, Tensor], shapes: Shapes) -> None:
+    for name, (shape, dtype) in {**Workspace.statistics(layout), **shapes}.items():
+        _expect(name, tensors[name], shape, dtype, layout.device)
 
 
 def _run(
@@ -210,7 +158,7 @@ def _run(
         _check_sources(layout, f, f_rows, "f", running_samples)
         if f_prev is not None:
             _check_sources(layout, f_prev, f_prev_rows, "f_prev", running_samples)
-        running = bind(ws, choose("auto", layout.device), evaluations=1)(f, f_prev, f_rows, f_prev_rows)
+        running = choose("auto", layout.device).bind(ws, evaluations=1)(f, f_prev, f_rows, f_prev_rows)
         if layout.device.type != "cpu":  # there the step does not wait for the device, and knows less
             return (ws.int_row(Int.STATUS) == Status.RUNNING).sum().view(1)
     else:

@@ -12,25 +12,23 @@ import torch
 from torch import Tensor
 
 from ..status import Status
-from .workspace import (
+from .anderson import SCALED_DTYPES, AndersonWorkspace
+from .broyden import BroydenWorkspace
+from .codes import (
     BLOCK,
-    SCALED_DTYPES,
-    AndersonWorkspace,
+    DIVERGENCE,
+    GROWTH_LIMIT,
+    MIN_DENOMINATOR,
+    STALL_FRACTION,
+    STALL_MIN_STEPS,
+    UNIT_RANGE,
     At,
-    BroydenWorkspace,
+    Evict,
     Int,
     Real,
-    Workspace,
-    tile,
-    untile,
 )
+from .workspace import Workspace, tile, untile
 
-UNIT_RANGE = 2.0**40  # a sample whose magnitude leaves [1/UNIT_RANGE, UNIT_RANGE] in its unit gets a new unit
-GROWTH_LIMIT = 1.5
-DIVERGENCE = 10.0
-STALL_FRACTION = 3
-STALL_MIN_STEPS = 10
-MIN_DENOMINATOR = 1e-4
 CHUNK = 8192  # numbers whose sum torch does not split
 
 
@@ -79,7 +77,7 @@ def _measure(ws: Workspace, r: _Rows) -> tuple[Tensor, Tensor]:
     g_norm, f_norm = _row_norm(r.g), _row_norm(r.f)
     finite = torch.isfinite(g_norm) & torch.isfinite(f_norm)
     relative = torch.where(f_norm > 0, g_norm / f_norm, torch.where(g_norm > 0, math.inf, 0.0))
-    within = g_norm <= ws.atol + ws.rtol * f_norm
+    within = g_norm <= ws.stopping.atol + ws.stopping.rtol * f_norm
     if ws.block_norms is not None:
         finite, relative, within = _judge_blocks(ws, finite)
     relative = torch.where(finite, relative, math.inf).to(r.acc)
@@ -97,7 +95,7 @@ def _measure(ws: Workspace, r: _Rows) -> tuple[Tensor, Tensor]:
     ints(Int.BEST_STEP).copy_(torch.where(better, steps, ints(Int.BEST_STEP)))
     reals(Real.BEST).copy_(torch.where(better, relative, reals(Real.BEST)))
 
-    last = run & (steps == ws.max_iter) if ws.max_iter else torch.zeros_like(run)
+    last = run & (steps == ws.stopping.max_iter) if ws.stopping.max_iter else torch.zeros_like(run)
     status = torch.where(run & ~finite, Status.NON_FINITE, ints(Int.STATUS))
     status = torch.where(converged, Status.CONVERGED, status)
     idle = steps - ints(Int.BEST_STEP)
@@ -110,7 +108,7 @@ def _measure(ws: Workspace, r: _Rows) -> tuple[Tensor, Tensor]:
     going = run & (status == Status.RUNNING)
     stopped = run & ~going
     current, saved = r.x, r.gather(ws.saved)
-    use_saved = (best_at == At.SAVED) & (ws.keep_best | ~finite)
+    use_saved = (best_at == At.SAVED) & (ws.stopping.keep_best | ~finite)
     answer = torch.where(use_saved[:, None], saved, current)
     for buffer in ws.x:
         _scatter(ws, buffer, answer, stopped)
@@ -194,12 +192,12 @@ def anderson_step(
     converged samples have been dropped from it (-1: dropped).
     """
     r = _Rows(ws, f, f_rows)
-    B, m = ws.layout.B, ws.m
+    B, m = ws.layout.B, ws.method.m
     ints, reals = ws.int_row, ws.real_row
     last_norm = reals(Real.NORM).clone()
     going, reset = _measure(ws, r)
     if m == 0:
-        _finish(ws, r.x + ws.mixing * r.g if ws.mixing != 1 else r.f, r.f, going)
+        _finish(ws, r.x + ws.method.mixing * r.g if ws.method.mixing != 1 else r.f, r.f, going)
         return int((ints(Int.STATUS) == Status.RUNNING).sum())
 
     unit = reals(Real.UNIT)[:, None]
@@ -234,13 +232,13 @@ def anderson_step(
     valid = (q > 0) | is_new
     columns_f = torch.where(valid[..., None], columns_f, 0)
     columns_g = torch.where(valid[..., None], columns_g, 0)
-    if ws.test_space == 0:
+    if ws.method.test_space == 0:
         test = -columns_g
         grew = going & (steps > 1) & ~reset & (reals(Real.NORM) > GROWTH_LIMIT * last_norm)
         ints(Int.GROWTH_RESTARTS).add_(grew.int())
         valid &= ~grew[:, None] | is_new
     else:
-        test = columns_f - ws.test_space * columns_g
+        test = columns_f - ws.method.test_space * columns_g
 
     new_g = (columns_g * is_new[..., None]).sum(1)
     new_w = (test * is_new[..., None]).sum(1)
@@ -260,7 +258,7 @@ def anderson_step(
         gram = untile(ws.gram, B)
         gram = gram.tril() + gram.tril(-1).mT
         gram = torch.where(new_row, gram_row[:, None, :], torch.where(new_col, gram_row[:, :, None], gram))
-        matrix = untile(ws.matrix, B) if ws.test_space else gram
+        matrix = untile(ws.matrix, B) if ws.method.test_space else gram
         matrix = torch.where(new_row, row[:, None, :], torch.where(new_col, col[:, :, None], matrix))
     else:
         every_g = columns_g[:, None]
@@ -272,20 +270,20 @@ def anderson_step(
     rhs = torch.where(valid, -_products(test, g) / safe_w, 0)
     ages = torch.where(is_new, steps[:, None], ages)
 
-    if ws.test_space == 0:
-        factor, info = torch.linalg.cholesky_ex(gram + ws.ridge * eye)
+    if ws.method.test_space == 0:
+        factor, info = torch.linalg.cholesky_ex(gram + ws.method.ridge * eye)
         y = torch.cholesky_solve(rhs[..., None], factor)[..., 0]
         solved = (info == 0) & torch.isfinite(y).all(1)
     else:
-        y, info = torch.linalg.solve_ex(torch.where(both, ws.ridge * eye - matrix, eye), rhs)
+        y, info = torch.linalg.solve_ex(torch.where(both, ws.method.ridge * eye - matrix, eye), rhs)
         solved = (info == 0) & torch.isfinite(y).all(1)
     failed = going & ~solved
     ints(Int.SOLVE_FALLBACKS).add_(failed.int())
     y = torch.where(failed[:, None], 0, y)
     gamma = torch.where(valid, y / safe_q, 0)
 
-    weighted = columns_f if ws.mixing == 1 else columns_f - (1 - ws.mixing) * columns_g
-    base = r.f if ws.mixing == 1 else r.x + ws.mixing * r.g
+    weighted = columns_f if ws.method.mixing == 1 else columns_f - (1 - ws.method.mixing) * columns_g
+    base = r.f if ws.method.mixing == 1 else r.x + ws.method.mixing * r.g
     x_new = base - _combine(gamma, weighted) / torch.where(unit > 0, unit, 1)
     overflowed = _finish(ws, x_new, r.f, going)
     ints(Int.STEP_FALLBACKS).add_(overflowed.int())
@@ -295,7 +293,7 @@ def anderson_step(
     _write(ws.ages, ages, going, ws.tiles)
     if ws.keeps_products:
         _write(ws.gram, gram, going, ws.tiles)
-        if ws.test_space:
+        if ws.method.test_space:
             _write(ws.matrix, matrix, going, ws.tiles)
     _choose_slot(ws, q > 0, gram, y, ages, going)
     return int((ints(Int.STATUS) == Status.RUNNING).sum())
@@ -331,11 +329,11 @@ def _write(target: Tensor, value: Tensor, where: Tensor, tiles: int) -> None:
 
 def _choose_slot(ws: AndersonWorkspace, used: Tensor, gram: Tensor, y: Tensor, ages: Tensor, going: Tensor) -> None:
     """The slot of the next column: an empty one, else the least useful or the oldest."""
-    m, row = ws.m, ws.int_row
+    m, row = ws.method.m, ws.int_row
     full = used.all(1)
-    if ws.evict_least_useful and m > 3:
+    if ws.method.evict == Evict.LEAST_USEFUL and m > 3:
         eye = torch.eye(m, dtype=gram.dtype, device=gram.device)
-        inverse = torch.linalg.inv_ex(gram + ws.ridge * eye).inverse
+        inverse = torch.linalg.inv_ex(gram + ws.method.ridge * eye).inverse
         loss = y.square() / inverse.diagonal(dim1=1, dim2=2)
         newest = ages > (row(Int.STEPS) - max(2, m // 3))[:, None]
         victim = torch.where(newest, math.inf, loss).argmin(dim=1)
@@ -358,7 +356,7 @@ def broyden_step(ws: BroydenWorkspace, f: list[Tensor], f_rows: Tensor | None = 
     scale = reals(Real.SCALE)
     count = torch.where(reset, 0, ints(Int.COUNT)).long()
     scale_now = torch.where(scale > 0, scale, 1)
-    if ws.scale_first:
+    if ws.method.scale_first:
         first = going & (count == 1) & (scale == 0)
         s = torch.where(first[:, None], ws.history[:, 0], 0)
         s_norm = torch.where(first, ws.norms[:, 0], 1)
@@ -369,7 +367,7 @@ def broyden_step(ws: BroydenWorkspace, f: list[Tensor], f_rows: Tensor | None = 
         scale.copy_(torch.where(first, measured, scale))
         scale_now = torch.where(first, measured, scale_now)
         count = torch.where(first, 0, count)
-    full = going & (count == ws.memory)
+    full = going & (count == ws.method.memory)
     ints(Int.FULL_RESTARTS).add_(full.int())
     count = torch.where(full, 0, count)
 
@@ -381,7 +379,7 @@ def broyden_step(ws: BroydenWorkspace, f: list[Tensor], f_rows: Tensor | None = 
         ratio = _sum(s_j * z) / torch.where(j < count, ws.norms[:, j], 1)
         last = count == j + 1
         denominator = torch.where(last, 1 - ratio, denominator)
-        if j + 1 < ws.memory:
+        if j + 1 < ws.method.memory:
             s_next = torch.where((j + 1 < count)[:, None], ws.history[:, j + 1], 0)
             z = z + ratio[:, None] * s_next
     step = z / denominator[:, None]

@@ -20,9 +20,10 @@ from triton.compiler import ASTSource
 import deqfast as dq
 from deqfast import ops
 from deqfast.kernels import anderson, broyden, joint, joint_finish
-from deqfast.ops.joint import JointWorkspace, MapOptions, Part, bind_joint
+from deqfast.ops.joint import JointWorkspace, MapOptions, Part
+from deqfast.ops.joint_step import JointStep
 from deqfast.ops.layout import Layout
-from deqfast.state import SolverState
+from deqfast.ops.workspace import Stopping
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {
@@ -89,10 +90,10 @@ class Launches:
 def launches(solver, dtype, sizes) -> dict:
     """Every kernel that one step launches, with its arguments."""
     z0 = tuple(torch.zeros(2, n, dtype=dtype) for n in sizes)
-    state = SolverState(solver, z0, backend="reference")
+    state = solver.init(z0, backend="reference")
     found = listen()
-    step = ops.bind(state.ws, "triton")
-    step(list(z0), [t.clone() for t in z0] if state._uses_previous else None, None, None)
+    step = ops.choose("triton", torch.device("cpu")).bind(state.ws)
+    step(list(z0), [t.clone() for t in z0] if solver.uses_previous else None, None, None)
     return found
 
 
@@ -101,13 +102,13 @@ def joint_launches(solver, options, centered, returns, whole, dtype, sizes) -> d
     every = [torch.zeros(2, n, dtype=dtype) for n in (sizes[0], *sizes)]
     layout = Layout(every, "every")
     inner = layout if whole else Layout(every[:2], "every")
-    core = solver.workspace(inner, rtol=0.0, atol=0.0, max_iter=0, keep_best=returns == "best")
+    core = solver.workspace(inner, Stopping(0.0, keep_best=returns == "best"))
     core.judge_blocks([(1e-3, 0.0, 1.0)] * 3)
     center = torch.zeros(2, sizes[1], dtype=layout.acc) if centered else None
     chosen = [0, 1, 2 if whole else None]
     parts = [Part(i, leaf, chosen[i], center if i == 2 else None) for i, leaf in enumerate(layout.leaves)]
     found = listen()
-    step = bind_joint(JointWorkspace(core, parts, options, returns, True), "triton")
+    step = JointStep(JointWorkspace(core, parts, options, returns, True), ops.choose("triton", torch.device("cpu")))
     for _ in range(2):  # the second makes a column
         step(every, 0.1, torch.zeros(2, dtype=layout.acc))
     return found

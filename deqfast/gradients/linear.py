@@ -1,0 +1,78 @@
+"""The linear fixed-point solves behind derivatives: u = A u + b, by the same solvers as everything else."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..loop.state import SolverState
+from ..ops.contract import Method
+from ..ops.layout import Layout
+from ..ops.workspace import Stopping
+from ..status import Status
+
+
+class GradientWarning(RuntimeWarning):
+    """The linear solve behind a derivative did not converge for some samples, so that it may be inaccurate."""
+
+
+@dataclass
+class LinearOptions:
+    """How the linear solve behind a derivative runs."""
+
+    solver: Method
+    stopping: Stopping
+    backend: str
+    u0: Any = None  # start, or a function of the leaves of the right-hand side that gives it
+    mode: str = "loop"
+
+
+def solve_linear(
+    f: Callable[[Any], Any], start: Any, known: list[Tensor], layout: Layout, options: LinearOptions
+) -> list[Tensor]:
+    """Leaves of the solution of u = f(u), an affine map, each sample to a relative tolerance of its own.
+
+    Where a sample does not converge its best iterate is returned, with a ``GradientWarning`` unless its right-hand side
+    ``known`` was not finite: an overflowing loss scale, for example, is no failure of this solve.
+    """
+    with torch.no_grad():
+        state = SolverState(options.solver, start, options.stopping, backend=options.backend, layout=layout)
+        while not state.done:
+            state.step(f(state.z))
+        if layout.B and layout.N and options.stopping.rtol > 0 and state.failed():
+            warn_of_failures(state, known)
+        leaves = state.answer()[0]
+        state.release()
+        return leaves
+
+
+def warn_of_failures(state: SolverState, known: list[Tensor]) -> None:
+    """Say how many samples of a solve did not converge, but for those whose right-hand side ``known`` is not finite."""
+    failed = state.status != Status.CONVERGED
+    for t in known:
+        failed = failed & torch.isfinite(t.reshape(t.shape[0], -1)).all(1)
+    count = int(failed.sum())
+    if count:
+        worst, rule = float(state.answer()[1][failed].max()), state.ws.stopping
+        warnings.warn(
+            f"the linear solve of a derivative did not converge for {count} of {failed.shape[0]} samples: relative "
+            f"residual up to {worst:.1e} after {state.nfe} evaluations, asked for rtol={rule.rtol:g} within "
+            f"max_iter={rule.max_iter}. Raise Implicit(max_iter=), loosen Implicit(rtol=), or use dq.Phantom()",
+            GradientWarning,
+            stacklevel=2,
+        )
+
+
+def adjoint_start(g: list[Tensor], layout: Layout, options: LinearOptions) -> Any:
+    """Where a backward solve begins: at its right-hand side, or where the user said."""
+    if options.u0 is None:
+        return layout.unflatten(g)
+    if callable(options.u0):
+        return options.u0(g)
+    layout.flatten(options.u0, "u0")
+    return options.u0

@@ -1,0 +1,1 @@
+"""The joint solve: a fixed point and its input at once."""

@@ -1,0 +1,1 @@
+"""A solve between two evaluations of f."""

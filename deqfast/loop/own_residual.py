@@ -1,0 +1,51 @@
+"""A residual of the caller's own in place of f(z) - z, possibly in another space than z: Type II Anderson only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..ops import contract
+from ..ops.anderson import AndersonWorkspace
+from ..ops.layout import Layout
+from ..ops.workspace import Workspace
+
+
+def takes_residual(ws: Workspace) -> AndersonWorkspace | None:
+    """The workspace if its method can minimise another residual, else None."""
+    if isinstance(ws, AndersonWorkspace) and ws.method.m and ws.method.test_space == 0 and ws.method.mixing == 1:
+        return ws
+    return None
+
+
+def rows_of(residual: Any, ws: AndersonWorkspace) -> Tensor:
+    """The residual as (B, any) numbers of the accumulation dtype, in memory of its own.
+
+    Raises:
+        TypeError, ValueError: naming what is wrong with it.
+    """
+    layout = Layout(residual, "residual")
+    if layout.B != ws.layout.B:
+        raise ValueError(f"residual must have the batch of z0, expected dim 0 to be {ws.layout.B}, got {layout.B}")
+    rows = torch.cat(layout.rows(pytree.tree_leaves(residual)), dim=1).detach().to(ws.layout.acc, copy=True)
+    if ws.own_residual is not None and rows.shape != ws.own_residual.shape:
+        raise ValueError(f"residual must keep its size, expected {ws.own_residual.shape[1]}, got {rows.shape[1]}")
+    return rows
+
+
+def backend_for(current: contract.Backend, asked: str, device: torch.device) -> contract.Backend:
+    """The backend that takes a residual of the caller's own: the current one, or with "auto" another.
+
+    Raises:
+        ValueError: the one that was asked for does not.
+    """
+    if current.own_residual:
+        return current
+    able = [b.name for b in contract.backends() if b.own_residual]
+    if contract.wish(asked) != "auto":
+        listed = ", ".join(map(repr, able))
+        raise ValueError(f"residual needs backend='auto' or one of {listed}, got backend={current.name!r}")
+    return contract.choose("auto", device, own_residual=True)

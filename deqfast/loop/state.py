@@ -1,0 +1,322 @@
+"""The state of a solve between two evaluations of f."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .. import compiled
+from ..ops import contract
+from ..ops.codes import At, Int, Real
+from ..ops.layout import Layout
+from ..ops.workspace import Stopping, Workspace
+from ..status import Status
+from . import own_residual, saving
+from .outputs import Outputs
+
+_NOTHING = contextlib.nullcontext()
+
+
+class SolverState:
+    """One solve in progress, for a loop of your own.
+
+    ::
+
+        state = dq.Anderson(m=6).init(z0, rtol=1e-4)
+        while not state.done:
+            state.step(f(state.z))
+
+    Attributes:
+        nfe: evaluations of f that have been fed to ``step``.
+        options: the solver.
+        layout: structure and sizes of the state.
+    """
+
+    def __init__(
+        self,
+        options: contract.Method,
+        z0: Any,
+        stopping: Stopping,
+        *,
+        backend: str = "auto",
+        layout: Layout | None = None,
+    ) -> None:
+        self.options = options
+        self.layout = Layout(z0) if layout is None else layout
+        self._asked_for = backend
+        self._backend = contract.choose(backend, self.layout.device)
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING:
+            try:
+                self.ws: Workspace = options.workspace(self.layout, stopping)
+            except torch.OutOfMemoryError as error:
+                raise torch.OutOfMemoryError(
+                    f"no room for the history of {options} for {self.layout.B} samples of {self.layout.N} numbers: "
+                    f"keep fewer columns, Anderson's in a narrower history_dtype, or solve a smaller batch. {error}"
+                ) from error
+        self.nfe = 0
+        self._running = self.layout.B if self.layout.N else 0
+        start = [z0.detach()] if self.layout.single else [t.detach() for t in pytree.tree_leaves(z0)]
+        for x, t in zip(self.ws.x[0], start, strict=True):
+            x.copy_(t)
+        self._own_residual = False
+        self._showing = False  # while a callback looks, every iterate it asks for is a copy
+        self.bound = self._backend.bind(self.ws)
+        self._outputs = Outputs(self.ws, self.bound, options.uses_previous, start)
+
+    def _bind(self) -> None:
+        self.bound = self._backend.bind(self.ws, self.nfe)
+        self._outputs.bind(self.bound)
+
+    @property
+    def backend(self) -> str:
+        """The backend that runs the updates."""
+        return self._backend.name
+
+    @property
+    @compiled.skip
+    def z(self) -> Any:
+        """The iterate to evaluate f at, structured like z0; valid until the next step."""
+        ws, outputs = self.ws, self._outputs
+        x = ws.x[ws.cur]
+        if outputs.plain and not self._showing:
+            return x[0]
+        if outputs.start and outputs.z_changed():  # by a call of f that did not end in a step
+            outputs.restore_z()
+        return self.layout.unflatten([t.clone() for t in x] if outputs.copies_z or self._showing else x)
+
+    @property
+    @compiled.skip
+    def copies_z(self) -> bool:
+        """Whether f was seen to write into the iterate it is given, so that it gets copies."""
+        return self._outputs.copies_z
+
+    @property
+    @compiled.skip
+    def done(self) -> bool:
+        """True when no sample is known to run any more.
+
+        On a GPU that becomes known up to two steps late, without waiting for the device; surplus steps change nothing.
+        """
+        return self._running == 0
+
+    @property
+    @compiled.skip
+    def known_running(self) -> int:
+        """How many samples still ran when the host last heard: exact on a CPU, else that many or fewer run now."""
+        return self._running
+
+    @compiled.skip
+    def failed(self) -> int:
+        """How many samples ended without having converged; waits for the device, and knows nothing under capture."""
+        return self.bound.failed()
+
+    @property
+    @compiled.skip
+    def running(self) -> Tensor:
+        """(B,) bool: samples that have not stopped."""
+        return self.ws.int_row(Int.STATUS) == Status.RUNNING
+
+    @property
+    @compiled.skip
+    def status(self) -> Tensor:
+        """(B,) int32 of ``Status``."""
+        return self.ws.int_row(Int.STATUS)
+
+    @property
+    @compiled.skip
+    def steps(self) -> Tensor:
+        """(B,) int32: evaluations each sample has used."""
+        return self.ws.int_row(Int.STEPS)
+
+    @property
+    @compiled.skip
+    def residual(self) -> Tensor:
+        """(B,) relative residual ||f(z) - z|| / ||f(z)|| at each sample's newest evaluation."""
+        return self.ws.real_row(Real.RESIDUAL)
+
+    @compiled.skip
+    def step(self, fz: Any, residual: Any = None) -> bool:
+        """Take f at ``z``, move to the next iterate; returns ``done``.
+
+        Args:
+            fz: f(state.z), structured like z0. It is read in place and kept until the next step.
+            residual: a residual of your own, a tensor or tree of tensors (B, ...), possibly in another space than z:
+                the weights minimise it and a sample stops at ||residual|| <= atol + rtol ||f(z)||. Type II Anderson
+                without mixing; give it at every step or at none. With backend="auto" the first residual moves the
+                state to a backend that takes one, and ``backend`` says so.
+
+        Raises:
+            TypeError, ValueError: ``fz`` has another structure, shape, dtype or device, or ``residual`` cannot be used;
+                the state is as before.
+        """
+        if residual is not None or self._own_residual:
+            return self._step_with_residual(fz, residual)
+        if self._outputs.plain and fz.__class__ is Tensor and self._running:
+            running = self._outputs.quick(fz)
+            if running is not None:
+                self._running = running
+                self.ws.cur ^= 1
+                self.nfe += 1
+                return running == 0
+        return self.advance(self.layout.flatten(fz, "f(z)"), None)
+
+    @compiled.skip
+    def advance(self, leaves: list[Tensor], rows: Tensor | None) -> bool:
+        """``step`` for checked leaves; ``rows`` maps samples to rows of the leaves, -1 for dropped samples."""
+        if self._running == 0:
+            return True
+        self._running = self._outputs.careful(leaves, rows, self.nfe)
+        self.ws.cur ^= 1
+        self.nfe += 1
+        return self._running == 0
+
+    def _step_with_residual(self, fz: Any, residual: Any) -> bool:
+        ws = own_residual.takes_residual(self.ws)
+        if ws is None:
+            raise ValueError(f"residual needs dq.Anderson(type=2) with mixing=1, got {self.options}")
+        if residual is None or (self.nfe and not self._own_residual):
+            raise ValueError("residual must be given at every step of a solve or at none")
+        backend = own_residual.backend_for(self._backend, self._asked_for, self.layout.device)
+        rows = own_residual.rows_of(residual, ws)
+        leaves = self.layout.flatten(fz, "f(z)")
+        self._serve_residual(backend)
+        ws.set_residual(rows)
+        return self.advance(leaves, None)
+
+    def _serve_residual(self, backend: contract.Backend) -> None:
+        self._own_residual = True
+        if backend is not self._backend:
+            self._backend = backend
+            self._bind()
+
+    @compiled.skip
+    def answer(self, returns: str = "best") -> tuple[list[Tensor], Tensor]:
+        """Leaves of the returned iterate and its (B,) relative residual; samples still running are read, not moved."""
+        ws = self.ws
+        residual = best = self.ws.real_row(Real.BEST)
+        if returns == "last":
+            residual = torch.where(self.status == Status.NON_FINITE, best, self.ws.real_row(Real.RESIDUAL))
+        leaves = ws.x[ws.cur]
+        if self._running and self.nfe:
+            running = self.running
+            from_saved = running & (ws.int_row(Int.BEST_AT) == At.SAVED) & (returns == "best")
+            leaves = [
+                _where(from_saved, saved, _where(running, previous, current))
+                for current, previous, saved in zip(leaves, ws.x[1 - ws.cur], ws.saved, strict=True)
+            ]
+        return leaves, residual.clone()
+
+    @property
+    def previous(self) -> list[Tensor] | None:
+        """What f returned at the previous iterate, as the next step will read it."""
+        return self._outputs.previous
+
+    @property
+    def replay(self) -> contract.Replay:
+        """What graphs need of the steps that were captured."""
+        assert self.bound.replay is not None
+        return self.bound.replay
+
+    def restart(self, start: list[Tensor]) -> None:
+        """Begin another solve in the same memory; what was learned about f stays."""
+        self.ws.reset()
+        self.replay.renew()
+        for x, t in zip(self.ws.x[0], start, strict=True):
+            x.copy_(t)
+        self.nfe, self._running = 0, self.layout.B
+        self._outputs.start = start
+        self._outputs.hold(None)
+
+    def resume(self, nfe: int, previous: list[Tensor] | None) -> None:
+        """Go on as after ``nfe`` evaluations whose iterate is in memory already, with f at the one before."""
+        self.replay.rewind(nfe)
+        self.ws.cur = nfe & 1
+        self.nfe, self._running = nfe, self.layout.B
+        self._outputs.start = []
+        self._outputs.hold(previous)
+
+    def finish(self, nfe: int) -> None:
+        """Take note that every sample has stopped: its answer is in both iterates."""
+        self.nfe, self._running = nfe, 0
+        self._outputs.start = []
+
+    def show(self, callback: Callable[[int, SolverState], bool | None]) -> bool:
+        """Call ``callback(nfe, self)``, with every iterate it asks for a copy; returns whether it said stop."""
+        self._showing = True
+        try:
+            return bool(callback(self.nfe, self))
+        finally:
+            self._showing = False
+
+    @compiled.skip
+    def evaluated(self) -> Any:
+        """A copy of the iterate at which f was last evaluated, structured like z0."""
+        ws = self.ws
+        return self.layout.unflatten([t.clone() for t in ws.x[1 - ws.cur if self.nfe else ws.cur]])
+
+    def release(self) -> None:
+        """Give the history back for the next solve; answers can still be read, steps no longer made."""
+        self._running = 0
+        self.bound = _Released(self.ws)
+        self._outputs.end(self.bound)
+        self.ws.release()
+
+    @compiled.skip
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of everything a later step reads; ``load_state_dict`` of a state of the same shape takes it up."""
+        running = self._running and int(self.running.sum())
+        return saving.save(self.options, self.ws, self._outputs, self.nfe, running)
+
+    @compiled.skip
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continue where ``saved`` stopped.
+
+        Raises:
+            ValueError: it was saved by a solver with other options or a state of another structure, shape, memory
+                format or dtype, or something is missing; this state is as before.
+        """
+        own = own_residual.takes_residual(self.ws) if "own_residual" in saved.get("tensors", {}) else None
+        backend = self._backend
+        if own is not None:
+            backend = own_residual.backend_for(backend, self._asked_for, self.layout.device)
+        saving.check(saved, self.options, self.ws)
+        if own is not None:
+            self._serve_residual(backend)
+            own.set_residual(torch.empty_like(saved["tensors"]["own_residual"], device=self.layout.device))
+        saving.load(saved, self.ws, self._outputs)
+        self.nfe = saved["nfe"]
+        self._running = saved["running"]
+        self._bind()
+
+    def __reduce__(self) -> Any:
+        settings = {"stopping": self.ws.stopping, "backend": self._asked_for}
+        return _rebuild, (type(self), self.options, self.evaluated(), settings, self.state_dict())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SolverState:
+        function, args = self.__reduce__()
+        return function(*args[:1], copy.deepcopy(args[1], memo), *args[2:])
+
+
+def _rebuild(
+    cls: type[SolverState], options: Any, z: Any, settings: dict[str, Any], saved: dict[str, Any]
+) -> SolverState:
+    state = cls(options, z, **settings)
+    state.load_state_dict(saved)
+    return state
+
+
+class _Released(contract.BoundStep):
+    """What is left when the history was given back."""
+
+    def __call__(self, *_: object) -> int:
+        raise RuntimeError("this solve has ended and its history was given back")
+
+
+def _where(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(mask.view(-1, *([1] * (a.dim() - 1))), a, b)

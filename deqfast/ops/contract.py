@@ -1,0 +1,247 @@
+"""What a solver asks of a backend, and what a backend may offer besides.
+
+A backend is one folder (or module) that makes a ``Backend`` and ``register``s it; the package's own are in ``native/``,
+``triton/`` and ``plain.py``, and one from outside is registered the same way. Solvers ``choose`` one by name and device
+and ``bind`` a workspace to it once a solve; from then on they call the ``BoundStep`` and never ask whose it is.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ..status import Status
+from .codes import Int
+from .joint import JointWorkspace
+from .layout import Layout
+from .workspace import Stopping, Workspace
+
+Leaves = list[Tensor]
+Rows = Tensor | None  # (B,) int32, sample -> row of f's output, -1: it is not in there; None: all rows in order
+
+
+class Method(Protocol):
+    """What a solve asks of a solver's options."""
+
+    @property
+    def uses_previous(self) -> bool:
+        """Whether a step reads f at the previous iterate."""
+
+    def workspace(self, layout: Layout, stopping: Stopping) -> Workspace:
+        """The memory that a solve of states of ``layout`` needs."""
+
+
+class QuickStep(Protocol):
+    """The step of a state of one contiguous real tensor, for outputs of f that are such tensors of its dtype."""
+
+    def __call__(self, cur: int, f: int, f_prev: int, /) -> int:
+        """From ``x[cur]``, with the addresses of f's output and of the one before (0: none); samples still running."""
+
+
+class BoundStep(ABC):
+    """A solver's update, bound to a workspace for one solve; it keeps the workspace alive.
+
+    Attributes:
+        quick: the same in fewer words, or None where the backend or the state has no such way.
+        replay: for steps that are captured in a graph and replayed, or None where steps cannot be.
+        counts_writes: whether torch sees what a step writes, so that the versions of the iterates change.
+    """
+
+    quick: QuickStep | None = None
+    replay: Replay | None = None
+    counts_writes: ClassVar[bool] = True
+
+    def __init__(self, ws: Workspace) -> None:
+        self.ws = ws
+
+    @abstractmethod
+    def __call__(self, f: Leaves, f_prev: Leaves | None, f_rows: Rows, f_prev_rows: Rows) -> int:
+        """One update from ``x[cur]``, where f was evaluated, over ``x[1 - cur]``, which the caller then makes current.
+
+        Args:
+            f: f's output, read in place.
+            f_prev: f at the iterate before, None when there is none; solvers that do not use it are given None.
+            f_rows: where the samples are in ``f``.
+            f_prev_rows: where they are in ``f_prev``.
+
+        Returns:
+            How many samples still run, as far as the host knows: on a device the count may be an earlier one.
+        """
+
+    def failed(self) -> int:
+        """Samples that stopped without having converged; may wait for the device, and knows nothing under capture."""
+        return int((self.ws.int_row(Int.STATUS) > Status.CONVERGED).sum())
+
+
+class Replay(ABC):
+    """What graphs need of a step whose launches were captured.
+
+    Attributes:
+        running: (1,) int32 on the device, its own count of running samples.
+    """
+
+    running: Tensor
+
+    @abstractmethod
+    def renew(self) -> None:
+        """Prepare for a new solve in the same memory; its operations may be captured."""
+
+    @abstractmethod
+    def rewind(self, evaluations: int) -> None:
+        """The part of ``renew`` that the host keeps, for a solve that has made so many evaluations."""
+
+    @abstractmethod
+    def report(self, lag: int) -> int:
+        """The samples running as of ``lag`` reports before."""
+
+    def why_no_loop(self) -> str | None:
+        """Why the device cannot run the whole loop by itself, or None if it can."""
+        return "the backend has no loop on the device"
+
+    def loop(self, pass_: Any, rest: Any, steps: int, made: Tensor, limit: int) -> Loop:
+        """A loop over captured graphs: ``pass_`` of ``steps`` evaluations while samples run, then the rest.
+
+        Args:
+            pass_: a ``torch.cuda.CUDAGraph`` kept open, or None.
+            rest: another one, or None.
+            steps: evaluations in a pass.
+            made: (1,) int32 on the device, evaluations made.
+            limit: evaluations at most.
+
+        Raises:
+            ValueError: what a graph holds cannot stand in a loop.
+        """
+        raise NotImplementedError(self.why_no_loop())
+
+
+class Loop(Protocol):
+    """A loop that the device runs by itself."""
+
+    def launch(self, stream: int) -> None:
+        """Start it on this stream; does not wait."""
+
+
+class JointEnds(ABC):
+    """What comes before and after the accelerated step of a joint solve."""
+
+    def __init__(self, ws: JointWorkspace) -> None:
+        self.ws = ws
+
+    @abstractmethod
+    def map(self, values: Leaves, step_size: float, cost: Tensor | None) -> None:
+        """The map of the joint solve: writes ``mapped`` and the norms of each block.
+
+        Args:
+            values: f, p and q, a tensor for each of the workspace's parts.
+            step_size: a_x.
+            cost: (B,), or None; where it is no number it makes the norm of the adjoint none.
+        """
+
+    @abstractmethod
+    def finish(self, cost: Tensor | None, made: int) -> None:
+        """After the accelerated step of evaluation number ``made``: the record, and what is not accelerated."""
+
+
+Binder = Callable[[Any, int], BoundStep]
+
+
+class Backend(ABC):
+    """One way to run the ops.
+
+    Attributes:
+        name: what users call it.
+        own_residual: whether its Anderson step takes a residual of the caller's own (``ws.own_residual``).
+        steps: for each kind of workspace it serves, what binds one: (workspace, evaluations made so far) -> the step.
+    """
+
+    name: str
+    own_residual: bool = False
+    steps: Mapping[type[Workspace], Binder]
+
+    @abstractmethod
+    def why_not(self, device: torch.device) -> str | None:
+        """Why it cannot serve ``device`` here, or None when it can."""
+
+    def automatic(self, device: torch.device) -> bool:
+        """Whether backend="auto" may take it for ``device``; else it serves those who name it."""
+        return True
+
+    def bind(self, ws: Workspace, evaluations: int = 0) -> BoundStep:
+        """The update of this workspace's solver, after so many evaluations."""
+        return self.steps[type(ws)](ws, evaluations)
+
+    @abstractmethod
+    def joint(self, ws: JointWorkspace) -> JointEnds:
+        """The ends of a joint step on this workspace."""
+
+
+_backends: dict[str, Backend] = {}
+
+
+def register(backend: Backend, before: str | None = None) -> None:
+    """Make a backend known by its name; ``before``: "auto" asks it before that one, else after all others.
+
+    Raises:
+        ValueError: the name is taken, or ``before`` names none.
+    """
+    if backend.name in _backends or backend.name == "auto":
+        raise ValueError(f"a backend named {backend.name!r} is registered already")
+    if before is not None and before not in _backends:
+        raise ValueError(f"before must be one of {', '.join(map(repr, _backends))}, got {before!r}")
+    others = list(_backends.items())
+    at = len(others) if before is None else list(_backends).index(before)
+    _backends.clear()
+    _backends.update([*others[:at], (backend.name, backend), *others[at:]])
+
+
+def unregister(name: str) -> None:
+    """Forget a backend; solves that it serves go on."""
+    del _backends[name]
+
+
+def backends() -> Iterator[Backend]:
+    """Every registered backend, in the order in which "auto" asks them."""
+    return iter(list(_backends.values()))
+
+
+def names() -> tuple[str, ...]:
+    """Their names, in that order."""
+    return tuple(_backends)
+
+
+def why_not(name: str, device: torch.device) -> str | None:
+    """Why the backend cannot serve ``device`` here, or None when it can."""
+    return _backends[name].why_not(device)
+
+
+def wish(backend: str) -> str:
+    """What is asked for: ``DEQFAST_BACKEND`` may say what "auto" means."""
+    return (os.environ.get("DEQFAST_BACKEND") or backend) if backend == "auto" else backend
+
+
+def choose(backend: str, device: torch.device, own_residual: bool = False) -> Backend:
+    """The backend that serves: ``DEQFAST_BACKEND`` or the first available one for "auto", else the one asked for.
+
+    ``own_residual``: one whose Anderson step takes a residual of the caller's own.
+
+    Raises:
+        ValueError: unknown backend, or one that cannot serve this device, with the reason.
+    """
+    asked = wish(backend)
+    source = "backend" if asked == backend else "DEQFAST_BACKEND"
+    if asked == "auto":
+        for candidate in backends():
+            fits = candidate.own_residual or not own_residual
+            if fits and candidate.automatic(device) and candidate.why_not(device) is None:
+                return candidate
+    if asked not in _backends:
+        raise ValueError(f"{source} must be one of 'auto', {', '.join(map(repr, _backends))}, got {asked!r}")
+    reason = why_not(asked, device)
+    if reason is not None:
+        raise ValueError(f"{source}={asked!r} cannot serve device {device}: {reason}")
+    return _backends[asked]

@@ -1,0 +1,212 @@
+"""C++ kernels on CPU tensors and CUDA kernels on CUDA tensors, called through the extension module ``deqfast._C``.
+
+A plan holds the workspace's addresses for one solve; a step passes only where f's output lies. The module never sees
+a tensor, so one wheel serves every torch version; addresses are taken here and in the state's short step only, always
+of tensors that somebody keeps alive.
+
+A step on a GPU is launched on torch's current stream and not waited for. What it returns is the count of running
+samples ``LAG`` steps before, which the device has left in host memory by then or will in a moment: the host stays ahead
+of the device by that many evaluations of f, and makes up to that many more than the samples need.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...status import Status
+from ..anderson import AndersonWorkspace
+from ..broyden import BroydenWorkspace
+from ..codes import Evict, Int
+from ..contract import BoundStep, Leaves, Loop, Replay, Rows
+from ..lag import capturing
+from ..layout import Layout
+from ..workspace import Workspace
+from .extension import _C, CODES, EMULATED, stream_of
+from .source import place
+
+LAG = 2  # steps
+HUGE_PAGE_MIN_BYTES = 4 << 20
+
+
+class NativeStep(BoundStep):
+    """The update of a workspace's solver; after so many ``evaluations``."""
+
+    counts_writes = False
+
+    def __init__(self, ws: Workspace, evaluations: int) -> None:
+        super().__init__(ws)
+        _C.cpu_isa()  # a wrong DEQFAST_CPU_ISA is said here, before f is evaluated
+        self.plan, memory = make_plan(ws, evaluations)
+        layout = ws.layout
+        leaf = layout.leaves[0]
+        self._dtype = leaf.dtype
+        stream = stream_of(layout.device)
+        dense = self.plan.step_dense if stream is None else _streamed(self.plan, stream)
+        if stream is not None:
+            assert memory is not None
+            self.replay = NativeReplay(self.plan, ws, memory, stream)
+        self.quick = dense if len(layout.leaves) == 1 and leaf.plain else None
+
+    def __call__(self, f: Leaves, f_prev: Leaves | None, f_rows: Rows, f_prev_rows: Rows) -> int:
+        """One update, launched and not waited for on a GPU."""
+        if self.quick is not None and self._is_plain(f, f_rows) and self._is_plain(f_prev, f_prev_rows):
+            return self.quick(self.ws.cur, f[0].data_ptr(), 0 if f_prev is None else f_prev[0].data_ptr())
+        return general_step(self.plan, self.ws, f, f_prev, f_rows, f_prev_rows)
+
+    def _is_plain(self, leaves: Leaves | None, rows: Rows) -> bool:
+        if leaves is None:
+            return True
+        t = leaves[0]
+        return rows is None and t.dtype is self._dtype and t.is_contiguous() and not t.is_neg()
+
+    def failed(self) -> int:
+        """Samples that stopped without having converged, known once none runs."""
+        if self.replay is None:
+            return super().failed()
+        count = self.plan.failed()
+        if count < 0 and not capturing(self.ws.layout.device):  # resumed, and no step made since
+            count = super().failed()
+        return max(0, int(count))
+
+
+def _streamed(plan: Any, stream: Callable[[], int]) -> Callable[[int, int, int], int]:
+    def dense(cur: int, f: int, f_prev: int, /) -> int:
+        return int(plan.step_dense(cur, f, f_prev, stream()))
+
+    return dense
+
+
+class NativeReplay(Replay):
+    """Steps that were captured in a graph."""
+
+    def __init__(self, plan: Any, ws: Workspace, memory: Tensor, stream: Callable[[], int]) -> None:
+        self._plan, self._B, self._memory, self._stream = plan, ws.layout.B, memory, stream
+        self._index = ws.layout.device.index
+        self.running = memory[:4].view(torch.int32)
+
+    def renew(self) -> None:
+        """Prepare for a new solve in the same memory."""
+        self._memory.zero_()
+        self.running.fill_(self._B)
+        self._plan.rewind(0)
+
+    def rewind(self, evaluations: int) -> None:
+        """The part of ``renew`` that the host keeps."""
+        self._plan.rewind(evaluations)
+
+    def report(self, lag: int) -> int:
+        """The samples running as of ``lag`` reports before."""
+        return int(self._plan.report(self._stream(), lag))
+
+    def why_no_loop(self) -> str | None:
+        """What the driver lacks, if anything."""
+        return _C.why_no_device_loop() or None
+
+    def loop(self, pass_: Any, rest: Any, steps: int, made: Tensor, limit: int) -> Loop:
+        """A graph with a WHILE node; see csrc/cuda/graph_loop.cu."""
+        raw = [0 if part is None else part.raw_cuda_graph() for part in (pass_, rest)]
+        for graph in raw:
+            found = _C.node_not_allowed(graph) if graph else ""
+            if found:
+                raise ValueError(f"f launches {found}, which cannot stand in a loop on the device")
+        return _C.DeviceLoop(self._index, *raw, steps, self.running.data_ptr(), made.data_ptr(), limit)
+
+
+def general_step(
+    plan: Any,
+    ws: Workspace,
+    f: list[Tensor],
+    f_prev: list[Tensor] | None,
+    f_rows: Tensor | None,
+    f_prev_rows: Tensor | None,
+    phase: int | None = None,
+) -> int:
+    """A step, or the half of it that ``phase`` names, on sources of any layout."""
+    alive = []
+    for which, leaves in enumerate((f, f_prev or [])):
+        for i, t in enumerate(leaves):
+            alive.append(place(functools.partial(plan.source, i, which), t, ws.layout.leaves[i]))
+    rows = 0 if f_rows is None else f_rows.data_ptr()
+    previous_rows = 0 if f_prev_rows is None else f_prev_rows.data_ptr()
+    stream = stream_of(ws.layout.device)
+    return plan.step(
+        ws.cur,
+        f_prev is not None,
+        rows,
+        previous_rows,
+        _C.STEP if phase is None else phase,
+        0 if stream is None else stream(),
+    )
+
+
+def make_plan(ws: Workspace, evaluations: int = 0, halves: bool = False) -> tuple[Any, Tensor | None]:
+    """The plan of a workspace, and the device memory it works in beside that; ``halves``: not for whole steps only."""
+    layout = ws.layout
+    on_device = EMULATED or layout.device.type == "cuda"
+    plan = _C.AndersonPlan() if isinstance(ws, AndersonWorkspace) else _C.BroydenPlan()
+    plan.bind(
+        B=layout.B,
+        dtype=CODES[layout.dtype],
+        leaves=_leaves(ws, layout),
+        ints=ws.ints.data_ptr(),
+        reals=ws.reals.data_ptr(),
+        padded=ws.ints.shape[1],
+        rtol=ws.stopping.rtol,
+        atol=ws.stopping.atol,
+        max_iter=ws.stopping.max_iter,
+        keep_best=ws.stopping.keep_best,
+        threads=torch.get_num_threads(),
+    )
+    if ws.block_norms is not None:
+        plan.blocks(ws.block_norms.data_ptr(), ws.block_rules)
+    if on_device:
+        plan.on_device(layout.device.index or 0, layout.B, evaluations, 0 if EMULATED else LAG)
+    if isinstance(ws, AndersonWorkspace):
+        for large in (ws.history, ws.matrix, ws.gram):
+            _advise(large)
+        plan.method(
+            *ws.method[:4],
+            ws.method.evict == Evict.LEAST_USEFUL,
+            CODES[ws.history.dtype],
+            ws.history.data_ptr(),
+            ws.scales.data_ptr(),
+            ws.matrix.data_ptr(),
+            ws.gram.data_ptr(),
+            ws.norms.data_ptr(),
+            ws.ages.data_ptr(),
+        )
+    else:
+        assert isinstance(ws, BroydenWorkspace)
+        _advise(ws.history)
+        plan.method(*ws.method, ws.history.data_ptr(), ws.norms.data_ptr(), ws.gram.data_ptr())
+    return plan, _device_memory(plan, ws, evaluations, halves) if on_device else None
+
+
+def _device_memory(plan: Any, ws: Workspace, evaluations: int, halves: bool) -> Tensor:
+    memory = torch.zeros(plan.device_bytes(halves), dtype=torch.uint8, device=ws.layout.device)
+    running = memory[:4].view(torch.int32)
+    if evaluations:
+        running.copy_((ws.int_row(Int.STATUS) == Status.RUNNING).sum())
+        memory[8:12].view(torch.int32).copy_((ws.int_row(Int.STATUS) > Status.CONVERGED).sum())
+    else:
+        running.fill_(ws.layout.B)
+    plan.use(memory.data_ptr(), halves)
+    return memory
+
+
+def _leaves(ws: Workspace, layout: Layout) -> list[tuple[int, int, int, int]]:
+    return [
+        (leaf.n, x.data_ptr(), y.data_ptr(), saved.data_ptr())
+        for leaf, x, y, saved in zip(layout.leaves, ws.x[0], ws.x[1], ws.saved, strict=True)
+    ]
+
+
+def _advise(t: Tensor) -> None:
+    size = t.numel() * t.element_size()
+    if size >= HUGE_PAGE_MIN_BYTES and t.device.type == "cpu":
+        _C.advise_huge_pages(t.data_ptr(), size)

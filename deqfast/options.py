@@ -1,0 +1,163 @@
+"""The options of a call: one frozen value, checked once, and the checks that every argument goes through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.utils import _pytree as pytree
+
+from .ops import contract
+from .ops.workspace import Stopping
+
+DEFAULT_RTOL = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+MODES = ("loop", "graph", "device")
+
+
+def check_number(name: str, value: object) -> float:
+    """The value as a float; TypeError unless it is a real number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def check_not_negative(name: str, value: object) -> float:
+    """The value as a float; TypeError or ValueError unless it is a number from 0 up, and finite."""
+    number = check_number(name, value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    return number
+
+
+def check_fraction(name: str, value: object) -> float:
+    """The value as a float; TypeError or ValueError unless it is a number in (0, 1]."""
+    number = check_number(name, value)
+    if not 0 < number <= 1:
+        raise ValueError(f"{name} must be in (0, 1], got {value}")
+    return number
+
+
+def check_int(name: str, value: object, least: int = 1, hint: str = "", or_none: bool = False) -> int:
+    """The value; TypeError or ValueError unless it is an int of at least ``least``; ``hint`` ends the message."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int{' or None' if or_none else ''}, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}{hint}")
+    return value
+
+
+def check_flag(name: str, value: object) -> bool:
+    """The value; TypeError unless it is a bool."""
+    if value is not True and value is not False:
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise ValueError unless the value is one of ``choices``."""
+    if value not in choices:
+        listed = [repr(choice) for choice in choices]
+        known = f"one of {', '.join(listed)}" if len(listed) > 2 else " or ".join(listed)
+        raise ValueError(f"{name} must be {known}, got {value!r}")
+
+
+def check_callable(name: str, value: object) -> None:
+    """Raise TypeError unless the value can be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {type(value).__name__}")
+
+
+def check_args(args: object, example: str = "x") -> None:
+    """Raise TypeError unless ``args`` is a tuple."""
+    if not isinstance(args, tuple):
+        raise TypeError(f"args must be a tuple, got {type(args).__name__}; write args=({example},) for one argument")
+
+
+def check_limit(max_iter: object) -> int:
+    """The limit of evaluations; TypeError or ValueError unless it is a positive int that 32 bits hold."""
+    limit = check_int("max_iter", max_iter)
+    if limit >= 2**31:
+        raise ValueError(f"max_iter must be below 2**31, got {max_iter}")
+    return limit
+
+
+def check_backend(backend: object) -> None:
+    """Raise ValueError unless a backend has that name."""
+    check_choice("backend", backend, ("auto", *contract.names()))
+
+
+def stopping(
+    rtol: float | None, atol: float, max_iter: int | None, dtype: torch.dtype, keep_best: bool = True
+) -> Stopping:
+    """The rule, checked; rtol None becomes the default of the dtype, max_iter None no limit."""
+    relative = check_not_negative("rtol", DEFAULT_RTOL[dtype] if rtol is None else rtol)
+    absolute = check_not_negative("atol", atol)
+    return Stopping(relative, absolute, 0 if max_iter is None else check_limit(max_iter), keep_best)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of ``fixed_point``, as its docstring describes them; ``solver`` and ``backward`` are chosen already.
+
+    ``backward`` is a ``Gradient`` or None.
+    """
+
+    solver: contract.Method
+    rtol: Any = None
+    atol: Any = 0.0
+    max_iter: int = 100
+    backward: Any = None
+    returns: str = "best"
+    compact: Any = False
+    trace: bool = False
+    callback: Callable[[int, Any], bool | None] | None = None
+    throw: bool = False
+    backend: str = "auto"
+    mode: str = "loop"
+    progress: bool = False
+
+    RETURNS: ClassVar[tuple[str, ...]] = ("best", "last")
+
+    def __post_init__(self) -> None:
+        if self.max_iter is None:
+            raise TypeError("max_iter must be an int, got None")
+        check_limit(self.max_iter)
+        check_choice("returns", self.returns, self.RETURNS)
+        if self.callback is not None:
+            check_callable("callback", self.callback)
+        if self.compact is not True and self.compact is not False:
+            leaves = pytree.tree_leaves(self.compact)
+            if not leaves or not all(isinstance(leaf, bool) for leaf in leaves):
+                raise TypeError(f"compact must be a bool or a tree of bools shaped like args, got {self.compact!r}")
+        check_backend(self.backend)
+        for name in ("trace", "throw", "progress"):
+            check_flag(name, getattr(self, name))
+        self._check_mode()
+        self._check_tolerances()
+
+    def _check_tolerances(self) -> None:
+        self.stopping(torch.float32)
+
+    def _check_mode(self) -> None:
+        check_choice("mode", self.mode, MODES)
+        looks = {"trace": self.trace, "callback": self.callback is not None, "progress": self.progress}
+        for name, used in {**looks, "compact": self.compact}.items():
+            if self.mode != "loop" and used is not False:
+                raise ValueError(f"mode={self.mode!r} cannot be combined with {name}, which looks at every evaluation")
+
+    @property
+    def keep_best(self) -> bool:
+        """Whether the iterate with the least residual is the answer."""
+        return self.returns == "best"
+
+    @property
+    def looks(self) -> bool:
+        """Whether something has to be done between evaluations beside stepping."""
+        return self.trace or self.progress or self.callback is not None or self.compact is not False
+
+    def stopping(self, dtype: torch.dtype) -> Stopping:
+        """The stopping rule for states of this real dtype."""
+        return stopping(self.rtol, self.atol, self.max_iter, dtype, self.keep_best)

@@ -1,0 +1,32 @@
+"""One call of ``fixed_point``, as the loop, the graphs and the gradients see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import transforms
+from .ops.layout import Layout
+from .ops.workspace import Stopping
+from .options import Options
+
+
+@dataclass
+class Problem:
+    """What is solved, how, and what is known of it."""
+
+    f: Callable[..., Any]
+    args: tuple[Any, ...]
+    layout: Layout
+    options: Options
+    stopping: Stopping
+    transformed: bool = False  # a torch.func transform or a forward-mode level surrounds the call
+    copy_z: bool = False  # f writes into the z that it is given
+
+    @property
+    def differentiated(self) -> bool:
+        """Whether somebody may ask for a derivative."""
+        return torch.is_grad_enabled() or (self.transformed and transforms.forward_mode())

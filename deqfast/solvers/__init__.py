@@ -1,0 +1,1 @@
+"""The solvers: options, and the workspace that each asks for."""
