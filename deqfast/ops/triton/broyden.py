@@ -16,12 +16,12 @@ class BroydenStep(TritonStep):
 
     def __init__(self, ws: BroydenWorkspace, evaluations: int) -> None:
         super().__init__(ws, evaluations)
-        kernels = load("broyden")
+        kernels, steps = load("broyden"), load("steps")
         self.ws: BroydenWorkspace = ws
         method, _ = kernels.method_of(ws.method)
         B, N, acc = ws.layout.B, ws.layout.N, ws.layout.acc
         gram = ws.gram.shape[1] > 0
-        self.steps = [kernels.Steps(ws.history, ws.norms, ws.gram, N, *self.begin(part.offset)) for part in self.parts]
+        self.steps = [steps.Steps(ws.history, ws.norms, ws.gram, N, *self.begin(part.offset)) for part in self.parts]
         solve = {"method": method, "rule": self.rule}
         limit = self.shapes.SAMPLE_MAX_N * 4 // self.itemsize
         self.alone = len(self.parts) == 1 and limit >= N and not gram
@@ -30,7 +30,7 @@ class BroydenStep(TritonStep):
             self.sample = bound(kernels.sample_kernel, B, shape.warps, **solve, BLOCK=shape.BLOCK)
             return
         self.hand_on(2 + method.memory)
-        self.scratch = kernels.Scratch(
+        self.scratch = steps.Scratch(
             torch.empty(B, N, dtype=acc, device=self.device),
             torch.empty(B, method.memory, dtype=acc, device=self.device),
             torch.empty(B, 3, dtype=acc, device=self.device),
@@ -38,10 +38,9 @@ class BroydenStep(TritonStep):
         M, tile = self.shapes.power_of_two(method.memory), self.shapes.chunk_tile(self.total, method.memory)
         walk = {"method": method, "GRAM": gram, "BLOCK": 1024, "PRODUCTS_BLOCK": 256 * 4 // self.itemsize}
         self.gather = [bound(kernels.gather_kernel, B * part.own, 4, **walk) for part in self.chunks]
-        if gram:
-            self.judge = bound(kernels.recur_kernel, B, 1, **solve, M=M, CHUNKS=tile)
-        else:
-            self.judge = bound(kernels.chain_kernel, B, 8, **solve, CHUNKS=tile, BLOCK=2048)
+        self.decide = bound(
+            kernels.decide_kernel, B, 1 if gram else 8, **solve, GRAM=gram, M=M, CHUNKS=tile, BLOCK=2048
+        )
         self.apply = [bound(kernels.apply_kernel, B * part.own, 4, **walk) for part in self.chunks]
         self.finish = bound(kernels.finish_kernel, B, 4, method=method, GRAM=gram, M=M, CHUNKS=tile, BLOCK=256)
 
@@ -55,16 +54,10 @@ class BroydenStep(TritonStep):
         shared = self.statistics, self.handed, self.scratch
         for i, launch in enumerate(self.gather):
             launch(f[i], iterates[i], self.steps[i], *shared, self.chunks[i], padded)
-        self.judge(
-            self.steps[0],
-            self.statistics,
-            self.stopping,
-            self.handed,
-            self.scratch,
-            self.total,
-            padded,
+        self.decide(
+            self.steps[0], self.statistics, self.stopping, self.handed, self.scratch, self.total, padded,
             ws.stopping.max_iter,
-        )
+        )  # fmt: skip
         for i, launch in enumerate(self.apply):
             launch(f[i], iterates[i], self.steps[i], *shared, self.chunks[i], padded)
         for i in range(len(f)):
