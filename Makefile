@@ -9,10 +9,9 @@ PYTEST_ARGS ?=
 # CUDA kernels take minutes to compile: without a GPU to run them they are left to check-cuda.
 CUDA ?= $(if $(shell command -v nvidia-smi),auto,off)
 # Everything instrumented takes an hour: SANITIZE_TESTS="tests -k native".
-SANITIZE_TESTS ?= $(patsubst %,tests/test_%.py,memory joint_step joint_finish)
+SANITIZE_TESTS ?= tests/ops -m "sanitize and not slow"
 # One is enough to notice breakage; wheels have CMakeLists.txt's default.
 CUDA_ARCHS ?= 90-real
-EMULATED_TESTS ?= $(patsubst %,tests/test_%.py,anderson broyden picard halves low_precision joint_step joint_finish refusals)
 SANITIZE_ISAS ?= avx512 avx2 baseline
 AARCH64_CXX ?= aarch64-linux-gnu-g++
 
@@ -123,7 +122,7 @@ sanitize: venv ## Run the native tests under AddressSanitizer and UndefinedBehav
 	export LD_PRELOAD="$$($$cxx -print-file-name=libasan.so) $$($$cxx -print-file-name=libubsan.so) $$($$cxx -print-file-name=libstdc++.so)"; \
 	for isa in $(SANITIZE_ISAS); do \
 	  DEQFAST_CPU_ISA=$$isa $(BIN)/python -c "import torch, deqfast._C as c; c.cpu_isa()" 2> /dev/null || { echo "$$isa does not run here"; continue; }; \
-	  DEQFAST_CPU_ISA=$$isa $(BIN)/pytest -p no:cacheprovider --capture=sys -m "not slow" $(SANITIZE_TESTS) || exit 1; \
+	  DEQFAST_CPU_ISA=$$isa $(BIN)/pytest -p no:cacheprovider --capture=sys $(SANITIZE_TESTS) || exit 1; \
 	done
 
 # The module's CUDA kernels, compiled as C++ and run on CPU tensors block after block, under the tests of every backend;
@@ -139,7 +138,7 @@ emulated: venv ## Run the tests of the backends on emulated CUDA kernels
 	rm -rf $(EMULATED)/deqfast/_C.* $(EMULATED)/deqfast/kernels
 	cp -R kernels $(EMULATED)/deqfast/kernels
 	$(BIN)/cmake --install build/emulated --prefix $(EMULATED)
-	PYTHONPATH=$(abspath $(EMULATED)) DEQFAST_TEST_LAG=2 $(BIN)/pytest -p no:cacheprovider -m "not slow" $(EMULATED_TESTS)
+	PYTHONPATH=$(abspath $(EMULATED)) DEQFAST_TEST_LAG=2 $(BIN)/pytest -p no:cacheprovider -m "not slow" tests/ops
 
 check-aarch64: ## Compile the CPU kernels for aarch64 (needs a cross compiler)
 	@command -v $(AARCH64_CXX) > /dev/null || { echo "$(AARCH64_CXX) not found; Debian: g++-aarch64-linux-gnu" >&2; exit 1; }
@@ -154,7 +153,7 @@ check-cuda: venv ## Compile the CUDA kernels for CUDA_ARCHS, assert that none sp
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DDEQFAST_CUDA=on -DDEQFAST_CUDA_ARCHS="$(CUDA_ARCHS)" \
 	  -DDEQFAST_CUDA_RESOURCES=ON -DDEQFAST_ISAS=baseline -DDEQFAST_WERROR=ON -DDEQFAST_INPLACE=OFF
 	$(BIN)/cmake --build build/cuda --clean-first > build/cuda/resources.txt 2>&1 || { cat build/cuda/resources.txt; exit 1; }
-	$(BIN)/python tests/cuda/resources.py build/cuda/resources.txt
+	$(BIN)/python tests/device/resources.py build/cuda/resources.txt
 	cd build/cuda/deqfast && $(abspath $(BIN)/python) -c "import torch, _C; print(_C.build_info()); print(_C.cuda_why_not(0))"
 
 format: venv ## Format Python and C++ in place, write the API reference

@@ -25,9 +25,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 590.0  # seconds for everything
 BENCH_LIMIT = 230.0
-STEPS = ["tests/test_anderson.py", "tests/test_broyden.py", "tests/test_low_precision.py", "tests/test_picard.py"]
-STEPS += ["tests/test_joint_step.py", "tests/test_joint_finish.py"]
-SOLVES = ["tests/test_device.py", "tests/test_device_joint.py", "tests/test_device_gradients.py"]
+STEPS = [
+    "tests/ops/test_anderson.py",
+    "tests/ops/test_broyden.py",
+    "tests/ops/test_low_precision.py",
+    "tests/ops/test_picard.py",
+]
+STEPS += ["tests/ops/test_joint_map.py", "tests/ops/test_joint_step.py", "tests/ops/test_joint_finish.py"]
+SOLVES = ["tests/device/test_device.py", "tests/device/test_device_joint.py", "tests/device/test_device_gradients.py"]
 
 
 @dataclass
@@ -101,12 +106,12 @@ def stages(out: Path, arch: str, triton: bool, sanitizer: str | None) -> list[li
     configure += ["-DDEQFAST_CUDA=on", f"-DDEQFAST_CUDA_ARCHS={arch}"]
     device = {"DEQFAST_TEST_DEVICE": "cuda"}
     tests = [pytest("tests-device", out, SOLVES, 200)]
-    tests += [pytest("tests-graphs", out, ["tests/test_device_graphs.py"], 200)]
+    tests += [pytest("tests-graphs", out, ["tests/device/test_device_graphs.py"], 200)]
     tests += [pytest("steps-native", out, [*STEPS, "-k", "not triton"], 200, device)]
     if triton:
         tests += [pytest("steps-triton", out, [*STEPS, "-k", "triton"], 200, device)]
-        tests += [pytest("compile-triton", out, ["tests/test_triton_compile.py"], 200)]
-    smoke = [sys.executable, str(ROOT / "tests" / "device_smoke.py")]
+        tests += [pytest("compile-triton", out, ["tests/ops/test_triton_compile.py"], 200)]
+    smoke = [sys.executable, str(ROOT / "tests" / "device" / "device_smoke.py")]
     # A tensor an allocation: what lies beyond its end is nobody's, and the sanitizer sees it.
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     checks = [Part("smoke", smoke, 60)]

@@ -86,7 +86,8 @@ def check_limit(max_iter: object) -> int:
 
 def check_backend(backend: object) -> None:
     """Raise ValueError unless a backend has that name."""
-    check_choice("backend", backend, ("auto", *contract.names()))
+    if backend != "auto":
+        check_choice("backend", backend, ("auto", *contract.names()))
 
 
 def stopping(
@@ -133,19 +134,23 @@ class Options:
             if not leaves or not all(isinstance(leaf, bool) for leaf in leaves):
                 raise TypeError(f"compact must be a bool or a tree of bools shaped like args, got {self.compact!r}")
         check_backend(self.backend)
-        for name in ("trace", "throw", "progress"):
-            check_flag(name, getattr(self, name))
+        check_flag("trace", self.trace)
+        check_flag("throw", self.throw)
+        check_flag("progress", self.progress)
         self._check_mode()
         self._check_tolerances()
 
     def _check_tolerances(self) -> None:
-        self.stopping(torch.float32)
+        if self.rtol is not None or self.atol != 0:
+            self.stopping(torch.float32)
 
     def _check_mode(self) -> None:
         check_choice("mode", self.mode, MODES)
+        if self.mode == "loop":
+            return
         looks = {"trace": self.trace, "callback": self.callback is not None, "progress": self.progress}
         for name, used in {**looks, "compact": self.compact}.items():
-            if self.mode != "loop" and used is not False:
+            if used is not False:
                 raise ValueError(f"mode={self.mode!r} cannot be combined with {name}, which looks at every evaluation")
 
     @property

@@ -221,7 +221,7 @@ def conclude(state: SolverState, returns: str, rows: list[Tensor] | None, shared
     leaves, residual = state.answer(returns)
     ws, layout = state.ws, state.layout
     counters = ws.ints.clone() if shared else ws.ints
-    status = counters[Int.STATUS, : layout.B]
+    status, steps = counters[Int.STATUS, : layout.B], counters[Int.STEPS, : layout.B]
     if layout.N == 0:
         status.fill_(Status.CONVERGED)
         residual = torch.zeros_like(residual)
@@ -231,7 +231,7 @@ def conclude(state: SolverState, returns: str, rows: list[Tensor] | None, shared
     return Solution(
         z=layout.unflatten(leaves),
         converged=status == Status.CONVERGED,
-        steps=counters[Int.STEPS, : layout.B],
+        steps=steps,
         residual=residual,
         evaluations=state.nfe,
         status=status,

@@ -9,6 +9,8 @@ from .implicit import Implicit
 
 _MODES = "an Implicit, Phantom, OneStep or Unroll, None for Implicit(), or 'none' for no gradient"
 
+_DEFAULT = Implicit()
+
 
 def choose_gradient(backward: Any) -> Gradient | None:
     """The way that ``backward`` asks for; None: no gradient.
@@ -17,7 +19,7 @@ def choose_gradient(backward: Any) -> Gradient | None:
         ValueError, TypeError: neither a known name nor gradient options.
     """
     if backward is None:
-        return Implicit()
+        return _DEFAULT
     if isinstance(backward, Gradient):
         return backward
     if isinstance(backward, str):

@@ -11,6 +11,8 @@ same ones for the common case. Both accept the same outputs, to the same bits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,8 @@ class Outputs:
 
     def bind(self, bound: BoundStep) -> None:
         """Feed this step from now on."""
-        self._bound, self._quick = bound, bound.quick
+        self._bound = bound
+        self._quick: Any = bound.quick  # called only where ``look`` has seen that it is there
         self._x_storages = storages([*self.ws.x[0], *self.ws.x[1]])
         self.note_versions()
         self.look()
@@ -100,11 +103,10 @@ class Outputs:
 
     def quick(self, fz: Tensor) -> int | None:
         """Step with one contiguous tensor; samples still running. None, with nothing done, where it needs more care."""
-        ws, step = self.ws, self._quick
+        ws = self.ws
         cur = ws.cur
         if (
-            step is None
-            or fz.dtype is not self._dtype
+            fz.dtype is not self._dtype
             or fz.shape != self._shape
             or fz.requires_grad
             or (not fz.is_cpu if self._device_index < 0 else fz.get_device() != self._device_index)
@@ -115,7 +117,7 @@ class Outputs:
         ):
             return None
         if not self.uses_previous:
-            return None if fz.untyped_storage().data_ptr() in self._x_storages else step(cur, fz.data_ptr(), 0)
+            return None if fz.untyped_storage().data_ptr() in self._x_storages else self._quick(cur, fz.data_ptr(), 0)
         storage = fz.untyped_storage().data_ptr()
         if (
             storage == self._origin_storages[0]
@@ -123,7 +125,7 @@ class Outputs:
             or self._origin[0]._version != self._origin_versions[0]
         ):
             return None
-        running = step(cur, fz.data_ptr(), self.previous[0].data_ptr() if self.previous else 0)
+        running: int = self._quick(cur, fz.data_ptr(), self.previous[0].data_ptr() if self.previous else 0)
         self.previous = self._origin = [fz]
         self._origin_versions = [fz._version]
         self._origin_storages = [storage]

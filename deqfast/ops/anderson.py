@@ -12,10 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import pool
 from .codes import BLOCK, TILE, TINY, Evict
 from .layout import Layout
-from .workspace import Shapes, Stopping, Workspace, tiles_of, untile
+from .workspace import Memory, Stopping, Workspace, untile
 
 HISTORY_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8)
 SCALED_DTYPES = (torch.float16, torch.int8)
@@ -34,84 +33,51 @@ class AndersonMethod(NamedTuple):
     evict: Evict = Evict.OLDEST
 
 
-def keeps_products(layout: Layout, history_dtype: torch.dtype) -> bool:
-    """Whether Anderson keeps small matrices; if not, its history lies in tiles as they do."""
-    return layout.N > TINY or len(layout.leaves) > 1 or history_dtype in SCALED_DTYPES
-
-
-def history_shape(layout: Layout, m: int, history_dtype: torch.dtype) -> tuple[int, ...]:
-    """The shape of Anderson's history for ``m`` columns."""
-    if keeps_products(layout, history_dtype):
-        return 2, layout.B, m, layout.N
-    return 2, math.ceil(layout.B / TILE), m, layout.N, TILE
-
-
 class AndersonWorkspace(Workspace):
     """History (2, B, m, N) of differences of f and of the residual, and their small matrices.
 
     Columns are stored in units of the sample (times ``Real.UNIT``, a power of two), rounded to ``history.dtype``;
     float16 and int8 carry a power-of-two scale per block of 1024 numbers. A column whose residual difference has norm
-    0 in ``norms`` is empty. The history of tiny samples lies in tiles too, (2, tiles, m, N, 16), and their matrices are
-    formed anew at every step: reading and writing them would cost more than that.
+    0 in ``norms`` is empty. The history of tiny samples lies in tiles too, (2, tiles, m, N, 16), and they have no
+    matrices.
     """
 
     uses_previous = True
     kept = ("history", "scales", "matrix", "gram", "norms", "ages")
 
     method: AndersonMethod
-    scales: Tensor
-    matrix: Tensor  # normalised W^T dG
-    gram: Tensor  # normalised dG^T dG, lower triangle
-    norms: Tensor  # ||dG_j||, ||W_j||
-    ages: Tensor  # step that wrote the column
 
-    def __init__(self, layout: Layout, stopping: Stopping, method: AndersonMethod, history_dtype: torch.dtype) -> None:
-        super().__init__(layout, stopping)
-        self._describe_method(method, history_dtype)
-        shapes = self.shapes(layout, method, history_dtype)
-        self.history, self.buffer = pool.empty(*shapes.pop("history"), layout.device)
-        for name, (shape, dtype) in shapes.items():
-            make = torch.zeros if name in ("norms", "ages") else torch.empty
-            setattr(self, name, make(shape, dtype=dtype, device=layout.device))
-
-    def _describe_method(self, method: AndersonMethod, history_dtype: torch.dtype) -> None:
-        self.method = method
-        self.keeps_products = keeps_products(self.layout, history_dtype)
-        # With a residual of the caller's own: the one before, and its differences (B, m, any) instead of history[1].
-        self.own_previous: Tensor | None = None
-        self.own_columns: Tensor | None = None
-
-    @classmethod
-    def over(
-        cls,
+    def __init__(
+        self,
         layout: Layout,
         stopping: Stopping,
         method: AndersonMethod,
-        iterates: tuple[list[Tensor], list[Tensor], list[Tensor]],
-        tensors: Mapping[str, Tensor],
-    ) -> AndersonWorkspace:
-        """A workspace on memory that somebody else owns, of the right ``shapes``."""
-        ws = cls.__new__(cls)
-        ws._describe(layout, stopping)
-        ws._describe_method(method, tensors["history"].dtype)
-        ws._adopt(iterates, tensors)
-        return ws
-
-    @staticmethod
-    def shapes(layout: Layout, method: AndersonMethod, history_dtype: torch.dtype) -> Shapes:
-        """Shape and dtype of what the method keeps."""
-        m, acc, tiles = method.m, layout.acc, tiles_of(layout)
-        blocks = sum(math.ceil(leaf.n / BLOCK) for leaf in layout.leaves) if history_dtype in SCALED_DTYPES else 0
-        kept = m if keeps_products(layout, history_dtype) else 0
+        history_dtype: torch.dtype,
+        memory: Memory | None = None,
+    ) -> None:
+        fresh = memory is None
+        memory = Memory(layout.device) if memory is None else memory
+        super().__init__(layout, stopping, memory)
+        self.method = method
+        m, acc, tiles, scaled = method.m, layout.acc, self.tiles, history_dtype in SCALED_DTYPES
+        # The products of tiny samples are not kept: reading and writing them would cost more than forming them anew.
+        self.keeps_products = layout.N > TINY or len(layout.leaves) > 1 or scaled
+        shape = (2, layout.B, m, layout.N) if self.keeps_products else (2, tiles, m, layout.N, TILE)
+        self.history = memory.history(shape, history_dtype)
+        self.buffer = memory.buffer
+        blocks = sum(math.ceil(leaf.n / BLOCK) for leaf in layout.leaves) if scaled else 0
+        kept = m if self.keeps_products else 0
         side = kept if method.test_space else 0  # Type II needs the Gram matrix alone
-        return {
-            "history": (history_shape(layout, m, history_dtype), history_dtype),
-            "scales": ((2, layout.B, m, blocks), torch.float32),
-            "matrix": ((tiles, side, side, TILE), acc),
-            "gram": ((tiles, kept, kept, TILE), acc),
-            "norms": ((tiles, 2, m, TILE), acc),
-            "ages": ((tiles, m, TILE), torch.int32),
-        }
+        self.scales = memory.new("scales", (2, layout.B, m, blocks), torch.float32)
+        self.matrix = memory.new("matrix", (tiles, side, side, TILE), acc)  # normalised W^T dG
+        self.gram = memory.new("gram", (tiles, kept, kept, TILE), acc)  # normalised dG^T dG, lower triangle
+        self.norms = memory.zeros("norms", (tiles, 2, m, TILE), acc)  # ||dG_j||, ||W_j||
+        self.ages = memory.zeros("ages", (tiles, m, TILE), torch.int32)  # step that wrote the column
+        # With a residual of the caller's own: the one before, and its differences (B, m, any) instead of history[1].
+        self.own_previous: Tensor | None = None
+        self.own_columns: Tensor | None = None
+        if fresh:
+            self.begin()
 
     def reset(self) -> None:
         """As new: no evaluation made, no column kept."""
@@ -136,7 +102,7 @@ class AndersonWorkspace(Workspace):
             return super().tensors()
         return {**super().tensors(), "own_residual": self.own_residual, "own_columns": self.own_columns}
 
-    def expected(self, saved: Mapping[str, Tensor]) -> Shapes:
+    def expected(self, saved: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each saved tensor; a residual of the caller's own has any size."""
         expected = super().expected(saved)
         if "own_residual" in saved:

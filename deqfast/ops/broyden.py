@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from . import pool
 from .layout import Layout
-from .workspace import Shapes, Stopping, Workspace
+from .workspace import Memory, Stopping, Workspace
 
 
 class BroydenMethod(NamedTuple):
@@ -33,36 +28,17 @@ class BroydenWorkspace(Workspace):
     kept = ("history", "norms", "gram")
 
     method: BroydenMethod
-    norms: Tensor  # ||s_j||^2
-    gram: Tensor  # s_i . s_j, i >= j
 
-    def __init__(self, layout: Layout, stopping: Stopping, method: BroydenMethod) -> None:
-        super().__init__(layout, stopping)
+    def __init__(self, layout: Layout, stopping: Stopping, method: BroydenMethod, memory: Memory | None = None) -> None:
+        fresh = memory is None
+        memory = Memory(layout.device) if memory is None else memory
+        super().__init__(layout, stopping, memory)
         self.method = method
-        shapes = self.shapes(layout, method)
-        self.history, self.buffer = pool.empty(*shapes.pop("history"), layout.device)
-        for name, (shape, dtype) in shapes.items():
-            setattr(self, name, torch.empty(shape, dtype=dtype, device=layout.device))
-
-    @classmethod
-    def over(
-        cls,
-        layout: Layout,
-        stopping: Stopping,
-        method: BroydenMethod,
-        iterates: tuple[list[Tensor], list[Tensor], list[Tensor]],
-        tensors: Mapping[str, Tensor],
-    ) -> BroydenWorkspace:
-        """A workspace on memory that somebody else owns, of the right ``shapes``."""
-        ws = cls.__new__(cls)
-        ws._describe(layout, stopping)
-        ws.method = method
-        ws._adopt(iterates, tensors)
-        return ws
-
-    @staticmethod
-    def shapes(layout: Layout, method: BroydenMethod) -> Shapes:
-        """Shape and dtype of what the method keeps."""
-        memory, acc, B = method.memory, layout.acc, layout.B
-        side = memory if layout.N >= BroydenWorkspace.GRAM_MIN_N else 0
-        return {"history": ((B, memory, layout.N), acc), "norms": ((B, memory), acc), "gram": ((B, side, side), acc)}
+        columns, acc, B = method.memory, layout.acc, layout.B
+        self.history = memory.history((B, columns, layout.N), acc)
+        self.buffer = memory.buffer
+        side = columns if layout.N >= self.GRAM_MIN_N else 0
+        self.norms = memory.new("norms", (B, columns), acc)  # ||s_j||^2
+        self.gram = memory.new("gram", (B, side, side), acc)  # s_i . s_j, i >= j
+        if fresh:
+            self.begin()

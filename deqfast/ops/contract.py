@@ -235,7 +235,7 @@ def choose(backend: str, device: torch.device, own_residual: bool = False) -> Ba
     asked = wish(backend)
     source = "backend" if asked == backend else "DEQFAST_BACKEND"
     if asked == "auto":
-        for candidate in backends():
+        for candidate in _backends.values():
             fits = candidate.own_residual or not own_residual
             if fits and candidate.automatic(device) and candidate.why_not(device) is None:
                 return candidate

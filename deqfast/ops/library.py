@@ -35,7 +35,7 @@ from .broyden import BroydenMethod, BroydenWorkspace
 from .codes import Evict, Int
 from .contract import choose
 from .layout import Layout
-from .workspace import Shapes, Stopping, Workspace
+from .workspace import Memory, Stopping, Workspace
 
 M = TypeVar("M", AndersonMethod, BroydenMethod)
 
@@ -80,7 +80,7 @@ def arguments(
     """
     state = (list(ws.x[ws.cur]), list(ws.x[1 - ws.cur]), list(ws.saved), ws.ints, ws.reals)
     sources = (f, f_prev, f_rows, f_prev_rows) if ws.uses_previous else (f, f_rows)
-    return *sources, *state, *ws.memory().values(), *ws.method[1:], *ws.stopping
+    return *sources, *state, *ws.own().values(), *ws.method[1:], *ws.stopping
 
 
 def _anderson_step(
@@ -93,35 +93,26 @@ def _anderson_step(
     saved: list[Tensor],
     *given: Any,
 ) -> Tensor:
-    tensors, numbers = _named(("ints", "reals", "history", "scales", "matrix", "gram", "norms", "ages"), given)
-    history, layout = tensors["history"], _layout(x, x_prev, saved)
+    memory, numbers = Given.of(x, x_prev, saved, AndersonWorkspace, given)
+    history, layout = memory.tensors["history"], memory.layout
     if history.dim() not in (4, 5) or history.dtype not in HISTORY_DTYPES:
         raise ValueError(f"history: expected (2, B, m, N) of {HISTORY_DTYPES}, got {_is(history)}")
     if history.dtype == torch.float64 and layout.acc != torch.float64:
         raise ValueError(f"history: torch.float64 needs a float64 state, got {layout.dtype}")
     method, stopping = _split(AndersonMethod, history.shape[2], numbers)
     method = method._replace(evict=Evict(method.evict))
-    _check_memory(layout, tensors, AndersonWorkspace.shapes(layout, method, history.dtype))
-    ws = AndersonWorkspace.over(layout, stopping, method, (x, x_prev, saved), tensors)
-    return _run(ws, f, f_prev, f_rows, f_prev_rows)
+    return _run(AndersonWorkspace(layout, stopping, method, history.dtype, memory), f, f_prev, f_rows, f_prev_rows)
 
 
 def _broyden_step(
     f: list[Tensor], f_rows: Tensor | None, x: list[Tensor], x_prev: list[Tensor], saved: list[Tensor], *given: Any
 ) -> Tensor:
-    tensors, numbers = _named(("ints", "reals", "history", "norms", "gram"), given)
-    history, layout = tensors["history"], _layout(x, x_prev, saved)
+    memory, numbers = Given.of(x, x_prev, saved, BroydenWorkspace, given)
+    history = memory.tensors["history"]
     if history.dim() != 3 or history.shape[1] < 2:
         raise ValueError(f"history: expected (B, memory, N) with at least 2 steps of memory, got {_is(history)}")
     method, stopping = _split(BroydenMethod, history.shape[1], numbers)
-    _check_memory(layout, tensors, BroydenWorkspace.shapes(layout, method))
-    ws = BroydenWorkspace.over(layout, stopping, method, (x, x_prev, saved), tensors)
-    return _run(ws, f, None, f_rows, None)
-
-
-def _named(names: tuple[str, ...], given: tuple[Any, ...]) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
-    """The tensors among the arguments by name, and the numbers after them."""
-    return dict(zip(names, given, strict=False)), given[len(names) :]
+    return _run(BroydenWorkspace(memory.layout, stopping, method, memory), f, None, f_rows, None)
 
 
 def _split(method: type[M], columns: int, numbers: tuple[Any, ...]) -> tuple[M, Stopping]:
@@ -129,24 +120,51 @@ def _split(method: type[M], columns: int, numbers: tuple[Any, ...]) -> tuple[M, 
     return method(columns, *numbers[:at]), Stopping(*numbers[at:])
 
 
-def _layout(x: list[Tensor], x_prev: list[Tensor], saved: list[Tensor]) -> Layout:
-    """The layout of the iterates, all of them checked: the kernels see addresses alone."""
-    layout = Layout(list(x), "x")
-    for name, leaves in (("x", x), ("x_prev", x_prev), ("saved", saved)):
-        if len(leaves) != len(x):
-            raise ValueError(f"{name}: expected {len(x)} tensors as in x, got {len(leaves)}")
-        for t, leaf in zip(leaves, layout.leaves, strict=True):
-            if t.device != layout.device:
-                raise ValueError(f"{name}: expected tensors on {layout.device}, where x is, got one on {t.device}")
-            if t.shape != leaf.shape or t.dtype != leaf.dtype or not _same_memory(t, leaf.stride):
-                expected = f"{tuple(leaf.shape)} {leaf.dtype} with strides {tuple(leaf.stride)}"
-                raise ValueError(f"{name}: expected {expected}, got {_is(t)} with strides {t.stride()}")
-    return layout
+class Given(Memory):
+    """Memory that the caller of an op owns, checked: the kernels see addresses alone."""
 
+    def __init__(self, layout: Layout, leaves: tuple[list[Tensor], ...], tensors: dict[str, Tensor]) -> None:
+        super().__init__(layout.device)
+        self.layout, self.leaves, self.tensors = layout, leaves, tensors
 
-def _check_memory(layout: Layout, tensors: dict[str, Tensor], shapes: Shapes) -> None:
-    for name, (shape, dtype) in {**Workspace.statistics(layout), **shapes}.items():
-        _expect(name, tensors[name], shape, dtype, layout.device)
+    @classmethod
+    def of(
+        cls,
+        x: list[Tensor],
+        x_prev: list[Tensor],
+        saved: list[Tensor],
+        workspace: type[Workspace],
+        given: tuple[Any, ...],
+    ) -> tuple[Given, tuple[Any, ...]]:
+        """The iterates and the tensors at the beginning of ``given``, and the numbers after those."""
+        names = ("ints", "reals", *workspace.kept)
+        tensors = dict(zip(names, given, strict=False))
+        return cls(Layout(list(x), "x"), (x, x_prev, saved), tensors), given[len(names) :]
+
+    def iterates(self, layout: Layout) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The three of them."""
+        x, x_prev, saved = self.leaves
+        for name, leaves in (("x", x), ("x_prev", x_prev), ("saved", saved)):
+            if len(leaves) != len(x):
+                raise ValueError(f"{name}: expected {len(x)} tensors as in x, got {len(leaves)}")
+            for t, leaf in zip(leaves, layout.leaves, strict=True):
+                if t.device != layout.device:
+                    raise ValueError(f"{name}: expected tensors on {layout.device}, where x is, got one on {t.device}")
+                if t.shape != leaf.shape or t.dtype != leaf.dtype or not _same_memory(t, leaf.stride):
+                    expected = f"{tuple(leaf.shape)} {leaf.dtype} with strides {tuple(leaf.stride)}"
+                    raise ValueError(f"{name}: expected {expected}, got {_is(t)} with strides {t.stride()}")
+        return list(x), list(x_prev), list(saved)
+
+    def new(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The tensor of this name."""
+        _expect(name, self.tensors[name], shape, dtype, self.device)
+        return self.tensors[name]
+
+    zeros = new
+
+    def history(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The history."""
+        return self.new("history", shape, dtype)
 
 
 def _run(

@@ -37,7 +37,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     for n in shape:
         size *= n
     if device.type != "cpu" or size < MIN_BYTES:
-        return torch.empty(shape, dtype=dtype, device=device), None
+        return torch.empty(*shape, dtype=dtype, device=device), None
     limit()  # a wrong one is said here, before f is evaluated
     buffer = None
     with _lock:

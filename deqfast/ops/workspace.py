@@ -31,12 +31,34 @@ class Stopping(NamedTuple):
     keep_best: bool = True
 
 
-Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+class Memory:
+    """Where a workspace's tensors come from: new ones, and for the history what an earlier solve gave back.
 
+    Attributes:
+        buffer: what the history lies in, if it is worth keeping for another solve.
+    """
 
-def tiles_of(layout: Layout) -> int:
-    """Tiles that hold a number of every sample."""
-    return math.ceil(layout.B / TILE)
+    buffer: Tensor | None = None
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def iterates(self, layout: Layout) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Two for the iterate and the one before, and one for the best."""
+        return layout.empty(), layout.empty(), layout.empty()
+
+    def new(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The tensor of this name, with anything in it."""
+        return torch.empty(*shape, dtype=dtype, device=self.device)  # a tuple would take longer to parse
+
+    def zeros(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The tensor of this name, zero before the first step."""
+        return torch.zeros(*shape, dtype=dtype, device=self.device)
+
+    def history(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The history, with anything in it."""
+        found, self.buffer = pool.empty(shape, dtype, self.device)
+        return found
 
 
 class Workspace:
@@ -51,25 +73,18 @@ class Workspace:
     kept: ClassVar[tuple[str, ...]]  # names of the method's own tensors
 
     method: tuple[Any, ...]
-    x: tuple[list[Tensor], list[Tensor]]
-    saved: list[Tensor]
-    ints: Tensor
-    reals: Tensor
     history: Tensor
 
-    def __init__(self, layout: Layout, stopping: Stopping) -> None:
-        self._describe(layout, stopping)
-        self.x = (layout.empty(), layout.empty())
-        self.saved = layout.empty()
-        for name, (shape, dtype) in self.statistics(layout).items():
-            setattr(self, name, torch.zeros(shape, dtype=dtype, device=layout.device))
-        self.reals.select(0, Real.BEST).fill_(math.inf)
-
-    def _describe(self, layout: Layout, stopping: Stopping) -> None:
+    def __init__(self, layout: Layout, stopping: Stopping, memory: Memory) -> None:
         self.layout = layout
         self.stopping = stopping
-        self.tiles = tiles_of(layout)
+        self.tiles = math.ceil(layout.B / TILE)
+        padded = self.tiles * TILE
+        x, x_prev, self.saved = memory.iterates(layout)
+        self.x = x, x_prev
         self.cur = 0
+        self.ints = memory.zeros("ints", (16, padded), torch.int32)
+        self.reals = memory.zeros("reals", (8, padded), layout.acc)
         self.buffer: Tensor | None = None  # what the history lies in, if it is worth keeping for another solve
         self.own_residual: Tensor | None = None  # the caller's, in place of f(z) - z (Anderson, Type II)
         # A state of several blocks, each to a tolerance of its own: (blocks, 2, padded) float64, how far each block
@@ -77,24 +92,16 @@ class Workspace:
         self.block_norms: Tensor | None = None
         self.block_rules: list[tuple[float, float, float]] = []
 
-    def _adopt(self, iterates: tuple[list[Tensor], list[Tensor], list[Tensor]], tensors: Mapping[str, Tensor]) -> None:
-        """Work on memory that somebody else owns: x, the one before and the saved one; every other tensor by name."""
-        self.x, self.saved = iterates[:2], iterates[2]
-        for name, t in tensors.items():
-            setattr(self, name, t)
-
-    @staticmethod
-    def statistics(layout: Layout) -> Shapes:
-        """Shape and dtype of what every workspace keeps of its samples: rows as in ``Int`` and ``Real``."""
-        padded = tiles_of(layout) * TILE
-        return {"ints": ((16, padded), torch.int32), "reals": ((8, padded), layout.acc)}
+    def begin(self) -> None:
+        """What no zero says of a solve that has made no evaluation."""
+        self.reals[Real.BEST].fill_(math.inf)
 
     def reset(self) -> None:
         """As new: no evaluation made, no column kept."""
         self.cur = 0
         self.ints.zero_()
         self.reals.zero_()
-        self.reals.select(0, Real.BEST).fill_(math.inf)
+        self.begin()
 
     def judge_blocks(self, rules: list[tuple[float, float, float]]) -> None:
         """Stop a sample when every block is within its rule; its residual is the largest weighted one of a block."""
@@ -109,30 +116,30 @@ class Workspace:
             pool.give(self.buffer)
             self.buffer = None
 
-    def memory(self) -> dict[str, Tensor]:
-        """The method's own tensors by name."""
+    def own(self) -> dict[str, Tensor]:
+        """The method's tensors by name."""
         return {name: getattr(self, name) for name in self.kept}
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that a later step reads, by name, for saving."""
-        named = {"ints": self.ints, "reals": self.reals, **self.memory()}
+        named = {"ints": self.ints, "reals": self.reals, **self.own()}
         for i in range(len(self.layout.leaves)):
             named[f"x.{i}"] = self.x[self.cur][i]
             named[f"x_prev.{i}"] = self.x[1 - self.cur][i]
             named[f"saved.{i}"] = self.saved[i]
         return named
 
-    def expected(self, saved: Mapping[str, Tensor]) -> Shapes:
+    def expected(self, saved: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype that each tensor must have in what was ``saved`` of such a workspace."""
         return {name: (tuple(t.shape), t.dtype) for name, t in self.tensors().items()}
 
     def int_row(self, row: Int) -> Tensor:
         """(B,) int32 view."""
-        return self.ints.select(0, row).narrow(0, 0, self.layout.B)
+        return self.ints[row, : self.layout.B]
 
     def real_row(self, row: Real) -> Tensor:
         """(B,) view in the accumulation dtype."""
-        return self.reals.select(0, row).narrow(0, 0, self.layout.B)
+        return self.reals[row, : self.layout.B]
 
 
 def tile(t: Tensor, tiles: int) -> Tensor:
