@@ -20,6 +20,7 @@ SHARED_MEMORY = 99 << 10  # bytes that every GPU of the last years grants a bloc
 STACK = 16
 
 
+@pytest.mark.triton
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_every_kernel_compiles_without_spilling(tmp_path):
     # Triton's interpreter would replace what is to be compiled, and its cache would hide it.

@@ -18,11 +18,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import deqfast as dq
-from deqfast import ops
 from deqfast.kernels import anderson, broyden, joint, joint_finish
 from deqfast.ops.joint import JointWorkspace, MapOptions, Part
 from deqfast.ops.joint_step import JointStep
 from deqfast.ops.layout import Layout
+from deqfast.ops.triton import Triton
 from deqfast.ops.workspace import Stopping
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -92,7 +92,7 @@ def launches(solver, dtype, sizes) -> dict:
     z0 = tuple(torch.zeros(2, n, dtype=dtype) for n in sizes)
     state = solver.init(z0, backend="reference")
     found = listen()
-    step = ops.choose("triton", torch.device("cpu")).bind(state.ws)
+    step = Triton().bind(state.ws)
     step(list(z0), [t.clone() for t in z0] if solver.uses_previous else None, None, None)
     return found
 
@@ -108,7 +108,7 @@ def joint_launches(solver, options, centered, returns, whole, dtype, sizes) -> d
     chosen = [0, 1, 2 if whole else None]
     parts = [Part(i, leaf, chosen[i], center if i == 2 else None) for i, leaf in enumerate(layout.leaves)]
     found = listen()
-    step = JointStep(JointWorkspace(core, parts, options, returns, True), ops.choose("triton", torch.device("cpu")))
+    step = JointStep(JointWorkspace(core, parts, options, returns, True), Triton())
     for _ in range(2):  # the second makes a column
         step(every, 0.1, torch.zeros(2, dtype=layout.acc))
     return found
