@@ -108,6 +108,7 @@ bench: build ## Run the benchmarks; results go to bench/results/
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/$$(date +%Y-%m-%d)-cpu.json $(PYTEST_ARGS)
 	$(BIN)/python -m bench.breakdown --out bench/results/$$(date +%Y-%m-%d)-breakdown.json
 	$(BIN)/python -m bench.convergence --out bench/results/$$(date +%Y-%m-%d)-convergence.json
+	$(BIN)/python -m pytest bench/test_rival_defects.py
 
 bench-report: venv ## Write the tables of the documentation from bench/results/
 	$(BIN)/python -m bench.report
@@ -115,7 +116,7 @@ bench-report: venv ## Write the tables of the documentation from bench/results/
 
 # No environment of its own: PYTHON's torch, which brings its CUDA along; see docs/gpu-notes.md.
 gpu: ## On a machine with a GPU: build, test, sanitize and measure there (ten minutes, no network)
-	$(PYTHON) bench/run_gpu.py
+	$(PYTHON) .ci/gpu.py
 
 # The instrumented module goes into a copy of the package, so the one in deqfast/ stays as it is. libstdc++ is preloaded
 # because AddressSanitizer looks for __cxa_throw at start; leaks are not looked for, the interpreter has its own; pytest

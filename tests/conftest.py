@@ -12,8 +12,8 @@ import torch
 from deqfast.ops import pool
 from deqfast.ops.native import extension as native
 
-# bench/ is tested too. Last: a copy of the package that PYTHONPATH names comes first.
-sys.path.append(str(Path(__file__).parents[1]))
+# bench/ and examples/ are tested too. Last: a copy of the package that PYTHONPATH names comes first.
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
 
 # No deadline: CI shares two cores. Derandomised: a red build is red again.
 hypothesis.settings.register_profile("deqfast", deadline=None, derandomize=True, print_blob=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,9 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from bench import floor, gpu_report, report, run_gpu, targets
+from bench import floor, targets
+from bench.report import gpu as report
+from bench.report.markdown import table
 
 ROOT = Path(__file__).parents[2]
+SPEC = importlib.util.spec_from_file_location("ci_gpu", ROOT / ".ci" / "gpu.py")
+ci_gpu = sys.modules["ci_gpu"] = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(ci_gpu)
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +62,16 @@ def test_rivals_and_own_rows_make_as_many_evaluations(record):
 
 def test_report_says_that_no_run_was_made_and_shows_one_that_was(record, tmp_path):
     found, out = record
-    assert gpu_report.newest(out.parents[1]) is None  # a dry run measures nothing
-    assert "No run on a GPU has been made" in "\n".join(gpu_report.section(None))
+    assert report.newest(out.parents[1]) is None  # a dry run measures nothing
+    assert "No run on a GPU has been made" in "\n".join(report.section(None))
     folder = tmp_path / "2001-02-03-some-gpu"
     folder.mkdir()
     made_up = {**found, "dry": False, "device": {**found["device"], "name": "some GPU"}}
     (folder / "gpu.json").write_text(json.dumps(made_up))
-    text = "\n\n".join(gpu_report.section(gpu_report.newest(tmp_path)))
+    text = "\n\n".join(report.section(report.newest(tmp_path)))
     assert "on some GPU" in text and "### Steps" in text and "### Training step, MLP" in text
     assert "A `--quick` trial" in text
-    assert report.table(["a"], [["b"]]) == "| a |\n|---|\n| b |"
+    assert table(["a"], [["b"]]) == "| a |\n|---|\n| b |"
 
 
 def test_floor_counts_the_bytes_of_the_schedule_that_a_sample_gets():
@@ -86,36 +92,36 @@ def test_targets_are_held_against_the_fastest_mode_and_never_against_a_worse_res
     }
     entry = {"size": "64x1024", "rows": rows, "skipped": {"torch.compile": "no compiler"}}
     record = {"dry": False, "solves": [entry]}
-    ((label, told), (_, absent)) = gpu_report.target_rows(record)
+    ((label, told), (_, absent)) = report.target_rows(record)
     assert "native, device" in label and told.startswith(f"20.0 (met, target {targets.GPU_TORCHDEQ['64x1024']})")
     assert "no compiler" in absent
     rows["Type II m=6, float32, native, device"]["residual"] = 1e-2
-    assert "no win" in gpu_report.target_rows(record)[0][1]
+    assert "no win" in report.target_rows(record)[0][1]
 
 
 def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_others(tmp_path):
     def part(name, code, limit=60.0):
-        return run_gpu.Part(name, [sys.executable, "-c", code], limit)
+        return ci_gpu.Part(name, [sys.executable, "-c", code], limit)
 
     parts = [
         part("good", "print('fine')"),
         part("bad", "raise SystemExit(3)"),
         part("slow", "import time; time.sleep(99)", 1),
     ]
-    run_gpu.run_stage(parts, tmp_path, run_gpu.time.monotonic() + 60)
+    ci_gpu.run_stage(parts, tmp_path, ci_gpu.time.monotonic() + 60)
     assert [p.ended for p in parts] == ["ok", "exit status 3", "out of time"]
     assert [p.ok for p in parts] == [True, False, False]
     assert parts[0].told == "fine"
     late = [part("late", "print('never')")]
-    run_gpu.run_stage(late, tmp_path, run_gpu.time.monotonic())
+    ci_gpu.run_stage(late, tmp_path, ci_gpu.time.monotonic())
     assert late[0].ended == "not run: the time was up"
 
 
 def test_where_something_is_missing_it_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(run_gpu, "ask", lambda *command: None)
-    monkeypatch.setattr(run_gpu.shutil, "which", lambda tool: None)
-    monkeypatch.setattr(sys, "argv", ["run_gpu.py"])
-    assert run_gpu.main() == 1
+    monkeypatch.setattr(ci_gpu, "ask", lambda *command: None)
+    monkeypatch.setattr(ci_gpu.shutil, "which", lambda tool: None)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    assert ci_gpu.main() == 1
     told = capsys.readouterr().err
     for what in (
         "a GPU: nvidia-smi",
@@ -128,11 +134,11 @@ def test_where_something_is_missing_it_is_named(monkeypatch, capsys):
 
 
 def test_parts_name_files_that_exist(tmp_path):
-    plan = run_gpu.stages(tmp_path, "90-real", True, "compute-sanitizer")
+    plan = ci_gpu.stages(tmp_path, "90-real", True, "compute-sanitizer")
     named = {word for stage in plan for part in stage for word in part.command if word.endswith(".py")}
     assert {Path(word).name for word in named} >= {"test_device.py", "test_device_graphs.py", "device_smoke.py"}
     assert all((ROOT / word).exists() for word in named)
-    assert sum(part.limit for part in plan[-1]) == run_gpu.BENCH_LIMIT
+    assert sum(part.limit for part in plan[-1]) == ci_gpu.BENCH_LIMIT
 
 
 def test_smoke_program_agrees_with_the_reference_on_a_cpu():

@@ -1,11 +1,11 @@
-"""The nested baseline of the benchmarks solves the same problem as the joint solve, and counts its work."""
+"""The nested baseline of the joint examples solves the same problem as the joint solve, and counts its work."""
 
 import pytest
 import torch
+from joint_nested import SOLVERS, Counted, nested_solve
 from quadratics import quadratic
 
 import deqfast as dq
-from bench.nested import SOLVERS, Counted, nested_solve
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

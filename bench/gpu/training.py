@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import deqfast as dq
 from bench import timing
-from bench.device import Call, Place
+from bench.gpu.device import Call, Place
 
 TOLERANCE, LIMIT = 1e-3, 40
 

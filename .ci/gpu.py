@@ -1,4 +1,4 @@
-"""Everything that wants a GPU, in one go: `make gpu`, or `python bench/run_gpu.py`, under ten minutes.
+"""Everything that wants a GPU, in one go: `make gpu`, or `python .ci/gpu.py`, under ten minutes.
 
 Needs no network and no pip: PYTHON's torch, CMake, Ninja and nvcc build the module into deqfast/ for this device.
 Then the tests of the steps run on the device, the tests that need one, the sanitizer over a small program, and the
@@ -196,7 +196,7 @@ def link_kernels() -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python bench/run_gpu.py", description=(__doc__ or "").split(":")[0] + ".")
+    parser = argparse.ArgumentParser(prog="python .ci/gpu.py", description=(__doc__ or "").split(":")[0] + ".")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for everything")
     parser.add_argument("--skip", nargs="*", default=[], help="parts to leave out")
     options = parser.parse_args()

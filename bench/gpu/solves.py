@@ -13,8 +13,8 @@ from torch import Tensor
 
 import deqfast as dq
 from bench import free, peers, rival, timing
-from bench.device import Call, Place
-from bench.gpu_steps import F32
+from bench.gpu.device import Call, Place
+from bench.gpu.steps import F32
 
 EVALUATIONS = 30
 LIKE = {"solver": dq.Anderson(m=6, type=2, history_dtype=F32, evict="oldest"), "label": "Type II m=6, float32"}
@@ -78,9 +78,9 @@ class CompiledRival:
         return z.clone()
 
 
-def rivals(place: Place, f: Any, z0: Tensor, size: str) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+def rivals(place: Place, f: Any, z0: Tensor, size: str) -> tuple[dict[str, Call], dict[str, str]]:
     """Rows of others, and why some are not there."""
-    rows: dict[str, Callable[[], Tensor]] = {}
+    rows: dict[str, Call] = {}
     skipped: dict[str, str] = {}
     for method in ("anderson", "broyden"):
         try:
@@ -114,6 +114,11 @@ def _tried(rows: dict[str, Any], skipped: dict[str, str], z0: Tensor, f: Any) ->
     return facts
 
 
+def _repeated(f: Callable[[Tensor], Tensor], z0: Tensor) -> None:
+    for _ in range(EVALUATIONS):
+        f(z0)
+
+
 def whole_solves(place: Place, backends: list[str], rounds: int) -> list[dict[str, Any]]:
     """A record a size: wall microseconds of every row, all with the same number of evaluations."""
     records = []
@@ -133,7 +138,7 @@ def whole_solves(place: Place, backends: list[str], rounds: int) -> list[dict[st
                         rows[name] = partial(solve, f, z0, options["solver"], backend, mode)
             facts = _tried(rows, skipped, z0, f)
             timed: dict[str, Call] = {name: place.finished(call) for name, call in rows.items()}
-            timed["f"] = place.finished(lambda z0=z0, f=f: [f(z0) for _ in range(EVALUATIONS)])
+            timed["f"] = place.finished(partial(_repeated, f, z0))
             taken = timing.alternate(timed, rounds=rounds, budget=6.0 if place.cuda else 1.0)
         for name, row in facts.items():
             low, high = taken[name].quartiles

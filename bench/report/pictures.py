@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import summary
+from bench.report import summary
 
 COLOURS = ("#0b6e4f", "#74b49b", "#c1121f", "#f4a261", "#457b9d", "#9a9a9a", "#6d597a", "#b5838d")
 GREENS = ("#08402e", "#0b6e4f", "#3fa37c", "#a9d6c0", "#d8ede4")  # deqfast's own rows

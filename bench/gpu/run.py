@@ -22,8 +22,10 @@ from typing import Any
 
 import torch
 
-from bench import gpu_solves, gpu_steps, gpu_training, meta
-from bench.device import Place
+from bench import meta
+from bench.gpu import solves, steps, training
+from bench.gpu.device import Place
+from bench.report.gpu import target_rows
 from deqfast import ops
 from deqfast.ops.native import extension as native
 
@@ -73,24 +75,24 @@ def _driver() -> str | None:
 def sections(place: Place, found: list[str], record: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     """What is measured, by name, the most wanted first."""
     rounds = 3 if place.quick or not place.cuda else 9
-    steps = 96 if place.cuda else 16
+    taken = 96 if place.cuda else 16
 
     def bandwidth() -> float:
         return record["copy_bytes_per_second"]
 
     return {
-        "copy_bytes_per_second": lambda: gpu_steps.copy_bandwidth(place, 5),
-        "latency": lambda: gpu_steps.measure(
-            place, gpu_steps.latency_cases(place, found), bandwidth(), steps, 2 * rounds
+        "copy_bytes_per_second": lambda: steps.copy_bandwidth(place, 5),
+        "latency": lambda: steps.measure(
+            place, steps.latency_cases(place, found), bandwidth(), taken, 2 * rounds
         ),
-        "bandwidth": lambda: gpu_steps.measure(
-            place, gpu_steps.bandwidth_cases(place, found), bandwidth(), 8, rounds
+        "bandwidth": lambda: steps.measure(
+            place, steps.bandwidth_cases(place, found), bandwidth(), 8, rounds
         ),
-        "histories": lambda: gpu_steps.measure(place, gpu_steps.history_cases(place, found), bandwidth(), 8, rounds),
-        "joint": lambda: gpu_steps.measure(place, gpu_steps.joint_cases(place, found), bandwidth(), 8, rounds),
-        "device_loop": lambda: gpu_solves.loop_on_device(place, found, rounds),
-        "solves": lambda: gpu_solves.whole_solves(place, found, rounds),
-        "training": lambda: gpu_training.measure(place, found, rounds),
+        "histories": lambda: steps.measure(place, steps.history_cases(place, found), bandwidth(), 8, rounds),
+        "joint": lambda: steps.measure(place, steps.joint_cases(place, found), bandwidth(), 8, rounds),
+        "device_loop": lambda: solves.loop_on_device(place, found, rounds),
+        "solves": lambda: solves.whole_solves(place, found, rounds),
+        "training": lambda: training.measure(place, found, rounds),
     }  # fmt: skip
 
 
@@ -134,11 +136,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record = run(place, command)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=1) + "\n")
-    from bench import gpu_report
-
-    print("\n".join(f"{figure}: {value}" for figure, value in gpu_report.target_rows(record)))
+    print("\n".join(f"{figure}: {value}" for figure, value in target_rows(record)))
     return 1 if record["without"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 import deqfast as dq
 from bench import floor, joint
-from bench.device import Place, spread
+from bench.gpu.device import Place, spread
 from deqfast.ops import choose
 from deqfast.ops.codes import Int
+from deqfast.ops.joint_step import JointStep
 
 FED = 4  # outputs of f in turn
 F32, BF16, I8 = torch.float32, torch.bfloat16, torch.int8
@@ -36,14 +37,16 @@ class Case:
     m: int
     h: torch.dtype
     backend: str
-    evict: str = "oldest"
+    evict: Literal["least_useful", "oldest"] = "oldest"
+
+    @property
+    def anderson(self) -> dq.Anderson:
+        kind: Any = "mixed" if self.kind == "joint" else self.kind
+        return dq.Anderson(m=self.m, type=kind, history_dtype=self.h, evict=self.evict)
 
     @property
     def solver(self) -> dq.Anderson | dq.Broyden:
-        if self.kind == "broyden":
-            return dq.Broyden(memory=self.m)
-        kind = "mixed" if self.kind == "joint" else self.kind
-        return dq.Anderson(m=self.m, type=kind, history_dtype=self.h, evict=self.evict)
+        return dq.Broyden(memory=self.m) if self.kind == "broyden" else self.anderson
 
     @property
     def bytes(self) -> float:
@@ -117,8 +120,8 @@ class JointStepping:
 
         self.case, self.steps = case, steps
         self.fed = [draw() for _ in range(FED)]
-        self.ws = joint.workspace(draw(), case.solver)
-        self._step = joint.JointStep(self.ws, choose(case.backend, self.ws.core.layout.device))
+        self.ws = joint.workspace(draw(), case.anderson)
+        self._step = JointStep(self.ws, choose(case.backend, self.ws.core.layout.device))
         for _ in range(-(-(case.m + 2) // FED)):
             self.take(FED)
 

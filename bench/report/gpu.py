@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import targets
+from bench.report.markdown import number, table, verdict
 
 Record = Mapping[str, Any]
-Verdict = Callable[..., str]
 
 
 def newest(folder: Path) -> Record | None:
@@ -25,8 +25,6 @@ def newest(folder: Path) -> Record | None:
 
 def target_rows(record: Record) -> list[list[str]]:
     """Every target and what was measured for it."""
-    from bench.report import verdict
-
     rows: list[list[str]] = []
     for row in [*record.get("bandwidth", []), *record.get("joint", [])]:
         if row["floor_bytes"] >= targets.GPU_BANDWIDTH_FROM or record["dry"]:
@@ -44,8 +42,8 @@ def target_rows(record: Record) -> list[list[str]]:
         told = _held(loop, "us_step", targets.GPU_DEVICE_LOOP_US, at_most=True)
         syncs = loop.get("host_syncs", "not measured")
         rows.append([f'mode="{loop["mode"]}", {loop["B"]} x {loop["N"]}: us a step beside f', f"{told}; {syncs} syncs"])
-    rows += _solve_targets(record, verdict)
-    rows += _history_targets(record, verdict)
+    rows += _solve_targets(record)
+    rows += _history_targets(record)
     for entry in record.get("training", []):
         wanted = targets.GPU_TRAINING.get(entry["model"])
         if wanted is not None or record["dry"]:
@@ -55,8 +53,6 @@ def target_rows(record: Record) -> list[list[str]]:
 
 
 def _held(row: Record, key: str, target: float, *, at_most: bool = False) -> str:
-    from bench.report import verdict
-
     why = row.get("skipped") or (row.get("why") if row.get(key) is None else None)
     return verdict(row.get(key), target, at_most=at_most) + (f": {why}" if why else "")
 
@@ -71,7 +67,7 @@ def fastest(rows: Mapping[str, Record], prefix: str) -> tuple[str, Record] | Non
     return min(found, key=lambda item: item[1]["us"]) if found else None
 
 
-def _solve_targets(record: Record, verdict: Verdict) -> list[list[str]]:
+def _solve_targets(record: Record) -> list[list[str]]:
     rows = []
     for entry in record.get("solves", []):
         size, facts = entry["size"], entry["rows"]
@@ -95,7 +91,7 @@ def _solve_targets(record: Record, verdict: Verdict) -> list[list[str]]:
     return rows
 
 
-def _history_targets(record: Record, verdict: Verdict) -> list[list[str]]:
+def _history_targets(record: Record) -> list[list[str]]:
     by_width = {row["history"]: row for row in record.get("histories", []) if "us" in row}
     full = by_width.get("float32")
     rows = []
@@ -119,8 +115,6 @@ def _training_ratio(rows: Mapping[str, Record]) -> tuple[float | None, str]:
 
 def section(record: Record | None) -> list[str]:
     """Markdown parts of the GPU section."""
-    from bench.report import number, table
-
     if record is None:
         return ["## On a GPU", "No run on a GPU has been made; [gpu-notes.md](gpu-notes.md) says how to make one."]
     device = record["device"]
@@ -134,16 +128,16 @@ def section(record: Record | None) -> list[str]:
     held = target_rows(record)
     met = sum("(met" in row[1] for row in held)
     parts += [f"{met} of {len(held)} targets met.", table(["figure", "measured"], held)]
-    parts += _step_tables(record, number, table)
+    parts += _step_tables(record)
     for key, title, name in (("solves", "Solve of", "size"), ("training", "Training step,", "model")):
         for entry in record.get(key, []):
-            parts += _wall_table(entry, f"### {title} {entry[name]}", number, table)
+            parts += _wall_table(entry, f"### {title} {entry[name]}")
     parts += [f"Not measured: {what} ({why})." for what, why in record["without"].items()]
     parts += [f"Not there: {name} ({why})." for name, why in record["missing_backends"].items()]
     return parts
 
 
-def _step_tables(record: Record, number: Callable[[float], str], table: Any) -> list[str]:
+def _step_tables(record: Record) -> list[str]:
     rows: list[Sequence[str]] = []
     for row in [row for name in ("latency", "bandwidth", "histories", "joint") for row in record.get(name, [])]:
         if "us" not in row:
@@ -156,7 +150,7 @@ def _step_tables(record: Record, number: Callable[[float], str], table: Any) -> 
     return ["### Steps", table(header, rows)] if rows else []
 
 
-def _wall_table(entry: Record, title: str, number: Callable[[float], str], table: Any) -> list[str]:
+def _wall_table(entry: Record, title: str) -> list[str]:
     quality = "residual" if "size" in entry else "gradient_error"
     rows: Iterable[Sequence[str]] = [
         [name, f"{number(row['us'])} ({number(row['us_low'])} to {number(row['us_high'])})", f"{row[quality]:.0e}"]
