@@ -19,6 +19,11 @@ sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "ex
 hypothesis.settings.register_profile("deqfast", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("deqfast")
 
+# Processes side by side have a core each; what depends on the number of threads sets it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+    torch.set_num_threads(1)
+
 DEVICE = os.environ.get("DEQFAST_TEST_DEVICE")
 if DEVICE:
     # Two matrix products of one run must agree bit for bit, and deterministic algorithms ask for it.

@@ -15,6 +15,7 @@ from deqfast.ops.lag import LAG, SLOTS, Lag
 INSTALLED = importlib.util.find_spec("triton") is not None
 
 
+@pytest.mark.triton
 @pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
 @pytest.mark.parametrize("what", ["conformance", "conformance_joint"])
 def test_interpreted_kernels_conform(what):

@@ -24,6 +24,7 @@ KEPT_ASIDE = {("sample_kernel", "Anderson(m=20,", "torch.float32 [500] sm_80"): 
 PROCESSES = 2
 
 
+@pytest.mark.triton
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_every_kernel_compiles_without_spilling(tmp_path):
     # Triton's interpreter would replace what is to be compiled, and its cache would hide it.

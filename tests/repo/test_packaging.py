@@ -78,6 +78,7 @@ def sdist(source, tmp_path_factory) -> Path:
     return build("build_sdist", source, tmp_path_factory.mktemp("sdist") / "out")
 
 
+@pytest.mark.packaging
 def test_sdist_holds_what_a_build_a_test_run_and_a_lawyer_need(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -92,7 +93,7 @@ def test_sdist_holds_what_a_build_a_test_run_and_a_lawyer_need(sdist):
     assert not [name for name in names if name.endswith((".so", ".pyc")) or "__pycache__" in name]
 
 
-@pytest.mark.slow
+@pytest.mark.packaging
 def test_wheel_built_in_isolation_from_the_sdist_imports_from_where_it_is_installed(sdist, tmp_path):
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
     run(*pip, "wheel", "--no-deps", "-w", tmp_path / "wheel", sdist)
@@ -112,6 +113,7 @@ def test_wheel_built_in_isolation_from_the_sdist_imports_from_where_it_is_instal
     assert info["isas"][-1] == "baseline"
 
 
+@pytest.mark.packaging
 def test_skip_build_makes_a_pure_wheel_that_needs_no_compiler_and_imports(source, tmp_path):
     no_tools = {"DEQFAST_SKIP_BUILD": "1", "CC": "/nonexistent", "CXX": "/nonexistent", "PATH": "/nonexistent"}
     wheel = build("build_wheel", source, tmp_path / "wheel", env=no_tools)
@@ -125,6 +127,7 @@ def test_skip_build_makes_a_pure_wheel_that_needs_no_compiler_and_imports(source
     assert re.search(r"native.*not built", report)
 
 
+@pytest.mark.packaging
 def test_editable_install_puts_the_module_into_the_tree(source, tmp_path):
     quick = {"CMAKE_ARGS": "-DDEQFAST_ISAS=baseline", "SKBUILD_CMAKE_BUILD_TYPE": "Debug"}
     wheel = build("build_editable", source, tmp_path / "wheel", env=quick)
