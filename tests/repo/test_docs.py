@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pytest
@@ -47,7 +48,8 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
 
 def test_readme_swap_gives_the_same_fixed_point():
     ((line, diff),) = blocks("README.md", "diff")
-    new, old = {}, {}
+    new: dict[str, Any] = {}
+    old: dict[str, Any] = {}
     for namespace, sign in ((new, "+"), (old, "-")):
         source = "\n".join(row[1:] for row in diff.splitlines() if row[:1] in (sign, " "))
         exec(SWAP, namespace)
