@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
 import deqfast as dq
 from deqfast.kernels import anderson, broyden, joint, joint_finish
@@ -26,14 +26,6 @@ from deqfast.ops.triton import Triton
 from deqfast.ops.workspace import Stopping
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-TYPES = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int8: "i8",
-    torch.int32: "i32",
-}
 F64, F32, BF16, F16, I8 = torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8
 
 # (solver, dtype of the state, its sizes, compute capability)
@@ -75,20 +67,33 @@ JOINT = [
 class Launches:
     """Stands in for a kernel: keeps the arguments of its launches."""
 
-    def __init__(self, kernel, found: dict) -> None:
+    def __init__(self, kernel, found: list) -> None:
         self.launched, self.found = kernel, found
 
     def __getitem__(self, grid):
         return self.note
 
     def note(self, *args, **options) -> None:
-        calls = self.found.setdefault(self.launched.__name__, [])
-        if all(options != known for _, _, known in calls):
-            calls.append((self.launched, args, options))
+        self.found.append((self.launched, args, options))
 
 
-def launches(solver, dtype, sizes) -> dict:
-    """Every kernel that one step launches, with its arguments."""
+class Gpu:
+    """Stands in for Triton's driver: a GPU to compile for, a device for each compute capability."""
+
+    capability = 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def launches(solver, dtype, sizes) -> list:
+    """Every launch of one step: kernel, arguments, what is compiled in."""
     z0 = tuple(torch.zeros(2, n, dtype=dtype) for n in sizes)
     state = solver.init(z0, backend="reference")
     found = listen()
@@ -97,7 +102,7 @@ def launches(solver, dtype, sizes) -> dict:
     return found
 
 
-def joint_launches(solver, options, centered, returns, whole, dtype, sizes) -> dict:
+def joint_launches(solver, options, centered, returns, whole, dtype, sizes) -> list:
     """The same for a joint step on z and x of these sizes."""
     every = [torch.zeros(2, n, dtype=dtype) for n in (sizes[0], *sizes)]
     layout = Layout(every, "every")
@@ -114,35 +119,14 @@ def joint_launches(solver, options, centered, returns, whole, dtype, sizes) -> d
     return found
 
 
-def listen() -> dict:
-    """Where the kernels leave the arguments they are launched with from now on."""
-    found: dict = {}
+def listen() -> list:
+    """Where the kernels leave what they are launched with from now on."""
+    found: list = []
     for module in (anderson, broyden, joint, joint_finish):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             kernel = getattr(module, name)
             setattr(module, name, Launches(kernel.launched if isinstance(kernel, Launches) else kernel, found))
     return found
-
-
-def compiled(kernel, args, options, capability: int):
-    """The kernel as a launch with these arguments would compile it."""
-    names, signature, constants, attributes = kernel.arg_names, {}, {}, {}
-    for i, (name, value) in enumerate(zip(names, args, strict=False)):
-        plain = kernel.params[i].do_not_specialize
-        if isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif value == 1 and not plain:
-            signature[name], constants[name] = "constexpr", 1
-        else:
-            signature[name] = "i32"
-            if value % 16 == 0 and not plain:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    for name in names[len(args) :]:
-        signature[name], constants[name] = "constexpr", options[name]
-    compiler = {name: value for name, value in options.items() if name not in names}
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=compiler)
 
 
 def usage(binary: bytes) -> dict[str, int]:
@@ -155,22 +139,38 @@ def usage(binary: bytes) -> dict[str, int]:
     return {name.lower(): value for name, value in found.items()}
 
 
-def main() -> None:
+def jobs():
+    """What is to be compiled: case, launch, compute capability."""
     for solver, dtype, sizes, capability in ONE_PROGRAM + SHARED:
-        report(launches(solver, dtype, sizes), f"{solver} {dtype} {sizes}", capability)
+        for launch in launches(solver, dtype, sizes):
+            yield f"{solver} {dtype} {sizes} sm_{capability}", launch, capability
     for solver, options, centered, returns, whole, dtype, sizes, capability in JOINT:
-        launched = joint_launches(solver, options, centered, returns, whole, dtype, sizes)
-        report(launched, f"{solver} {options} {returns} {dtype} {sizes}", capability)
+        for launch in joint_launches(solver, options, centered, returns, whole, dtype, sizes):
+            yield f"{solver} {options} {returns} {dtype} {sizes} sm_{capability}", launch, capability
 
 
-def report(launched: dict, what: str, capability: int) -> None:
-    """Compile what was launched and print what it uses."""
-    for name, calls in launched.items():
-        for kernel, args, options in calls:
-            code = compiled(kernel, args, options, capability)
-            used = {"shared": code.metadata.shared, **usage(code.asm["cubin"])}
-            print(json.dumps({"case": f"{name} {what} sm_{capability}", "kernel": name, **used}), flush=True)
+def kinds(args: tuple) -> tuple:
+    """What arguments are, whatever the numbers."""
+    return tuple(kinds(arg) if isinstance(arg, tuple) else getattr(arg, "dtype", type(arg)) for arg in args)
+
+
+def main(which: int, of: int) -> None:
+    """Compile every ``of``-th kernel, and print what each uses."""
+    gpu = Gpu()
+    driver.set_active(gpu)
+    known: set = set()
+    for case, (kernel, args, options), capability in jobs():
+        key = kernel, capability, str(options), kinds(args)
+        if key in known:
+            continue
+        known.add(key)
+        if len(known) % of != which:
+            continue
+        gpu.capability = capability
+        code = kernel.warmup(*args, grid=(1,), **options)
+        used = {"shared": code.metadata.shared, **usage(code.asm["cubin"])}
+        print(json.dumps({"case": f"{kernel.__name__} {case}", "kernel": kernel.__name__, **used}), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -7,10 +7,12 @@ import test_joint_finish as finish
 import test_joint_map as joint_map
 import test_joint_step as joint
 import torch
+from interpreter import patch_once
 from joint_step import PROJECTIONS, start
 
 from deqfast.ops.codes import BLOCKS
 
+patch_once()
 # NumPy warns of what is masked out afterwards.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 F64, F32, BF16, F16, I8 = torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8
