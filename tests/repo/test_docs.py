@@ -12,7 +12,7 @@ import matplotlib
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SWAP = "import torch; W = 0.3 * torch.eye(8); z0 = torch.ones(4, 8)\ndef f(z): return torch.tanh(z @ W + 1)\n"
 
