@@ -53,7 +53,7 @@ def late_counts(monkeypatch):
 def poisoned_memory():
     """torch.empty and its kin return NaN (or the largest integer), so that a read of unwritten memory shows."""
     torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     pool.clear()
     yield
     torch.use_deterministic_algorithms(False)

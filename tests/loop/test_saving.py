@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -235,7 +236,7 @@ def test_copy_made_in_a_callback_does_not_go_on_copying():
 
 
 def test_solution_does_not_follow_a_state_that_a_callback_kept():
-    kept = []
+    kept: list[Any] = []
 
     def stop_at_three(k, state):
         kept[:] = [state]
