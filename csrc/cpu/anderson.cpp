@@ -10,10 +10,6 @@
 namespace deqfast::cpu::DEQFAST_ISA {
 namespace {
 
-constexpr int64_t kSplitMinN = 1 << 16;     // samples larger than this are split over threads
-constexpr int64_t kTileMaxN = 1024;         // samples up to this share one small solve, up to 16 at a time
-constexpr int64_t kGroupBytes = 768 << 10;  // history of the samples that share it: must still be in L2 when mixed
-
 template <class A, class H>
 class AndersonStep : AndersonShort<A, H> {
     using Base = AndersonShort<A, H>;

@@ -10,7 +10,6 @@
 namespace deqfast::cpu::DEQFAST_ISA {
 namespace {
 
-constexpr double kMinDenominator = 1e-4;
 
 // Memory of one thread: block buffers, z (chain form), coefficients (Gram form).
 template <class A>
