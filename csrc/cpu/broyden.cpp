@@ -10,7 +10,6 @@
 namespace deqfast::cpu::DEQFAST_ISA {
 namespace {
 
-
 // Memory of one thread: block buffers, z (chain form), coefficients (Gram form).
 template <class A>
 struct Scratch {

@@ -8,7 +8,6 @@
 
 namespace deqfast::cuda {
 
-
 template <int leaves>
 struct BroydenParams {
     BroydenArgs a;
