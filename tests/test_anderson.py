@@ -25,7 +25,7 @@ import deqfast as dq
 from deqfast.loop.state import SolverState
 from deqfast.ops.anderson import AndersonWorkspace
 from deqfast.ops.codes import Int, Real
-from deqfast.ops.reference import decode
+from deqfast.ops.plain.codec import stored as decode
 from deqfast.ops.workspace import untile
 
 RIDGE = 1e-4  # given explicitly: the default depends on the dtype

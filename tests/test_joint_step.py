@@ -16,7 +16,8 @@ import deqfast as dq
 from deqfast import ops
 from deqfast.ops.anderson import AndersonWorkspace
 from deqfast.ops.codes import BLOCKS, Int, Real
-from deqfast.ops.joint import JointWorkspace, MapOptions, Part, joint_map
+from deqfast.ops.joint import JointWorkspace, MapOptions, Part
+from deqfast.ops.plain.joint import joint_map
 from deqfast.ops.joint_step import JointStep
 from deqfast.ops.layout import Layout, accumulation_dtype, real_dtype
 from deqfast.ops.workspace import Stopping

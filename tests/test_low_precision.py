@@ -19,7 +19,7 @@ from problems import (
 
 import deqfast as dq
 from deqfast.ops.codes import BLOCK, Int, Real
-from deqfast.ops.reference import decode
+from deqfast.ops.plain.codec import stored as decode
 from deqfast.ops.workspace import untile
 
 NARROW = [torch.bfloat16, torch.float16]

@@ -85,6 +85,12 @@ class AndersonWorkspace(Workspace):
         self.norms.zero_()
         self.ages.zero_()
 
+    def forget(self, which: Tensor) -> None:
+        """Plain steps from here: the columns of some of the (B,) samples no longer count."""
+        if self.method.m:
+            mask = torch.nn.functional.pad(which, (0, self.ints.shape[1] - which.shape[0]))
+            self.norms.masked_fill_(mask.view(self.tiles, 1, 1, -1), 0)
+
     def columns(self, which: int) -> Tensor:
         """(B, m, N) columns as stored, without their scales: a view, or for tiny samples a copy."""
         return self.history[which] if self.keeps_products else untile(self.history[which], self.layout.B)
