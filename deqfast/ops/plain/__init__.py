@@ -1,4 +1,8 @@
-"""Backends in plain torch: "reference", the oracle of every test."""
+"""Backends in plain torch: "torch", for any device, and "reference", the oracle of every test.
+
+Both call the formulas of ``formulas/``. "torch" makes few operations and asks for little; "reference" adds up in an
+order that depends on N alone and serves those who name it.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,24 @@ from ..broyden import BroydenWorkspace
 from ..contract import Backend, Binder, JointEnds, register
 from ..joint import JointWorkspace
 from ..workspace import Workspace
-from . import reference
+from . import portable, reference
 from .joint import PlainEnds
+
+
+class Torch(Backend):
+    """Plain torch in few operations, with sums as matrix products."""
+
+    name = "torch"
+    own_residual = True
+    steps: Mapping[type[Workspace], Binder] = {AndersonWorkspace: portable.AndersonStep}
+
+    def why_not(self, device: torch.device) -> str | None:
+        """It serves everywhere."""
+        return None
+
+    def joint(self, ws: JointWorkspace) -> JointEnds:
+        """The ends of a joint step."""
+        return PlainEnds(ws)
 
 
 class Reference(Backend):
@@ -29,9 +49,14 @@ class Reference(Backend):
         """It serves everywhere."""
         return None
 
+    def automatic(self, device: torch.device) -> bool:
+        """For tests alone."""
+        return False
+
     def joint(self, ws: JointWorkspace) -> JointEnds:
         """The ends of a joint step."""
         return PlainEnds(ws)
 
 
+register(Torch())
 register(Reference())

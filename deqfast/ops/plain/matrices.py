@@ -1,0 +1,99 @@
+"""Sums as matrix products and small solves in batches: the algebra of the portable backend.
+
+It asks for no float64, and for torch.linalg only where the device has it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..formulas.algebra import Definite
+from ..formulas.sums import scaled_norm
+from .elimination import forward_substitution, gauss_jordan
+
+
+@functools.cache
+def has_linalg(device_type: str) -> bool:
+    """Whether the device has the solves of torch.linalg."""
+    try:
+        one = torch.ones(1, 1, 1, device=device_type)
+        factor = torch.linalg.cholesky_ex(one).L
+        torch.cholesky_solve(one, factor)
+        torch.cholesky_inverse(factor)
+        torch.linalg.solve_ex(one, one)
+        torch.linalg.solve_triangular(one, one, upper=False)
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
+class Factored:
+    """Symmetric positive definite matrices, by Cholesky's method."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.factor, self.info = torch.linalg.cholesky_ex(matrix)
+
+    def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cholesky_solve(rhs[..., None], self.factor)[..., 0], self.info == 0
+
+    def inverse_diagonal(self) -> Tensor:
+        return torch.cholesky_inverse(self.factor).diagonal(dim1=1, dim2=2)
+
+
+class Inverted:
+    """The same by elimination."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        self.inverse, self.regular = gauss_jordan(matrix, eye.expand_as(matrix))
+
+    def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
+        definite = self.regular & (self.inverse_diagonal() > 0).all(1)
+        return torch.bmm(self.inverse, rhs[..., None])[..., 0], definite
+
+    def inverse_diagonal(self) -> Tensor:
+        return self.inverse.diagonal(dim1=1, dim2=2)
+
+
+class Matrices:
+    """For one type of device."""
+
+    def __init__(self, device_type: str) -> None:
+        self.linalg = has_linalg(device_type)
+
+    def norm(self, rows: Tensor) -> Tensor:
+        """Of rows of magnitude about one."""
+        return torch.linalg.vector_norm(rows, dim=-1)
+
+    def norm_of_any(self, rows: Tensor) -> Tensor:
+        """Of rows of any magnitude."""
+        return scaled_norm(rows)
+
+    def dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """(B,) products."""
+        return (a * b).sum(1)
+
+    def finite(self, rows: Tensor) -> Tensor:
+        """Which rows hold numbers alone: every other one times 0 is no number."""
+        return (rows * 0).sum(1) == 0
+
+    def solve(self, matrix: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
+        """By LU with partial pivoting."""
+        if self.linalg:
+            y, info = torch.linalg.solve_ex(matrix, rhs)
+            return y, info == 0
+        solution, regular = gauss_jordan(matrix, rhs[..., None])
+        return solution[..., 0], regular
+
+    def definite(self, matrix: Tensor) -> Definite:
+        """By Cholesky's method."""
+        return Factored(matrix) if self.linalg else Inverted(matrix)
+
+    def triangular(self, matrix: Tensor, rhs: Tensor) -> Tensor:
+        """(B, k) solutions of lower triangular systems."""
+        if self.linalg:
+            return torch.linalg.solve_triangular(matrix, rhs[..., None], upper=False)[..., 0]
+        return forward_substitution(matrix, rhs)
