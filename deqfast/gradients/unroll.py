@@ -20,6 +20,7 @@ from ..ops.anderson import AndersonWorkspace
 from ..ops.broyden import BroydenWorkspace
 from ..ops.codes import Int
 from ..ops.formulas.measure import Codes, Stats, Verdict, measure
+from ..ops.layout import widest
 from ..ops.packing import pack, unpack
 from ..ops.workspace import Workspace
 from ..problem import Problem
@@ -72,7 +73,7 @@ class _Unrolled:
         none = torch.zeros(B, dtype=torch.int32, device=device)
         new = torch.zeros(B, dtype=self.layout.acc, device=device)
         self.stats = Stats(none, none, none, none, new, new, torch.full_like(new, math.inf), new, new)
-        self.codes = Codes(self.layout.acc, device)
+        self.codes = Codes(ws.stopping, max(1, self.layout.N), self.layout.acc, widest(device), device)
         self.counters = torch.zeros(len(Int), B, dtype=torch.int32, device=device)
         self.nfe = 0
 
@@ -108,7 +109,7 @@ class _Unrolled:
     def _measure(self, f: Tensor) -> Verdict:
         """The verdict on a new evaluation, with what is known of samples that had stopped unchanged."""
         g_norm, f_norm = ALGEBRA.norm_of_any(f - self.x), ALGEBRA.norm_of_any(f)
-        verdict = measure(self.ws.stopping, self.codes, self.stats, g_norm, f_norm, self.nfe, self.layout.N)
+        verdict = measure(self.ws.stopping, self.codes, self.stats, g_norm, f_norm, self.nfe)
         run = verdict.run
         self.stats = Stats(*(torch.where(run, new, old) for new, old in zip(verdict.stats, self.stats, strict=True)))
         better = run & (self.stats.best_step == self.nfe)

@@ -30,8 +30,8 @@ class _Definite:
         y = torch.cholesky_solve(rhs[..., None], factor)[..., 0]
         return y, solvable & torch.isfinite(y).all(1)
 
-    def inverse_diagonal(self) -> Tensor:
-        return torch.linalg.inv_ex(self.matrix.detach()).inverse.diagonal(dim1=1, dim2=2)
+    def root_inverse_diagonal(self) -> Tensor:
+        return torch.linalg.inv_ex(self.matrix.detach()).inverse.diagonal(dim1=1, dim2=2).sqrt()
 
 
 class Differentiable:
@@ -116,7 +116,9 @@ class AndersonMemory:
     def __call__(self, verdict: Verdict, x: Tensor, f: Tensor, made: int, last_norm: Tensor) -> Moved:
         """The next iterate (B, N)."""
         ws, stats, going = self.ws, verdict.stats, verdict.going
-        e = anderson.Evaluation(made, x, f, f - x, going, verdict.reset, stats.unit, stats.norm, last_norm)
+        g = f - x
+        scaled = g * stats.unit[:, None]
+        e = anderson.Evaluation(made, x, f, g, scaled, going, verdict.reset, stats.unit, stats.norm, last_norm)
         if ws.method.m == 0:
             return _settle(anderson.plain_step(ws.method, e), e.x, e.f, going, {}, ws)
         new = None
@@ -153,7 +155,8 @@ def _settle(
     x_new, f = (t.to(ws.layout.dtype).to(ws.layout.acc) for t in (x_new, f))
     finite = ALGEBRA.finite(x_new)
     events[Int.STEP_FALLBACKS] = going & ~finite
-    return Moved(anderson.settle(x_new, f, x, going, finite), events[Int.STEP_FALLBACKS], events)
+    x_new = torch.where((going & finite)[:, None], x_new, anderson.fallback(f, x, going))
+    return Moved(x_new, events[Int.STEP_FALLBACKS], events)
 
 
 class _Steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
 import torch
@@ -14,8 +15,8 @@ class Definite(Protocol):
     def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """(B, m) solutions and which of them are good."""
 
-    def inverse_diagonal(self) -> Tensor:
-        """(B, m) diagonals of the inverses."""
+    def root_inverse_diagonal(self) -> Tensor:
+        """(B, m) roots of the diagonals of the inverses."""
 
 
 class Algebra(Protocol):
@@ -40,10 +41,22 @@ class Algebra(Protocol):
         """Factors for the solves with symmetric positive definite matrices."""
 
 
+def but_not(a: Tensor, b: Tensor) -> Tensor:
+    """a and not b, of booleans, in one operation."""
+    return a > b
+
+
 _EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
+
+
+@functools.cache
+def _exponent(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The bits of the exponent, as a number of the same size."""
+    integer, bits = _EXPONENT[dtype]
+    return torch.tensor(bits, dtype=integer, device=device)
 
 
 def power_below(t: Tensor) -> Tensor:
     """The greatest power of two that is not above each positive number; 0 for 0 and for subnormal ones."""
-    integer, bits = _EXPONENT[t.dtype]
-    return (t.view(integer) & bits).view(t.dtype)
+    bits = _exponent(t.dtype, t.device)
+    return (t.view(bits.dtype) & bits).view(t.dtype)

@@ -6,7 +6,7 @@ Per sample, with columns dF_j, dG_j in units of the sample, q_j = ||dG_j||, W = 
     x_{k+1} = x_k + beta g_k - (dF - (1 - beta) dG) gamma.
 
 Type II is W = -dG; both sides change sign, and E + lam I is dG's Gram matrix with a ridge. A full history gives up the
-column that is least useful, argmin_j gamma_j^2 / (H^-1)_jj with H the Gram matrix of the normalised dG, or the oldest.
+column that is least useful, argmin_j |gamma_j| / sqrt((H^-1)_jj) with H the Gram matrix of the normalised dG, or the oldest.
 
 An empty column has infinite norms: whatever is divided by one is 0, so that its weight is 0 without a mask.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..anderson import AndersonMethod
 from ..codes import GROWTH_LIMIT, Evict
-from .algebra import Algebra, Definite
+from .algebra import Algebra, Definite, but_not
 
 
 class Known(NamedTuple):
@@ -41,12 +41,16 @@ class Known(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """One evaluation of f, and what the stopping rule made of it: (B, N) and (B,)."""
+    """One evaluation of f, and what the stopping rule made of it: (B, N) and (B,).
+
+    ``scaled``: g in the sample's unit.
+    """
 
     made: int
     x: Tensor
     f: Tensor
     g: Tensor
+    scaled: Tensor
     going: Tensor
     reset: Tensor
     unit: Tensor
@@ -82,10 +86,11 @@ class Constants:
         self.eye = torch.eye(method.m, dtype=acc, device=device)
         signs = [method.ridge, -method.ridge] if method.test_space else [method.ridge]
         self.ridges = torch.stack([sign * self.eye for sign in signs])
-        self.slots = torch.arange(method.m, dtype=torch.int32, device=device)
+        self.slots = torch.arange(method.m, device=device)
         self.empty = torch.tensor(math.inf, dtype=acc, device=device)
         self.zero = torch.zeros((), dtype=acc, device=device)
         self.free = torch.tensor(-1, dtype=acc, device=device)
+        self.growth = torch.tensor(GROWTH_LIMIT, dtype=acc, device=device)
         self.least, self.most = torch.finfo(acc).tiny, torch.finfo(acc).max
 
     def of(self, m: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,7 +145,8 @@ def step(
     known = added.known
     onto_g, onto_w = columns.products(added.rows)
     q, w = known.norms[:, 0], known.norms[:, -1]
-    rhs = onto_w[:, 0] / w
+    onto_w = onto_w / w[:, None]
+    rhs = onto_w[:, 0]
     products = known.products
     if products is None:
         products = columns.every() / known.norms[..., None] / q[:, None, None, :]
@@ -148,7 +154,7 @@ def step(
         products = _add_products(products, added, onto_g, onto_w)
         known = known._replace(products=products)
     eye, ridges, _ = c.of(q.shape[1])
-    used = q < math.inf
+    used = q < c.empty
     both = used[:, None, :, None] & used[:, None, None, :]
     systems = torch.where(both, products + ridges, eye)
     gram: Tensor | Definite = systems[:, 0]
@@ -190,18 +196,17 @@ def _add_column(
     new: list[Tensor] | None,
 ) -> _Added:
     forget, grew = e.reset, None
-    same_unit = e.going & ~e.reset
+    same_unit = but_not(e.going, e.reset)
     if method.test_space == 0:
-        grew = same_unit & (e.norm > GROWTH_LIMIT * e.last_norm)
+        grew = same_unit & (e.norm > c.growth * e.last_norm)
         forget = forget | grew
     norms = torch.where(forget[:, None, None], c.empty, known.norms)
     at = c.of(norms.shape[-1])[2] == known.slot[:, None]
-    g = e.g * e.unit[:, None]
     if new is None:
-        return _Added(known._replace(norms=norms), g[:, None], at, None, grew)
+        return _Added(known._replace(norms=norms), e.scaled[:, None], at, None, grew)
     dF, dG = new
     kinds = [dG, torch.sub(dF, dG, alpha=method.test_space)] if method.test_space else [dG]
-    rows = torch.stack([g, *kinds], dim=1)
+    rows = torch.stack([e.scaled, *kinds], dim=1)
     size = algebra.norm(rows[:, 1:])
     good = same_unit & (size.clamp(c.least, c.most) == size).all(1)  # neither 0, nor infinite, nor no number
     size = torch.where(good[:, None], size, c.empty)
@@ -218,14 +223,14 @@ def _add_products(products: Tensor, added: _Added, onto_g: Tensor, onto_w: Tenso
     row = onto_g / size[..., None] / norms[:, :1]
     column = row
     if row.shape[1] == 2:
-        column = torch.stack([row[:, 0], onto_w[:, 1] / size[:, :1] / norms[:, 1]], dim=1)
+        column = torch.stack([row[:, 0], onto_w[:, 1] / size[:, :1]], dim=1)
     products = torch.where(at[:, None, None, :], column[..., None], products)
     return torch.where(at[:, None, :, None], row[:, :, None, :], products)
 
 
-def settle(x: Tensor, f: Tensor, answer: Tensor, going: Tensor, finite: Tensor) -> Tensor:
-    """The next iterate: where it is not finite f's value, and of samples that have stopped their answer."""
-    return torch.where((going & finite)[:, None], x, torch.where(going[:, None], f, answer))
+def fallback(f: Tensor, answer: Tensor, going: Tensor) -> Tensor:
+    """What becomes of the samples whose next iterate is not finite, f's value, and of those that have stopped."""
+    return torch.where(going[:, None], f, answer)
 
 
 class Chosen(NamedTuple):
@@ -245,18 +250,17 @@ def choose_slot(
     """
     known = s.known
     norms = known.norms if lost is None else torch.where(lost[:, None, None], c.empty, known.norms)
-    used = norms[:, 0] < math.inf
+    used = norms[:, 0] < c.empty
     count = used.sum(1, dtype=torch.int32)
     full = going & (count == method.m)
     if made <= method.m or s.y is None:  # too early for a full history
-        some = used if used.shape[1] == method.m else torch.nn.functional.pad(used, (0, 1))
-        slot = some.view(torch.uint8).argmin(1)
+        slot = used.view(torch.uint8).argmin(1)
         return Chosen(known._replace(norms=norms, slot=slot), count, full)
     if method.evict is Evict.LEAST_USEFUL and method.m > 3:
         assert s.gram is not None
         gram = algebra.definite(s.gram) if isinstance(s.gram, Tensor) else s.gram
         newest = known.ages > made - max(2, method.m // 3)
-        score = (s.y.square() / gram.inverse_diagonal()).masked_fill(newest, math.inf)
+        score = (s.y / gram.root_inverse_diagonal()).abs().masked_fill(newest, math.inf)
     else:
         score = known.ages.to(norms.dtype)
     slot = torch.where(used, score, c.free).argmin(1)

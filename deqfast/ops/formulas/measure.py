@@ -17,7 +17,7 @@ from torch import Tensor
 from ...status import Status
 from ..codes import DIVERGENCE, STALL_FRACTION, STALL_MIN_STEPS, UNIT_RANGE, At
 from ..workspace import Stopping
-from .algebra import power_below
+from .algebra import but_not, power_below
 
 
 class Stats(NamedTuple):
@@ -35,17 +35,23 @@ class Stats(NamedTuple):
 
 
 class Codes:
-    """Constants as tensors: a Python number in a ``where`` costs an operation of its own at every step."""
+    """Constants as tensors, made once a solve: a Python number in an operation costs two more at every step."""
 
-    def __init__(self, acc: torch.dtype, device: torch.device) -> None:
-        def code(value: int) -> Tensor:
-            return torch.tensor(int(value), dtype=torch.int32, device=device)
+    def __init__(
+        self, stopping: Stopping, N: int, acc: torch.dtype, wide: torch.dtype, device: torch.device
+    ) -> None:
+        def number(value: float, dtype: torch.dtype) -> Tensor:
+            return torch.tensor(value, dtype=dtype, device=device)
 
-        self.running, self.converged = code(Status.RUNNING), code(Status.CONVERGED)
-        self.non_finite = code(Status.NON_FINITE)
-        self.current, self.saved = code(At.CURRENT), code(At.SAVED)
-        self.infinite = torch.tensor(math.inf, dtype=acc, device=device)
-        self.one = torch.ones((), dtype=acc, device=device)
+        status, at = Status, At
+        self.running, self.non_finite = (number(int(s), torch.int32) for s in (status.RUNNING, status.NON_FINITE))
+        self.current, self.previous, self.saved = (
+            number(int(a), torch.int32) for a in (at.CURRENT, at.PREVIOUS, at.SAVED)
+        )
+        self.step = number(1, torch.int32)
+        self.infinite, self.one, self.zero = (number(value, acc) for value in (math.inf, 1, 0))
+        self.rtol, self.atol = number(stopping.rtol, wide), number(stopping.atol, wide)
+        self.root = number(math.sqrt(N), wide)
 
 
 class Judged(NamedTuple):
@@ -64,16 +70,18 @@ class Verdict(NamedTuple):
         run: samples that ran until now.
         going: those that take another step.
         reset: those of them whose unit is new, so that columns in the old one are dropped.
+        worse: those that ran and have a better iterate than this one. None: nobody, as for the next two.
         spill: those whose best iterate is the one before: it is about to be overwritten.
-        from_saved: where the answer of a sample that has stopped is the saved iterate and not this one.
+        from_saved: where the answer of a sample that stops now is the saved iterate and not this one.
     """
 
     stats: Stats
     run: Tensor
     going: Tensor
     reset: Tensor
-    spill: Tensor
-    from_saved: Tensor
+    worse: Tensor | None
+    spill: Tensor | None
+    from_saved: Tensor | None
 
 
 def measure(
@@ -83,18 +91,17 @@ def measure(
     g_norm: Tensor,
     f_norm: Tensor,
     made: int,
-    N: int,
     judged: Judged | None = None,
 ) -> Verdict:
-    """The verdict on evaluation number ``made`` of samples of ``N`` numbers, from ||g_k|| and ||f_k||."""
-    rtol, atol = stopping.rtol, stopping.atol
+    """The verdict on evaluation number ``made``, from ||g_k|| and ||f_k||."""
+    atol = stopping.atol
     acc = old.unit.dtype
-    run = old.status == Status.RUNNING
+    run = old.status == c.running
     largest = torch.maximum(g_norm, f_norm)
-    finite = largest < math.inf
+    finite = largest < c.infinite
     if judged is None:
         relative = (g_norm / f_norm).nan_to_num(nan=0.0, posinf=math.inf)  # 0 / 0: at rest at the origin
-        within = g_norm <= f_norm * rtol + atol if atol else relative <= rtol
+        within = g_norm <= f_norm * c.rtol + c.atol if atol else relative <= c.rtol
     else:
         finite, relative, within = finite & judged.finite, judged.relative, judged.within
     relative = torch.where(finite, relative, c.infinite).to(acc)
@@ -104,24 +111,26 @@ def measure(
         within = within & finite
         better = better | within
     live = run & finite
-    going = live & ~within
-    spill = run & ~better & (old.best_at == At.PREVIOUS)
+    going = but_not(live, within)
+    worse = spill = from_saved = None
+    elsewhere = old.best_at
+    if made > 1:
+        # A sample that runs has a best iterate; if this one is not better, it is saved, or will be now.
+        worse, elsewhere = but_not(run, better), c.saved
+        from_saved, spill = worse, worse & (old.best_at == c.previous)
+        if not stopping.keep_best:
+            from_saved = but_not(from_saved, finite)
     best_step = old.best_step.masked_fill(better, made)
     first = relative if made == 1 else old.first
-    status = torch.where(finite, torch.where(within, c.converged, c.running), c.non_finite)
+    status = torch.where(finite, within, c.non_finite)  # as numbers: RUNNING is 0 and CONVERGED 1
     if made == stopping.max_iter:
         status = torch.where(going, _label(relative, first, made - best_step, made).int(), status)
         going = torch.zeros_like(going)
-    # CURRENT + 1 is PREVIOUS: of those that go on, this iterate is soon the one before.
-    best_at = torch.where(better, going + c.current, torch.where(spill, c.saved, old.best_at))
-    from_saved = best_at == c.saved
-    if not stopping.keep_best:
-        from_saved = from_saved & ~finite
-
-    reset, unit = _unit(c, largest / math.sqrt(N), old.unit, going, made, judged is not None)
+    best_at = torch.where(better, torch.where(going, c.previous, c.current), elsewhere)
+    reset, unit = _unit(c, largest / c.root, old.unit, going, made, judged is not None)
     best = torch.where(better, relative, old.best)
-    stats = Stats(status, old.steps + 1, best_at, best_step, relative, g_norm.to(acc), best, first, unit)
-    return Verdict(stats, run, going, reset, spill, from_saved)
+    stats = Stats(status, old.steps + c.step, best_at, best_step, relative, g_norm.to(acc), best, first, unit)
+    return Verdict(stats, run, going, reset, worse, spill, from_saved)
 
 
 def _label(relative: Tensor, first: Tensor, idle: Tensor, made: int) -> Tensor:
@@ -142,12 +151,12 @@ def _unit(
     below = power_below(rms).clamp(2.0 ** (-limit - 1), 2.0 ** (limit - 1))
     new = below.reciprocal().to(unit.dtype)
     if made == 1:
-        reset = going & (rms > 0)
+        reset = going & (rms > c.zero)
         return reset, torch.where(reset, new, c.one)
     scaled = rms * unit
     off = scaled.clamp(1 / UNIT_RANGE, UNIT_RANGE) != scaled
     if may_rest:
-        off = off & (rms > 0)
+        off = off & (rms > c.zero)
     reset = going & off
     return reset, torch.where(reset, new, unit)
 

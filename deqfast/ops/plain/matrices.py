@@ -21,26 +21,28 @@ def has_linalg(device_type: str) -> bool:
     try:
         one = torch.ones(1, 1, 1, device=device_type)
         factor = torch.linalg.cholesky_ex(one).L
-        torch.cholesky_solve(one, factor)
-        torch.cholesky_inverse(factor)
+        torch.linalg.solve_triangular(factor, one, upper=False)
         torch.linalg.solve_ex(one, one)
-        torch.linalg.solve_triangular(one, one, upper=False)
     except (NotImplementedError, RuntimeError):
         return False
     return True
 
 
 class Factored:
-    """Symmetric positive definite matrices, by Cholesky's method."""
+    """Symmetric positive definite matrices L L^T, by Cholesky's method and the inverse of L: H^-1 = L^-T L^-1."""
 
-    def __init__(self, matrix: Tensor) -> None:
-        self.factor, self.info = torch.linalg.cholesky_ex(matrix)
+    def __init__(self, matrix: Tensor, eye: Tensor, good: Tensor) -> None:
+        factor, self.info = torch.linalg.cholesky_ex(matrix)
+        self.good = good
+        m = matrix.shape[-1]
+        self.inverse = torch.linalg.solve_triangular(factor, eye[:m, :m].expand_as(matrix), upper=False)
 
     def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.cholesky_solve(rhs[..., None], self.factor)[..., 0], self.info == 0
+        half = torch.bmm(rhs[:, None], self.inverse.mT)
+        return torch.bmm(half, self.inverse)[:, 0], self.info == self.good
 
-    def inverse_diagonal(self) -> Tensor:
-        return torch.cholesky_inverse(self.factor).diagonal(dim1=1, dim2=2)
+    def root_inverse_diagonal(self) -> Tensor:
+        return torch.linalg.vector_norm(self.inverse, dim=1)
 
 
 class Inverted:
@@ -51,18 +53,21 @@ class Inverted:
         self.inverse, self.regular = gauss_jordan(matrix, eye.expand_as(matrix))
 
     def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
-        definite = self.regular & (self.inverse_diagonal() > 0).all(1)
+        definite = self.regular & (self.inverse.diagonal(dim1=1, dim2=2) > 0).all(1)
         return torch.bmm(self.inverse, rhs[..., None])[..., 0], definite
 
-    def inverse_diagonal(self) -> Tensor:
-        return self.inverse.diagonal(dim1=1, dim2=2)
+    def root_inverse_diagonal(self) -> Tensor:
+        return self.inverse.diagonal(dim1=1, dim2=2).sqrt()
 
 
 class Matrices:
-    """For one type of device."""
+    """For systems of up to ``m`` unknowns, of one dtype on one device."""
 
-    def __init__(self, device_type: str) -> None:
-        self.linalg = has_linalg(device_type)
+    def __init__(self, m: int, acc: torch.dtype, device: torch.device) -> None:
+        self.linalg = has_linalg(device.type)
+        self._eye = torch.eye(m, dtype=acc, device=device)
+        self._zero = torch.zeros((), dtype=acc, device=device)
+        self._good = torch.zeros((), dtype=torch.int32, device=device)  # LAPACK's word for it
 
     def norm(self, rows: Tensor) -> Tensor:
         """Of rows of magnitude about one."""
@@ -78,19 +83,19 @@ class Matrices:
 
     def finite(self, rows: Tensor) -> Tensor:
         """Which rows hold numbers alone: every other one times 0 is no number."""
-        return (rows * 0).sum(1) == 0
+        return (rows * self._zero.to(rows.dtype)).sum(1) == self._zero
 
     def solve(self, matrix: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """By LU with partial pivoting."""
         if self.linalg:
             y, info = torch.linalg.solve_ex(matrix, rhs)
-            return y, info == 0
+            return y, info == self._good
         solution, regular = gauss_jordan(matrix, rhs[..., None])
         return solution[..., 0], regular
 
     def definite(self, matrix: Tensor) -> Definite:
         """By Cholesky's method."""
-        return Factored(matrix) if self.linalg else Inverted(matrix)
+        return Factored(matrix, self._eye, self._good) if self.linalg else Inverted(matrix)
 
     def triangular(self, matrix: Tensor, rhs: Tensor) -> Tensor:
         """(B, k) solutions of lower triangular systems."""

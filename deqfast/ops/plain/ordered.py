@@ -19,9 +19,9 @@ class OrderedDefinite:
         y = torch.cholesky_solve(rhs[..., None], factor)[..., 0]
         return y, (info == 0) & torch.isfinite(y).all(1)
 
-    def inverse_diagonal(self) -> Tensor:
+    def root_inverse_diagonal(self) -> Tensor:
         """Of the inverse."""
-        return torch.linalg.inv_ex(self.matrix).inverse.diagonal(dim1=1, dim2=2)
+        return torch.linalg.inv_ex(self.matrix).inverse.diagonal(dim1=1, dim2=2).sqrt()
 
 
 class Ordered:

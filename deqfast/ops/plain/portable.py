@@ -14,13 +14,17 @@ from ..anderson import AndersonWorkspace
 from ..codes import Int
 from ..contract import BoundStep, Leaves, Rows
 from ..formulas import anderson
+from ..formulas.algebra import but_not
 from ..formulas.anderson import Known
 from ..formulas.measure import Verdict
 from ..lag import Lag
 from ..workspace import Workspace, tile, untile
-from .codec import decode, encode
+from .codec import decode, encode, stored
 from .matrices import Matrices
-from .rows import Statistics, gather, scatter
+from .rows import Iterates, Statistics, gather
+
+LARGE = 1e38  # finite in bfloat16, too
+GROWTH = 4  # columns that room is made for at a time
 
 
 class PortableStep(BoundStep):
@@ -29,8 +33,9 @@ class PortableStep(BoundStep):
     def __init__(self, ws: Workspace, evaluations: int) -> None:
         super().__init__(ws)
         device = ws.layout.device
-        self.algebra = Matrices(device.type)
-        self.statistics = Statistics(ws, evaluations)
+        self.algebra = Matrices(ws.method[0], ws.layout.acc, device)
+        self.statistics = Statistics(ws, evaluations, ws.layout.acc)
+        self.iterates = Iterates(ws)
         self._device = device.type
         self._lag = Lag(ws.layout.B, device, ws.stopping.max_iter, evaluations)
 
@@ -44,7 +49,7 @@ class PortableStep(BoundStep):
 
     def _step(self, f: Leaves, f_prev: Leaves | None, f_rows: Rows, f_prev_rows: Rows) -> int:
         ws = self.ws
-        x, value = gather(ws, ws.x[ws.cur]), gather(ws, f, f_rows)
+        x, value = self.iterates.now(), gather(ws, f, f_rows)
         if ws.own_residual is None:
             both = torch.stack([value, value - x])
             sizes = self.algebra.norm_of_any(both)
@@ -53,7 +58,7 @@ class PortableStep(BoundStep):
             both = None
             f_norm, g_norm = (self.algebra.norm_of_any(t) for t in (value, ws.own_residual))
         verdict = self.statistics.measure(g_norm, f_norm)
-        answer = self.statistics.answers(x, verdict)
+        answer = self.iterates.answers(x, verdict)
         self.move(verdict, x, value, both, (f_prev, f_prev_rows), answer)
         return self._lag.read(verdict.going.sum(dtype=torch.int32))
 
@@ -73,90 +78,91 @@ class PortableStep(BoundStep):
         """Write the next iterate; which of the samples that go on took f's value instead."""
         ws = self.ws
         rounded = x_new if x_new.dtype == ws.layout.dtype else x_new.to(ws.layout.dtype)
-        finite = self.algebra.finite(rounded)
-        scatter(ws, ws.x[1 - ws.cur], anderson.settle(x_new, f, answer, going, finite))
-        return going & ~finite
+        taken = going & self.algebra.finite(rounded)
+        every = self.iterates.looks and bool(taken.all())
+        self.iterates.write(x_new, taken, None if every else anderson.fallback(f, answer, going))
+        return going ^ taken
 
 
 class Columns:
-    """The columns: the workspace's history, where it lies a sample a row, else a copy that does.
+    """The columns in the dtype of the products, a sample a row: the workspace's history itself where it is that.
 
-    The first ``count`` slots have been written to, of every sample, and hold numbers alone.
+    Narrower ones are rounded as the history would hold them and go there when somebody asks: to widen all of them at
+    every step would take longer than the step. The first ``count`` slots have been written to, of every sample, and
+    hold numbers alone.
     """
 
     def __init__(self, ws: AndersonWorkspace, used: Tensor | None) -> None:
         """``used``: (B, m) columns that are in use already, None: none."""
         self.ws, self.method = ws, ws.method
-        B, m = ws.layout.B, ws.method.m
-        self.history = ws.history
-        if not ws.keeps_products:
-            self.history = torch.stack([untile(t, B) for t in ws.history])
-        self.scales = ws.scales if ws.scales.shape[3] else None
-        self.count = 0
+        layout = ws.layout
+        B, m = layout.B, ws.method.m
+        self.own = ws.keeps_products and ws.history.dtype == layout.acc
+        self.count = 0 if used is None else m
+        if self.own:
+            self.wide = ws.history
+        elif used is None:
+            self.wide = torch.empty(2, B, m, layout.N, dtype=layout.acc, device=layout.device)
+        else:
+            self.wide = torch.stack([stored(ws, which) for which in (0, 1)])
         if used is not None:
-            self.count = m
-            self.history.masked_fill_(~used[None, :, :, None], 0)
-            if self.scales is not None:
-                self.scales.masked_fill_(~used[None, :, :, None], 1)
+            self.wide.masked_fill_(~used[None, :, :, None], 0)
             if ws.own_columns is not None:
                 ws.own_columns.masked_fill_(~used[:, :, None], 0)
-        self.base = torch.arange(2 * B, device=ws.layout.device).view(2, B) * m
-        self.new: tuple[Tensor, Tensor | None] = (self.base, None)
-        self._zero = torch.zeros((), dtype=self.history.dtype, device=ws.layout.device)
-        self._wide = self.history
+        self.base = torch.arange(B, device=layout.device) * m
 
     def grow(self, count: int) -> None:
         """Make slots ready to be written to."""
-        if count > self.count:
-            fresh = slice(self.count, count)
-            self.history[:, :, fresh].zero_()
-            if self.scales is not None:
-                self.scales[:, :, fresh].fill_(1)
-            if self.ws.own_columns is not None:
-                self.ws.own_columns[:, fresh].zero_()
-            self.count = count
+        fresh = slice(self.count, count)
+        self.wide[:, :, fresh].zero_()
+        if self.ws.own_columns is not None:
+            self.ws.own_columns[:, fresh].zero_()
+        self.count = count
 
     def round(self, pair: Tensor) -> Tensor:
-        """(2, B, N) dF and dG, or dF alone, as they will be stored."""
-        if self.history.dtype == pair.dtype:
-            self.new = (pair, None)
-            return pair
-        self.new = encode(self.ws, pair)
-        return decode(self.ws, *self.new)
+        """(2, B, N) dF and dG, or dF alone, as they will be stored; what is no number of a sample's becomes one.
+
+        Such a column is never used, but 0 times what is no number is none.
+        """
+        pair.nan_to_num_(nan=0.0, posinf=LARGE, neginf=-LARGE)
+        return pair if self.ws.history.dtype == pair.dtype else decode(self.ws, *encode(self.ws, pair))
 
     def put(self, slot: Tensor, new: list[Tensor], good: Tensor) -> None:
-        codes, scales = self.new
-        kinds = codes.shape[0]
-        index = (self.base[:kinds] + slot).flatten()
-        codes = torch.where(good[:, None], codes, self._zero)
-        flat = self.history.view(-1, codes.shape[-1])
-        flat.index_copy_(0, index, codes.view(-1, codes.shape[-1]))
-        if scales is not None and self.scales is not None:
-            self.scales.view(-1, scales.shape[-1]).index_copy_(0, index, scales.view(-1, scales.shape[-1]))
         own = self.ws.own_columns
-        if own is not None:
-            column = torch.where(good[:, None], new[1], 0.0)
-            own.view(-1, own.shape[-1]).index_copy_(0, self.base[0] + slot, column)
+        index = self.base + slot
+        for target, column in zip((self.wide[0], self.wide[1] if own is None else own), new, strict=True):
+            target.view(-1, column.shape[1]).index_copy_(0, index, column)
+
+    def settle(self) -> None:
+        """Write them where every backend looks for them."""
+        ws = self.ws
+        if self.own:
+            return
+        codes, scales = encode(ws, self.wide[:, :, : self.count])
+        if not ws.keeps_products:
+            for target, columns in zip(ws.history, codes, strict=True):
+                target[:, : self.count].copy_(tile(columns, ws.tiles))
+            return
+        ws.history[:, :, : self.count].copy_(codes)
+        if scales is not None:
+            ws.scales[:, :, : self.count].copy_(scales)
 
     def products(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        dG = self._read()
+        dF, dG = self._columns()
         onto_g = torch.bmm(rows, dG.mT)
         if self.method.test_space == 0:
             return onto_g[:, 1:], onto_g[:, :1]
-        onto_f = torch.bmm(rows[:, :2], self._wide[0].mT)
+        onto_f = torch.bmm(rows[:, :2], dF.mT)
         return onto_g[:, 1:], torch.sub(onto_f, onto_g[:, :2], alpha=self.method.test_space)
 
-    def _read(self) -> Tensor:
-        """Widen the columns for this step; those of the residual."""
-        columns = self.history[:, :, : self.count]
-        if columns.dtype != self.ws.layout.acc:
-            columns = decode(self.ws, columns, None if self.scales is None else self.scales[:, :, : self.count])
-        self._wide = columns
+    def _columns(self) -> tuple[Tensor, Tensor]:
         own = self.ws.own_columns
-        return columns[1] if own is None else own[:, : self.count]
+        dF, dG = self.wide[0], self.wide[1] if own is None else own
+        m = self.method.m
+        return (dF, dG) if self.count == m else (dF[:, : self.count], dG[:, : self.count])
 
     def every(self) -> Tensor:
-        dF, dG = self._wide
+        dF, dG = self._columns()
         gram = torch.bmm(dG, dG.mT)
         if self.method.test_space == 0:
             return gram[:, None]
@@ -164,9 +170,10 @@ class Columns:
 
     def mix(self, base: Tensor, weights: Tensor) -> Tensor:
         beta = self.method.mixing
-        mixed = torch.baddbmm(base[:, None], weights[:, None], self._wide[0], alpha=-1)
+        dF, dG = self._columns()
+        mixed = torch.baddbmm(base[:, None], weights[:, None], dF, alpha=-1)
         if beta != 1:
-            mixed = torch.baddbmm(mixed, weights[:, None], self._wide[1], alpha=1 - beta)
+            mixed = torch.baddbmm(mixed, weights[:, None], dG, alpha=1 - beta)
         return mixed[:, 0]
 
 
@@ -174,7 +181,7 @@ class Rowwise:
     """What is known of the columns, a sample a row, until somebody asks for the tiles."""
 
     def __init__(self, ws: AndersonWorkspace, made: int) -> None:
-        self._targets = (ws.norms, ws.ages, ws.gram, ws.matrix, ws.history)
+        self._targets = (ws.norms, ws.ages, ws.gram, ws.matrix)
         self._tiles = ws.tiles
         B, kinds = ws.layout.B, 2 if ws.method.test_space else 1
         norms = untile(ws.norms, B)[:, :kinds]
@@ -185,21 +192,22 @@ class Rowwise:
             gram = gram.tril() + gram.tril(-1).mT
             products = torch.stack([gram, untile(ws.matrix, B)] if kinds == 2 else [gram], dim=1)
         infinite = torch.full_like(norms[:, :1], torch.inf)
-        self.known = Known(torch.where(used, norms, infinite), products, untile(ws.ages, B), ws.int_row(Int.SLOT))
+        self.known = Known(torch.where(used, norms, infinite), products, untile(ws.ages, B), ws.int_row(Int.SLOT).long())
         self.columns = Columns(ws, used[:, 0] if made else None)
         if not made:
             self.known = _first(self.known, 0)
 
-    def grow(self, count: int) -> None:
-        """Room for one more column, while the history fills."""
-        have = self.known.ages.shape[1]
-        if count > have:
+    def grow(self, made: int) -> None:
+        """Room for the column of this step and a free slot for the next, while the history fills."""
+        have, m = self.known.ages.shape[1], self.columns.method.m
+        count = min(-(-made // GROWTH) * GROWTH, m)
+        if made > have and count > have:
             pad, more = torch.nn.functional.pad, count - have
             known = self.known
             products = None if known.products is None else pad(known.products, (0, more, 0, more))
             norms, ages = pad(known.norms, (0, more), value=torch.inf), pad(known.ages, (0, more))
             self.known = known._replace(norms=norms, products=products, ages=ages)
-        self.columns.grow(count)
+            self.columns.grow(count)
 
     def forget(self, which: Tensor) -> None:
         """The columns of some samples no longer count."""
@@ -207,16 +215,15 @@ class Rowwise:
 
     def settle(self) -> None:
         """Write the tiles."""
-        norms, ages, gram, matrix, history = self._targets
+        norms, ages, gram, matrix = self._targets
         known = self.known
         m, have = ages.shape[1], known.ages.shape[1]
         pad, more, tiles = torch.nn.functional.pad, ages.shape[1] - known.ages.shape[1], self._tiles
         kept = torch.where(known.norms[:, :1] < torch.inf, known.norms, torch.zeros_like(known.norms))
         norms.copy_(tile(pad(kept, (0, more)).expand(-1, 2, m), tiles))
         ages.copy_(tile(pad(known.ages, (0, more)), tiles))
+        self.columns.settle()
         if known.products is None:
-            for target, columns in zip(history, self.columns.history, strict=True):
-                target.copy_(tile(columns, tiles))
             return
         gram[:, :have, :have].copy_(tile(known.products[:, 0], tiles))
         if known.products.shape[1] == 2:
@@ -259,21 +266,23 @@ class AndersonStep(PortableStep):
         stats, made = verdict.stats, statistics.made
         g = ws.own_residual if both is None else both[1]
         assert g is not None
-        last_norm = statistics.stats.norm
-        e = anderson.Evaluation(made, x, f, g, going, verdict.reset, stats.unit, stats.norm, last_norm)
+        unit, last_norm = stats.unit[:, None], statistics.stats.norm
+        scaled = None if both is None else both * unit
+        own = g * unit if scaled is None else scaled[1]
+        e = anderson.Evaluation(made, x, f, g, own, going, verdict.reset, stats.unit, stats.norm, last_norm)
         if method.m == 0:
             self.settle(anderson.plain_step(method, e), f, answer, going)
             statistics.write(verdict)
             return
         loose = self._rowwise()
-        loose.grow(min(made - 1, method.m))
-        new = self._new(e, loose.columns, both, before)
+        loose.grow(made)
+        new = self._new(e, loose.columns, scaled, before)
         self._both = both
         step = anderson.step(method, self.algebra, self.constants, loose.columns, loose.known, e, new)
         overflowed = self.settle(step.x, f, answer, going)
         events, lost = {Int.STEP_FALLBACKS: overflowed}, overflowed
         if step.solved is not None:
-            failed = going & ~step.solved
+            failed = but_not(going, step.solved)
             events[Int.SOLVE_FALLBACKS], lost = failed, overflowed | failed
         if step.grew is not None:
             events[Int.GROWTH_RESTARTS] = step.grew
@@ -283,25 +292,26 @@ class AndersonStep(PortableStep):
         if made > method.m:
             events[Int.EVICTIONS] = chosen.evicting
         loose.known = chosen.known
-        statistics.write(verdict)
+        statistics.write(verdict, {Int.SLOT: chosen.known.slot.int(), Int.COUNT: chosen.count})
         statistics.count(events)
-        statistics.keep(slice(Int.SLOT, Int.COUNT + 1), [chosen.known.slot.int(), chosen.count], going)
 
     def _new(
-        self, e: anderson.Evaluation, columns: Columns, both: Tensor | None, before: tuple[Leaves | None, Rows]
+        self, e: anderson.Evaluation, columns: Columns, scaled: Tensor | None, before: tuple[Leaves | None, Rows]
     ) -> list[Tensor] | None:
         """dF and dG, rounded as they will be stored."""
         ws = self.ws
         f_prev, f_prev_rows = before
         if f_prev is None:
             return None
-        if both is None:
+        if scaled is None:
             assert ws.own_previous is not None
             dF = columns.round(anderson.difference(e.f, gather(ws, f_prev, f_prev_rows), e.unit)[None])[0]
-            return [dF, anderson.difference(e.g, ws.own_previous, e.unit)]
+            dG = anderson.difference(e.g, ws.own_previous, e.unit)
+            return [dF, dG.nan_to_num_(nan=0.0, posinf=LARGE, neginf=-LARGE)]
         last = self._both
         if last is None:
             value = gather(ws, f_prev, f_prev_rows)
-            last = torch.stack([value, value - gather(ws, ws.x[1 - ws.cur])])
-        pair = columns.round(anderson.difference(both, last, e.unit))
+            last = torch.stack([value, value - self.iterates.before()])
+        # (now - before) unit with the product that is there already: a unit is a power of two, no bit changes.
+        pair = columns.round(torch.addcmul(scaled, last, e.unit[:, None], value=-1))
         return [pair[0], pair[1]]

@@ -21,7 +21,7 @@ from ..formulas.measure import Verdict
 from ..workspace import Workspace, tile, untile
 from .codec import decode, encode, stored
 from .ordered import Ordered, combine, products
-from .rows import Statistics, gather, scatter
+from .rows import Iterates, Statistics, gather
 
 ALGEBRA = Ordered()
 
@@ -31,20 +31,22 @@ class _Step(BoundStep):
 
     def __init__(self, ws: Workspace, evaluations: int) -> None:
         super().__init__(ws)
-        self.statistics = Statistics(ws, evaluations)
+        self.statistics = Statistics(ws, evaluations, torch.float64)
+        self.iterates = Iterates(ws)
+        self.iterates.looks = False
         self._device = ws.layout.device.type
 
     def __call__(self, f: Leaves, f_prev: Leaves | None, f_rows: Rows, f_prev_rows: Rows) -> int:
         """One update."""
         with torch.no_grad(), torch.autocast(self._device, enabled=False):
             ws = self.ws
-            x, value = gather(ws, ws.x[ws.cur]), gather(ws, f, f_rows)
+            x, value = self.iterates.now(), gather(ws, f, f_rows)
             g = value - x if ws.own_residual is None else ws.own_residual
             verdict = self.statistics.measure(ALGEBRA.norm_of_any(g), ALGEBRA.norm_of_any(value))
-            answer = self.statistics.answers(x, verdict)
+            answer = self.iterates.answers(x, verdict)
             before = None if f_prev is None else gather(ws, f_prev, f_prev_rows)
             self.move(verdict, x, value, g, before, answer)
-            scatter(ws, ws.x[ws.cur], answer, verdict.run & ~verdict.going)
+            self.iterates.overwrite(answer, verdict.run & ~verdict.going)
             return int(verdict.going.sum())
 
     def move(
@@ -55,10 +57,9 @@ class _Step(BoundStep):
 
     def settle(self, x_new: Tensor, f: Tensor, answer: Tensor, going: Tensor) -> Tensor:
         """Write the next iterate; which of the samples that go on took f's value instead."""
-        ws = self.ws
-        finite = ALGEBRA.finite(x_new.to(ws.layout.dtype))
-        scatter(ws, ws.x[1 - ws.cur], anderson.settle(x_new, f, answer, going, finite))
-        return going & ~finite
+        taken = going & ALGEBRA.finite(x_new.to(self.ws.layout.dtype))
+        self.iterates.write(x_new, taken, anderson.fallback(f, answer, going))
+        return going & ~taken
 
 
 class _Columns:
@@ -130,7 +131,7 @@ class AndersonStep(_Step):
         stats = verdict.stats
         made = statistics.made
         e = anderson.Evaluation(
-            made, x, f, g, going, verdict.reset, stats.unit, stats.norm, statistics.stats.norm
+            made, x, f, g, g * stats.unit[:, None], going, verdict.reset, stats.unit, stats.norm, statistics.stats.norm
         )
         if ws.method.m == 0:
             lost = self.settle(anderson.plain_step(ws.method, e), f, answer, going)
@@ -152,10 +153,8 @@ class AndersonStep(_Step):
             events[Int.RESCALES] = verdict.reset
         chosen = anderson.choose_slot(ws.method, ALGEBRA, self.constants, step, going, lost, made)
         events[Int.EVICTIONS] = chosen.evicting
-        statistics.write(verdict)
+        statistics.write(verdict, {Int.SLOT: chosen.known.slot.int(), Int.COUNT: chosen.count})
         statistics.count(events)
-        slot = chosen.known.slot.int()
-        statistics.keep(slice(Int.SLOT, Int.COUNT + 1), [slot, chosen.count], going)
         self._keep(chosen.known, going)
 
     def _new(self, e: anderson.Evaluation, f_prev: Tensor) -> list[Tensor]:
@@ -165,7 +164,7 @@ class AndersonStep(_Step):
         if ws.own_previous is not None:
             dG = anderson.difference(e.g, ws.own_previous, e.unit)
             return [decode(ws, *encode(ws, dF)), dG]
-        dG = dF - anderson.difference(e.x, gather(ws, ws.x[1 - ws.cur]), e.unit)  # with the bits of the kernels
+        dG = dF - anderson.difference(e.x, self.iterates.before(), e.unit)  # with the bits of the kernels
         return [decode(ws, *encode(ws, column)) for column in (dF, dG)]
 
     def _known(self) -> Known:
@@ -250,8 +249,6 @@ class BroydenStep(_Step):
         }
         if statistics.made > 1:
             events[Int.RESCALES] = verdict.reset
-        statistics.write(verdict)
+        statistics.write(verdict, {Int.COUNT: torch.where(overflowed, 0, step.count + 1).int()})
         statistics.count(events)
-        new_count = torch.where(overflowed, 0, step.count + 1)
-        statistics.keep(slice(Int.COUNT, Int.COUNT + 1), [new_count.int()], going)
         scale.copy_(torch.where(going, step.scale, scale))
