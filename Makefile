@@ -6,13 +6,16 @@ TORCH_MIN ?= torch==2.9.0
 VENV ?= .venv
 VENV_MIN ?= .venv-min
 PYTEST_ARGS ?=
+# Test processes: one a core.
+WORKERS ?= auto
+# Lines and branches of deqfast/ that `make test` must reach, in per cent; a part of the tests reaches what it reaches.
+COVERAGE ?= $(if $(strip $(PYTEST_ARGS)),0,93)
 # CUDA kernels take minutes to compile: without a GPU to run them they are left to check-cuda.
 CUDA ?= $(if $(shell command -v nvidia-smi),auto,off)
 # Everything instrumented takes an hour: SANITIZE_TESTS="tests -k native".
-SANITIZE_TESTS ?= $(patsubst %,tests/test_%.py,memory joint_step joint_finish)
+SANITIZE_TESTS ?= tests/ops -m sanitize
 # One is enough to notice breakage; wheels have CMakeLists.txt's default.
 CUDA_ARCHS ?= 90-real
-EMULATED_TESTS ?= $(patsubst %,tests/test_%.py,anderson broyden picard halves low_precision joint_step joint_finish refusals)
 SANITIZE_ISAS ?= avx512 avx2 baseline
 AARCH64_CXX ?= aarch64-linux-gnu-g++
 
@@ -28,7 +31,7 @@ LOCK = $(if $(FLOCK),$(FLOCK) $(1))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build inplace demo examples test lint test-min-torch bench bench-report gpu sanitize emulated check-aarch64 check-cuda format clean
+.PHONY: help venv build inplace demo examples test test-triton test-packaging test-min-torch lint bench bench-report gpu sanitize emulated check-aarch64 check-cuda format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-16s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,15 +71,25 @@ examples: build ## Run the joint solve's examples, minutes; tables and pictures 
 	@mkdir -p out
 	for name in $(EXAMPLES); do $(BIN)/python examples/joint_$$name.py --out out || exit 1; done
 
-lint: venv ## Formats, style and types
+lint: venv ## Formats, style, types, and which way imports point
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
-	$(BIN)/mypy deqfast
+	$(BIN)/mypy
+	$(BIN)/lint-imports
 
-# Passive: threads that spin while they wait stall tests on machines with more threads than cores.
+# Passive: threads that spin while they wait stall tests on machines with more threads than cores. What fails is named in
+# the last lines: pytest's own summary comes after the coverage table.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(WORKERS) --dist worksteal
+
 test: lint build ## Lint, then run the tests with coverage
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+	$(PYTEST) -m "not packaging and not triton" --cov --cov-report=term --cov-fail-under=$(COVERAGE) $(PYTEST_ARGS)
+
+test-triton: build ## Run every Triton kernel through Triton's interpreter and its compiler
+	$(PYTEST) -m triton $(PYTEST_ARGS)
+
+test-packaging: build ## Build the package as installers do, and import it from where it is installed
+	$(PYTEST) -m packaging $(PYTEST_ARGS)
 
 # Plain torch 2.9.0 drags in CUDA libraries: 3 GB to download, 7 GB on disk. It does not import without them, so they are
 # not left out, and this is not part of `test`.
@@ -88,13 +101,14 @@ $(VENV_MIN)/.deps: pyproject.toml setup.py
 	touch $@
 
 test-min-torch: build $(VENV_MIN)/.deps ## Run the tests on the oldest supported torch (downloads 3 GB)
-	$(VENV_MIN)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(subst $(BIN),$(VENV_MIN)/bin,$(PYTEST)) -m "not packaging and not triton" $(PYTEST_ARGS)
 
 bench: build ## Run the benchmarks; results go to bench/results/
 	@mkdir -p bench/results
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/$$(date +%Y-%m-%d)-cpu.json $(PYTEST_ARGS)
 	$(BIN)/python -m bench.breakdown --out bench/results/$$(date +%Y-%m-%d)-breakdown.json
 	$(BIN)/python -m bench.convergence --out bench/results/$$(date +%Y-%m-%d)-convergence.json
+	$(BIN)/python -m pytest bench/test_rival_defects.py
 
 bench-report: venv ## Write the tables of the documentation from bench/results/
 	$(BIN)/python -m bench.report
@@ -102,7 +116,7 @@ bench-report: venv ## Write the tables of the documentation from bench/results/
 
 # No environment of its own: PYTHON's torch, which brings its CUDA along; see docs/gpu-notes.md.
 gpu: ## On a machine with a GPU: build, test, sanitize and measure there (ten minutes, no network)
-	$(PYTHON) bench/run_gpu.py
+	$(PYTHON) .ci/gpu.py
 
 # The instrumented module goes into a copy of the package, so the one in deqfast/ stays as it is. libstdc++ is preloaded
 # because AddressSanitizer looks for __cxa_throw at start; leaks are not looked for, the interpreter has its own; pytest
@@ -123,7 +137,7 @@ sanitize: venv ## Run the native tests under AddressSanitizer and UndefinedBehav
 	export LD_PRELOAD="$$($$cxx -print-file-name=libasan.so) $$($$cxx -print-file-name=libubsan.so) $$($$cxx -print-file-name=libstdc++.so)"; \
 	for isa in $(SANITIZE_ISAS); do \
 	  DEQFAST_CPU_ISA=$$isa $(BIN)/python -c "import torch, deqfast._C as c; c.cpu_isa()" 2> /dev/null || { echo "$$isa does not run here"; continue; }; \
-	  DEQFAST_CPU_ISA=$$isa $(BIN)/pytest -p no:cacheprovider --capture=sys -m "not slow" $(SANITIZE_TESTS) || exit 1; \
+	  DEQFAST_CPU_ISA=$$isa $(PYTEST) -p no:cacheprovider --capture=sys $(SANITIZE_TESTS) || exit 1; \
 	done
 
 # The module's CUDA kernels, compiled as C++ and run on CPU tensors block after block, under the tests of every backend;
@@ -139,7 +153,7 @@ emulated: venv ## Run the tests of the backends on emulated CUDA kernels
 	rm -rf $(EMULATED)/deqfast/_C.* $(EMULATED)/deqfast/kernels
 	cp -R kernels $(EMULATED)/deqfast/kernels
 	$(BIN)/cmake --install build/emulated --prefix $(EMULATED)
-	PYTHONPATH=$(abspath $(EMULATED)) DEQFAST_TEST_LAG=2 $(BIN)/pytest -p no:cacheprovider -m "not slow" $(EMULATED_TESTS)
+	PYTHONPATH=$(abspath $(EMULATED)) DEQFAST_TEST_LAG=2 $(PYTEST) -p no:cacheprovider -m "not triton" tests/ops
 
 check-aarch64: ## Compile the CPU kernels for aarch64 (needs a cross compiler)
 	@command -v $(AARCH64_CXX) > /dev/null || { echo "$(AARCH64_CXX) not found; Debian: g++-aarch64-linux-gnu" >&2; exit 1; }
@@ -154,7 +168,7 @@ check-cuda: venv ## Compile the CUDA kernels for CUDA_ARCHS, assert that none sp
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DDEQFAST_CUDA=on -DDEQFAST_CUDA_ARCHS="$(CUDA_ARCHS)" \
 	  -DDEQFAST_CUDA_RESOURCES=ON -DDEQFAST_ISAS=baseline -DDEQFAST_WERROR=ON -DDEQFAST_INPLACE=OFF
 	$(BIN)/cmake --build build/cuda --clean-first > build/cuda/resources.txt 2>&1 || { cat build/cuda/resources.txt; exit 1; }
-	$(BIN)/python tests/cuda/resources.py build/cuda/resources.txt
+	$(BIN)/python tests/device/resources.py build/cuda/resources.txt
 	cd build/cuda/deqfast && $(abspath $(BIN)/python) -c "import torch, _C; print(_C.build_info()); print(_C.cuda_why_not(0))"
 
 format: venv ## Format Python and C++ in place, write the API reference

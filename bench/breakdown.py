@@ -20,6 +20,7 @@ import torch
 
 import deqfast as dq
 from bench import floor, free, meta, targets, timing
+from bench.peers import Map
 
 SOLVERS: dict[str, tuple[dq.Anderson | dq.Broyden, int, int]] = {  # solver, columns, bytes a history number
     targets.LIKE_FOR_LIKE: (dq.Anderson(m=6, type=2, history_dtype=torch.float32), 6, 4),
@@ -29,7 +30,7 @@ SOLVERS: dict[str, tuple[dq.Anderson | dq.Broyden, int, int]] = {  # solver, col
 STEADY = 14  # steps after which every history is full
 
 
-def step_seconds(solver: dq.Anderson | dq.Broyden, f: Callable, z0: torch.Tensor, evaluations: int) -> float:
+def step_seconds(solver: dq.Anderson | dq.Broyden, f: Map, z0: torch.Tensor, evaluations: int) -> float:
     """Median seconds of `state.step` once the history is full."""
     state = solver.init(z0, rtol=0.0)
     taken = []

@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # rivals warn as they like: the package's own rule that a warning is an error is not for them
     marker = pytest.mark.filterwarnings("ignore") if asked else pytest.mark.skip(reason="runs with --benchmark-only")
     for item in items:
-        if HERE in Path(item.path).parents:
+        if HERE in Path(item.path).parents and "benchmark" in getattr(item, "fixturenames", ()):
             item.add_marker(marker)
 
 

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from bench import meta, methods, pictures, problems, summary, tolerance_time
+from bench import meta, methods, problems, tolerance_time
 from bench.families.scaling import rescaled
 from bench.peers import Peer
 from bench.recorder import count
+from bench.report import pictures, summary
 
 TOLERANCES = (1e-3, 1e-5, 1e-6)
 HEADLINE = (1e-3, 1e-5)

@@ -30,18 +30,27 @@ class Comparison:
     skipped: dict[str, str]
 
 
+def own_anderson() -> dict[str, Any]:
+    """deqfast's Anderson by row name: torchdeq's own method with two histories, and the defaults."""
+    import deqfast as dq
+
+    return {
+        targets.LIKE_FOR_LIKE: dq.Anderson(m=6, type=2, history_dtype=torch.float32, evict="oldest"),
+        targets.BFLOAT16: dq.Anderson(m=6, type=2, history_dtype=torch.bfloat16, evict="oldest"),
+        targets.DEFAULT: dq.Anderson(),
+    }
+
+
 def contestants(method: str, single: bool) -> dict[str, Callable[[], Peer]]:
     """Builders by row name, so that a rival that is not installed becomes a skipped row."""
     import deqfast as dq
 
     rows: dict[str, Callable[[], Peer]] = {}
     if method == "anderson":
-        f32 = dq.Anderson(m=6, type=2, history_dtype=torch.float32, evict="oldest")
-        bf16 = dq.Anderson(m=6, type=2, history_dtype=torch.bfloat16, evict="oldest")
-        rows[targets.LIKE_FOR_LIKE] = partial(peers.deqfast, f32, targets.LIKE_FOR_LIKE)
-        rows[targets.BFLOAT16] = partial(peers.deqfast, bf16, targets.BFLOAT16)
-        rows[targets.DEFAULT] = partial(peers.deqfast, dq.Anderson(), targets.DEFAULT)
-        rows[targets.REFERENCE] = partial(peers.deqfast, f32, targets.REFERENCE, "reference")
+        own = own_anderson()
+        for name, solver in own.items():
+            rows[name] = partial(peers.deqfast, solver, name)
+        rows[targets.REFERENCE] = partial(peers.deqfast, own[targets.LIKE_FOR_LIKE], targets.REFERENCE, "reference")
         rows[targets.COMPILED] = peers.compiled
     else:
         rows[targets.BROYDEN] = partial(peers.deqfast, dq.Broyden(), targets.BROYDEN)

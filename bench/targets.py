@@ -45,6 +45,11 @@ FAILED_PERCENT = 4.0
 TIME_RATIO = 5.0
 SCALING_CHANGE = {"powers of two": 0, "other": 1}
 
+# Plain torch: its time over torchdeq's Anderson's in one run, at most, and dispatched ops a step, at most.
+TORCH_LIKE_FOR_LIKE = {"1x64": 1.5, "64x128": 1.5, "64x1024": 1.0, "512x512": 1.0, "32x61440": 1.0}
+TORCH_DEFAULT = {"1x64": 2.5, "64x128": 2.5, "64x1024": 1.6, "512x512": 1.6, "32x61440": 1.6}
+TORCH_OPS = 110
+
 # On an H200, float32 states. Bandwidth: floor bytes of the step's own schedule (bench/floor.py) over its device time,
 # as a fraction of a copy's; latency in microseconds of device time; ratios are rival over deqfast by wall time, our
 # fastest mode, 30 evaluations of a nearly free f; histories are ratios to float32's.

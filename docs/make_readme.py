@@ -19,7 +19,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import methods, report, summary, targets  # noqa: E402
+from bench import methods, targets  # noqa: E402
+from bench.report import summary  # noqa: E402
+from bench.report.markdown import CROWDED, provenance, table  # noqa: E402
+from bench.report.newest import newest  # noqa: E402
+from bench.report.sections import speed_rows  # noqa: E402
 
 Record = Mapping[str, Any]
 COLUMNS = {
@@ -39,7 +43,7 @@ def fill(text: str, name: str, body: str) -> str:
 
 def speed_block(record: Record) -> list[str]:
     """Times faster than torchdeq, size by size."""
-    anderson, broyden = (report.speed_rows(record, method) for method in ("anderson", "broyden"))
+    anderson, broyden = (speed_rows(record, method) for method in ("anderson", "broyden"))
     rows = []
     for size in anderson:
         found = {**anderson[size], **broyden.get(size, {})}
@@ -49,7 +53,7 @@ def speed_block(record: Record) -> list[str]:
         "A solver step with a nearly free f, float32, equal evaluations: torchdeq 0.1.0's time over deqfast's, medians "
         "of rows that took turns in one run. *Like for like* is torchdeq's own method: Type II, m=6, float32 history."
     )
-    return [note, report.table(["B x N", *COLUMNS], rows), report.provenance(record["machine_info"])]
+    return [note, table(["B x N", *COLUMNS], rows), provenance(record["machine_info"])]
 
 
 def convergence_block(record: Record) -> list[str]:
@@ -65,16 +69,16 @@ def convergence_block(record: Record) -> list[str]:
         f"problems at {' and '.join(f'{t:g}' for t in headline)}, at most {record['cap']}:"
     )
     meta = {**record["meta"], "busy_elsewhere": None}  # counts do not mind company
-    return [note, report.table(["method", "evaluations", "samples that failed"], rows), report.provenance(meta)]
+    return [note, table(["method", "evaluations", "samples that failed"], rows), provenance(meta)]
 
 
 def measured(results: Path) -> list[str]:
     """The parts that full runs of the benchmarks give; a quick trial, or times taken on a busy machine, are none."""
-    speed, convergence, _ = report.newest(results) if results.is_dir() else (None, None, None)
+    speed, convergence = (newest(results, kind) for kind in ("speed", "convergence"))
     parts = []
     if speed is not None:
         machine = speed["machine_info"]
-        if machine.get("quick", False) or (machine.get("busy_elsewhere") or 0.0) > report.CROWDED:
+        if machine.get("quick", False) or (machine.get("busy_elsewhere") or 0.0) > CROWDED:
             print("left out: the newest times come from a quick trial or from a busy machine")
         else:
             parts += speed_block(speed)
@@ -105,7 +109,7 @@ def demo_block(record: Record, picture: str | None) -> str:
         f"Training a DEQ on scikit-learn's digits, the same model and initial weights with each library, "
         f"{options['epochs']} epochs, asked for a relative residual of {record['runs'][0]['rtol']:g} "
         "unless the row says otherwise:",
-        report.table(header, rows),
+        table(header, rows),
     ]
     if picture:
         parts.append(f"![Convergence and timing of the digits demo]({picture})")

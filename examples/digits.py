@@ -16,23 +16,17 @@ from __future__ import annotations
 import argparse
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from digits_figure import draw
 from digits_measure import final_residuals
-from digits_model import Classifier, DeqfastLayer, TorchdeqLayer, torchdeq
+from digits_model import HAS_TORCHDEQ, Classifier, DeqfastLayer, TorchdeqLayer
 from digits_report import print_report, save_json
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from frame import digits, progress
 from torch import Tensor, nn
-
-try:
-    from tqdm import tqdm
-except ImportError:
-    tqdm = None
 
 # The gradient's error is about the tolerance over 1 - ||J||. 1e-4 leaves it well under the noise between batches, and
 # float32 rounding sets in near 1e-6. The table's second deqfast row shows what a tenth of it changes.
@@ -73,11 +67,7 @@ class Data:
 
 def load_data(seed: int, device: str) -> Data:
     """1797 scanned digits of 8 x 8 pixels in [0, 1]; a quarter of them, stratified, is held out."""
-    pixels, labels = load_digits(return_X_y=True)
-    split = train_test_split(pixels / 16, labels, test_size=0.25, stratify=labels, random_state=seed)
-    train_pixels, test_pixels = (torch.tensor(a, dtype=torch.float32, device=device) for a in split[:2])
-    train_labels, test_labels = (torch.tensor(a, device=device) for a in split[2:])
-    return Data(train_pixels, train_labels, test_pixels, test_labels)
+    return Data(*digits(seed, device))
 
 
 def make_run(name: str, rtol: float, make_layer: Callable[..., nn.Module], args: argparse.Namespace) -> Run:
@@ -94,7 +84,7 @@ def make_runs(args: argparse.Namespace) -> list[Run]:
     runs.append(make_run("deqfast at a tenth of the tolerance", RTOL / 10, DeqfastLayer, args))
     if args.no_torchdeq:
         return runs
-    if torchdeq is None:
+    if not HAS_TORCHDEQ:
         print(
             "torchdeq is not installed, so deqfast trains alone and there is nothing to compare it with.\n"
             "To compare:  pip install torchdeq==0.1.0 --no-deps   (--no-torchdeq silences this message)\n"
@@ -173,7 +163,7 @@ def train(runs: list[Run], data: Data, args: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(args.seed)
     orders = [torch.randperm(len(data.train_pixels), generator=generator) for _ in range(args.epochs)]
     turns = [(epoch, runs[(turn + epoch) % len(runs)]) for epoch in range(args.epochs) for turn in range(len(runs))]
-    for epoch, run in progress(turns):
+    for epoch, run in progress(turns, lambda t: f"epoch {t[0] + 1:2}, {t[1].name:35}", "epoch"):
         train_epoch(run, data, orders[epoch].to(args.device), args.batch)
         run.accuracy.append(test_accuracy(run.model, data))
 
@@ -184,18 +174,6 @@ def warm_up(model: Classifier, data: Data, batch: int) -> None:
     for _ in range(20):
         model(data.train_pixels[:batch]).sum().backward()
     model.zero_grad()
-
-
-def progress(turns: list[tuple[int, Run]]) -> Iterable[tuple[int, Run]]:
-    """The turns behind a progress bar, or plain where tqdm is not installed."""
-    if tqdm is None:
-        print(f"Training, {len(turns)} epochs in all (pip install tqdm to see how far it is) ...", flush=True)
-        yield from turns
-        return
-    with tqdm(turns, unit="epoch", bar_format="{desc}|{bar}| {n}/{total} [{elapsed}<{remaining}]") as bar:
-        for epoch, run in bar:
-            bar.set_description(f"epoch {epoch + 1:2}, {run.name:35} ", refresh=False)
-            yield epoch, run
 
 
 def parse_args() -> argparse.Namespace:

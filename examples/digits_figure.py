@@ -9,67 +9,36 @@ from statistics import mean, median
 import torch
 from digits_measure import backward_curve, forward_curve, solve_recorded
 from digits_report import fastest_torchdeq, ratio
+from frame import INK, OURS, RIVALS, TIMES, paint
 from torch import Tensor
 
-# Okabe and Ito's palette: distinguishable with any colour vision. One colour a run, in every panel.
-OURS = "#0072B2"
-RIVALS = ["#D55E00", "#E69F00", "#009E73", "#CC79A7", "#8C6D46"]
-TIMES = "\N{MULTIPLICATION SIGN}"
-INK = "#222222"
 FAINT = "#8A8A8A"
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 22,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#B5B5B5",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#EBEBEB",
-    "grid.linewidth": 0.8,
-    "xtick.color": "#6E6E6E",
-    "ytick.color": "#6E6E6E",
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "text.color": INK,
-    "lines.solid_capstyle": "round",
-}
 
 
 def draw(runs: list, data, args: argparse.Namespace, path: Path) -> bool:
     """Write the picture to `path`; without matplotlib, say so and return False."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("\nmatplotlib is not installed, so there is no picture: pip install matplotlib")
-        return False
-    matplotlib.use("Agg")
+    return paint(lambda path: draw_panels(runs, data, args, path), path, title_pad=22)
+
+
+def draw_panels(runs: list, data, args: argparse.Namespace, path: Path) -> None:
     from matplotlib import pyplot
 
     shown = [runs[0], *(run for run in runs if run.library == "torchdeq")]
     colours = dict(zip((run.name for run in shown), [OURS, *RIVALS], strict=False))
-    with pyplot.rc_context(STYLE):
-        figure = pyplot.figure(figsize=(15, 10.2), facecolor="white")
-        top = figure.add_gridspec(1, 3, left=0.055, right=0.985, top=0.80, bottom=0.525, wspace=0.24)
-        low = figure.add_gridspec(
-            1, 2, left=0.055, right=0.985, top=0.405, bottom=0.06, wspace=0.12, width_ratios=[1, 1.12]
-        )
-        forward, backward, accuracy = (figure.add_subplot(cell) for cell in top)
-        draw_convergence(forward, backward, shown, runs[0].model, data, args, colours)
-        draw_accuracy(accuracy, shown, colours)
-        bars = figure.add_subplot(low[0])
-        draw_seconds(bars, shown, colours)
-        draw_digits(figure, low[1], runs[0], data)
-        draw_title(figure, runs, args)
-        draw_legend(figure, shown, colours)
-        figure.savefig(path, dpi=150)
-        pyplot.close(figure)
-    return True
+    figure = pyplot.figure(figsize=(15, 10.2), facecolor="white")
+    top = figure.add_gridspec(1, 3, left=0.055, right=0.985, top=0.80, bottom=0.525, wspace=0.24)
+    low = figure.add_gridspec(
+        1, 2, left=0.055, right=0.985, top=0.405, bottom=0.06, wspace=0.12, width_ratios=[1, 1.12]
+    )
+    forward, backward, accuracy = (figure.add_subplot(top[i]) for i in range(3))
+    draw_convergence(forward, backward, shown, runs[0].model, data, args, colours)
+    draw_accuracy(accuracy, shown, colours)
+    bars = figure.add_subplot(low[0])
+    draw_seconds(bars, shown, colours)
+    draw_digits(figure, low[1], runs[0], data)
+    draw_title(figure, runs, args)
+    draw_legend(figure, shown, colours)
+    figure.savefig(path, dpi=150)
 
 
 def draw_title(figure, runs: list, args: argparse.Namespace) -> None:

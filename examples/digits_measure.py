@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class Solved:
     adjoints: list[Tensor]  # the backward solver's own products
 
 
-def solve_recorded(model: nn.Module, pixels: Tensor, labels: Tensor) -> Solved:
+def solve_recorded(model: Any, pixels: Tensor, labels: Tensor) -> Solved:
     """One forward and backward pass of `model` with everything its solvers asked of the cell."""
     model.train()  # torchdeq gives no gradients in eval mode
     counted = model.counted
@@ -68,10 +69,11 @@ def solve_recorded(model: nn.Module, pixels: Tensor, labels: Tensor) -> Solved:
     states, adjoints = counted.states, counted.adjoints[:-1]  # the last product carries u to the parameters
     counted.states = counted.adjoints = None
     model.zero_grad()
-    return Solved(*(t.detach().double() for t in (x, z, z.grad, x.grad)), states, adjoints)
+    x, z, gradient_z, gradient_x = (t.detach().double() for t in (x, z, z.grad, x.grad))
+    return Solved(x, z, gradient_z, gradient_x, states, adjoints)
 
 
-def final_residuals(model: nn.Module, pixels: Tensor, labels: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+def final_residuals(model: Any, pixels: Tensor, labels: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     """Relative residuals (samples,) of the returned z and of the delivered gradient, in float64."""
     forward, backward = [], []
     weight = model.cell.linear.weight.detach().double()

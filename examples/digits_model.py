@@ -14,6 +14,7 @@ try:
     import torchdeq
 except ImportError:
     torchdeq = None
+HAS_TORCHDEQ = torchdeq is not None
 
 # ||W||_2 stays at or below this, so f contracts: z* exists, is unique, and the adjoint system is solvable. Close to 1
 # on purpose: a model held far below 1 is hardly implicit, and plain iteration would do.
@@ -23,6 +24,8 @@ MAX_ITER = 60
 
 class Cell(nn.Module):
     """f(z, x) = tanh(W z + x) for z and x of shape (B, N), with the spectral norm of W bounded by `project`."""
+
+    direction: Tensor
 
     def __init__(self, hidden: int):
         super().__init__()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import platform
 from pathlib import Path
 from statistics import mean, median
 
 import torch
+from frame import provenance
 
 NAMES = 36
 HEADER = (
@@ -126,10 +124,7 @@ def save_json(runs: list, args: argparse.Namespace, path: Path) -> None:
     """Every number of the run, with what produced it."""
     packages = ("deqfast", "torch", "torchdeq", "scikit-learn", "numpy")
     document = {
-        "date": datetime.date.today().isoformat(),
-        "options": {key: str(value) for key, value in vars(args).items() if key != "out"},
-        "machine": {"processor": processor(), "threads": torch.get_num_threads(), "python": platform.python_version()},
-        "versions": {name: version(name) for name in packages},
+        **provenance(args, packages),
         "runs": [as_record(run, runs[0]) for run in runs],
     }
     path.write_text(json.dumps(document, indent=1) + "\n")
@@ -149,18 +144,3 @@ def as_record(run, ours) -> dict:
 
 def summary(residual: torch.Tensor) -> dict[str, float]:
     return {"median": residual.median().item(), "worst": residual.max().item()}
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
+import frame
 import joint_common as common
 import torch
 from joint_classifier import TRAINING_RTOL, Classifier, joint_attack, nested_attack
+from joint_nested import Clock, Counted
 
 import deqfast as dq
-from bench.nested import Clock, Counted
 
 HIDDEN, BATCH, RADIUS = 96, 128, 0.6
 
@@ -111,7 +112,7 @@ def main() -> None:
     runs: list[Run] = []
     data = {}
     for seed in range(args.seed, args.seed + args.seeds):
-        data[seed] = common.digits(seed, args.device, 256 if args.quick else None)
+        data[seed] = frame.digits(seed, args.device, 256 if args.quick else None)
         for name, (kind, count) in kinds(args).items():
             torch.manual_seed(seed)
             model = Classifier(HIDDEN).to(args.device)
@@ -122,7 +123,7 @@ def main() -> None:
         for seed in data
         for epoch, run in common.turns(args.epochs, [run for run in runs if run.seed == seed])
     ]
-    for seed, epoch, run in common.progress(steps, lambda t: f"seed {t[0]}, {t[2].name}", "pass"):
+    for seed, epoch, run in frame.progress(steps, lambda t: f"seed {t[0]}, {t[2].name}", "pass"):
         for group in run.optimiser.param_groups:
             group["lr"] = 3e-3 * (1 - 0.9 * epoch / args.epochs)
         generator = torch.Generator().manual_seed(1000 * seed + epoch)
@@ -166,10 +167,10 @@ def publish(runs: list[Run], data, args) -> None:
                 f"{percent(group, 'joint'):.1f} %",
                 f"{mean(run.evaluations for run in group) / args.epochs:.0f}",
                 f"{mean(run.vjps for run in group) / args.epochs:.0f}",
-                f"{work(group) / work(joint):.2f}{common.TIMES}",
+                f"{work(group) / work(joint):.2f}{frame.TIMES}",
                 f"{mean(seconds(group, 'wall')):.2f}",
-                f"{common.ratio(seconds(group, 'wall'), seconds(joint, 'wall')):.2f}{common.TIMES}",
-                f"{common.ratio(seconds(group, 'cpu'), seconds(joint, 'cpu')):.2f}{common.TIMES}",
+                f"{common.ratio(seconds(group, 'wall'), seconds(joint, 'wall')):.2f}{frame.TIMES}",
+                f"{common.ratio(seconds(group, 'cpu'), seconds(joint, 'cpu')):.2f}{frame.TIMES}",
             ]
         )
     header = [
@@ -206,7 +207,7 @@ def publish(runs: list[Run], data, args) -> None:
     few = groups[f"PGD-{max(1, args.pgd_steps // 2)}, torchdeq plain"]
     less, robust = common.ratio(seconds(few, "wall"), seconds(joint, "wall")), percent(few, "pgd")
     notes = [
-        f"{few[0].name}, torchdeq's cheapest: {robust:.1f} % robust, {less:.1f}{common.TIMES} the wall time",
+        f"{few[0].name}, torchdeq's cheapest: {robust:.1f} % robust, {less:.1f}{frame.TIMES} the wall time",
         f"means of {args.seeds} seeds; Euclidean balls of radius {RADIUS}, pixels in [0, 1]",
         f"joint: {args.evaluations} evaluations an attack; solves of training: relative tolerance {TRAINING_RTOL:g}",
         f"under PGD-{args.judge_steps}, from the worst seed to the best: {spread}",
@@ -257,7 +258,7 @@ def draw(path: Path, runs: list[Run], data, args, wall: float) -> None:
                 if j == 0:
                     text = f"trained with\n{name}:\n" + ("attacked" if shift else "as scanned")
                     axis.text(-0.2, 0.5, text, transform=axis.transAxes, ha="right", va="center", fontsize=8.5)
-    faster = f"{wall:.1f}{common.TIMES} faster than PGD-{args.pgd_steps} on torchdeq"
+    faster = f"{wall:.1f}{frame.TIMES} faster than PGD-{args.pgd_steps} on torchdeq"
     title = f"The attack in one joint solve: training {faster}"
     figure.text(0.06, 0.93, title, fontsize=15, fontweight="bold")
     figure.savefig(path, dpi=130)

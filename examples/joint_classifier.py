@@ -6,12 +6,11 @@ cross-entropy grows; its cost is -CE, a sample at a time.
 
 from __future__ import annotations
 
-import joint_common  # noqa: F401  makes bench importable
 import torch
+from joint_nested import nested_solve
 from torch import Tensor, nn
 
 import deqfast as dq
-from bench.nested import nested_solve
 
 NORM_BOUND = 0.9  # of ||W||_2
 RTOL = 1e-3  # of solves whose result is judged

@@ -1,34 +1,20 @@
-"""What the joint examples share: options, data, progress bars, tables, and the JSON beside the picture."""
+"""What the joint examples share: options, ratios, targets, and the report: table, JSON and picture."""
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import functools
 import json
-import platform
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from digits_report import processor, version
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from frame import INK, OURS, RIVALS, columns, paint, provenance
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the nested loop of bench/
-
-try:
-    from tqdm import tqdm
-except ImportError:
-    tqdm = None
-
 PACKAGES = ("deqfast", "torch", "torchdeq", "scikit-learn", "scikit-image", "numpy")
-TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 def parse(doc: str, **numbers: tuple[int, int, str]) -> argparse.Namespace:
@@ -55,28 +41,6 @@ def parse(doc: str, **numbers: tuple[int, int, str]) -> argparse.Namespace:
     args.out.mkdir(parents=True, exist_ok=True)
     args.started = time.perf_counter()
     return args
-
-
-def digits(seed: int, device: str, keep: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Train pixels (B, 64) in [0, 1] and labels, test pixels and labels; a quarter, stratified, is held out."""
-    pixels, labels = load_digits(return_X_y=True)
-    split = train_test_split(pixels / 16, labels, test_size=0.25, stratify=labels, random_state=seed)
-    train, test = (torch.tensor(a, dtype=torch.float32, device=device)[:keep] for a in split[:2])
-    train_labels, test_labels = (torch.tensor(a, device=device)[:keep] for a in split[2:])
-    return train, train_labels, test, test_labels
-
-
-def progress(items: Iterable, describe: Callable[[Any], str], unit: str) -> Iterable:
-    """The items behind a progress bar, or plain where tqdm is not installed."""
-    items = list(items)
-    if tqdm is None:
-        print(f"{len(items)} {unit}s (pip install tqdm to see how far it is) ...", flush=True)
-        yield from items
-        return
-    with tqdm(items, unit=unit, bar_format="{desc}|{bar}| {n}/{total} [{elapsed}<{remaining}]") as bar:
-        for item in bar:
-            bar.set_description(f"{describe(item):32} ", refresh=False)
-            yield item
 
 
 def turns(rounds: int, players: Sequence[Any]) -> list[tuple[int, Any]]:
@@ -111,66 +75,28 @@ def report(
         print(line)
     for t in targets:
         print(f"{'met   ' if t['met'] else 'MISSED'}  {t['what']}: {t['measured']} (target {t['target']})")
-    picture = paint(draw, args.out / f"{name}.png")
-    given = {key: value for key, value in vars(args).items() if key not in ("out", "started")}
+    path = args.out / f"{name}.json"
+    picture = path.with_suffix(".png")
+    painted = paint(draw, picture, title_pad=8)
     document = {
         "name": name,
         "title": title,
-        "date": datetime.date.today().isoformat(),
         "quick": args.quick,
-        "options": {key: str(value) for key, value in given.items()},
-        "machine": {
-            "processor": processor(),
-            "device": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu",
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-        },
-        "versions": {package: version(package) for package in PACKAGES},
+        **provenance(args, PACKAGES, silent=("out", "started")),
         "seconds": time.perf_counter() - args.started,
         "header": list(header),
         "rows": [list(row) for row in rows],
         "targets": list(targets),
         "notes": list(notes),
-        "picture": picture,
+        "picture": picture.name if painted else None,
         "raw": raw,
     }
-    path = args.out / f"{name}.json"
     path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    print(f"\nWrote {path}" + (f" and {args.out / picture}" if picture else ""))
+    print(f"\nWrote {path}" + (f" and {picture}" if painted else ""))
 
 
-def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain table: first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in (header, *rows)
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def paint(draw: Callable[[Path], None], path: Path) -> str | None:
-    """The picture's file name; without matplotlib, say so and return None."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("\nmatplotlib is not installed, so there is no picture: pip install matplotlib")
-        return None
-    matplotlib.use("Agg")
-    from digits_figure import STYLE
-    from matplotlib import pyplot
-
-    with pyplot.rc_context({**STYLE, "axes.titlepad": 8}):
-        draw(path)
-        pyplot.close("all")
-    return path.name
-
-
-@functools.cache
 def palette() -> dict[str, str]:
     """One colour a method, distinguishable with any colour vision."""
-    from digits_figure import INK, OURS, RIVALS
-
     rivals = ("torchdeq", "deqfast", "other", "torchdeq plain")
     return {"joint": OURS, **dict(zip(rivals, RIVALS, strict=False)), "ink": INK}
 

@@ -7,7 +7,6 @@ the support and penalty ||x||^2; the weights then minimise that of the queries.
 
 from __future__ import annotations
 
-import joint_common  # noqa: F401  makes bench importable
 import torch
 from torch import Tensor, nn
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import frame
 import joint_common as common
 import torch
 from joint_model import Run, infer, long_inference, make_run, train_round
@@ -39,7 +40,7 @@ def fit(runs: list[Run], pixels, test, args) -> None:
     generator = torch.Generator().manual_seed(args.seed)
     orders = [torch.randperm(len(pixels), generator=generator).to(args.device) for _ in range(args.epochs)]
     steps = common.turns(args.epochs, runs)
-    for epoch, run in common.progress(steps, lambda t: f"pass {t[0] + 1}, {t[1].name}", "pass"):
+    for epoch, run in frame.progress(steps, lambda t: f"pass {t[0] + 1}, {t[1].name}", "pass"):
         train_round(run, pixels, orders[epoch], BATCH, adam_schedule(run.budget))
         run.test_objective.append(float(long_inference(run.model, test, args.judge_steps)[0].mean()))
 
@@ -52,7 +53,7 @@ def main() -> None:
         adam_steps=(40, 4, "steps of the nested loops"),
         judge_steps=(120, 10, "of the Adam that judges every model alike"),
     )
-    pixels, _, test, _ = common.digits(args.seed, args.device, 256 if args.quick else None)
+    pixels, _, test, _ = frame.digits(args.seed, args.device, 256 if args.quick else None)
     test = test[:200]
     runs = []
     for name, (kind, share) in KINDS.items():
@@ -80,10 +81,10 @@ def publish(runs: list[Run], pixels, test, args) -> None:
                 f"{run.test_objective[-1]:.3f}",
                 f"{sum(run.evaluations) / len(run.work):.0f}",
                 f"{sum(run.vjps) / len(run.work):.0f}",
-                f"{work / (sum(joint.work) / len(joint.work)):.1f}{common.TIMES}",
+                f"{work / (sum(joint.work) / len(joint.work)):.1f}{frame.TIMES}",
                 f"{sum(run.wall) / len(run.wall):.2f}",
-                f"{common.ratio(run.wall, joint.wall):.1f}{common.TIMES}",
-                f"{common.ratio(run.cpu, joint.cpu):.1f}{common.TIMES}",
+                f"{common.ratio(run.wall, joint.wall):.1f}{frame.TIMES}",
+                f"{common.ratio(run.cpu, joint.cpu):.1f}{frame.TIMES}",
             ]
         )
     header = ["", "test objective", "f a pass", "VJPs a pass", "work", "s a pass", "wall", "processor"]
@@ -155,7 +156,7 @@ def draw(path: Path, runs: list[Run], pixels, test, args, wall: float) -> None:
             common.show_image(axis, row[j].view(8, 8))
             if j == 0:
                 axis.text(-0.15, 0.5, label, transform=axis.transAxes, ha="right", va="center", fontsize=10)
-    faster = f"{wall:.1f}{common.TIMES} faster than {args.adam_steps} steps of Adam on torchdeq"
+    faster = f"{wall:.1f}{frame.TIMES} faster than {args.adam_steps} steps of Adam on torchdeq"
     title = f"One joint solve a batch in place of two loops: {faster}"
     figure.text(0.06, 0.93, title, fontsize=15, fontweight="bold")
     figure.savefig(path, dpi=130)

@@ -14,14 +14,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import frame
 import joint_common as common
 import torch
 from joint_generation import adam_schedule
-from joint_model import Counted, Generator, infer, make_run, train_round
+from joint_model import Generator, infer, make_run, train_round
+from joint_nested import Clock, Counted
 from torch import Tensor
 
 import deqfast as dq
-from bench.nested import Clock
 
 PATCH, STRIDE, SIDE = 8, 4, 128
 SEEN = ("astronaut", "chelsea", "coffee", "coins", "rocket")
@@ -92,13 +93,13 @@ def psnr(pictures: Tensor, truth: Tensor) -> float:
 
 def train(args) -> dict[str, Generator]:
     """A model of digits and one of patches, trained with the joint solve."""
-    digits = common.digits(args.seed, args.device)[0][: args.samples]
+    digits = frame.digits(args.seed, args.device)[0][: args.samples]
     patches = training_patches(args.samples, args.seed).to(args.device)
     pools = {"digits": digits, "photograph": patches}
     runs = {data: make_run(data, "joint", 30, args, pool, CODES[data], HIDDEN) for data, pool in pools.items()}
     generator = torch.Generator().manual_seed(args.seed)
     steps = [(epoch, data) for epoch in range(args.epochs) for data in runs]
-    for epoch, data in common.progress(steps, lambda t: f"training on {t[1]}, pass {t[0] + 1}", "pass"):
+    for epoch, data in frame.progress(steps, lambda t: f"training on {t[1]}, pass {t[0] + 1}", "pass"):
         order = torch.randperm(len(pools[data]), generator=generator).to(args.device)
         for group in runs[data].optimiser.param_groups:
             group["lr"] = 4e-3 * (1 - 0.9 * epoch / args.epochs)
@@ -108,16 +109,16 @@ def train(args) -> dict[str, Generator]:
 
 def make_tasks(models: dict[str, Generator], args) -> list[Task]:
     generator = torch.Generator().manual_seed(args.seed)
-    digits = common.digits(args.seed, "cpu")[2][: 100 if args.quick else 300]
+    digits = frame.digits(args.seed, "cpu")[2][: 100 if args.quick else 300]
     image = photograph(UNSEEN)[40 : 40 + args.side, 170 : 170 + args.side]
     tasks = []
     for data, truth, sigma in (("digits", digits, 0.25), ("photograph", image, 0.1)):
         noisy = truth + sigma * torch.randn(truth.shape, generator=generator)
-        known = (torch.rand(truth.shape, generator=generator) < 0.5).float()
+        half = (torch.rand(truth.shape, generator=generator) < 0.5).float()
         cut = take_apart if data == "photograph" else (lambda t: t)
-        for name, damaged, mask in (("denoising", noisy, None), ("inpainting", truth * known, known)):
-            parts = [truth, cut(damaged), None if mask is None else cut(mask)]
-            tasks.append(Task(name, data, models[data], *(t if t is None else t.to(args.device) for t in parts)))
+        for name, damaged, mask in (("denoising", noisy, None), ("inpainting", truth * half, half)):
+            known = None if mask is None else cut(mask).to(args.device)
+            tasks.append(Task(name, data, models[data], truth.to(args.device), cut(damaged).to(args.device), known))
     return tasks
 
 
@@ -179,7 +180,7 @@ def main() -> None:
         raise SystemExit("scikit-image is not installed, and has the photographs: pip install scikit-image") from None
     tasks = make_tasks(train(args), args)
     steps = [(r, task, m) for task in tasks for r, m in common.turns(args.repeats, list(METHODS))]
-    for _, task, method in common.progress(steps, lambda t: f"{t[1].data}, {t[2]}", "restoration"):
+    for _, task, method in frame.progress(steps, lambda t: f"{t[1].data}, {t[2]}", "restoration"):
         restore(task, method, args)
     publish(tasks, args)
 
@@ -202,7 +203,7 @@ def publish(tasks: list[Task], args) -> None:
                     f"{raw['evaluations']}",
                     f"{raw['vjps']}",
                     f"{seconds:.2f}",
-                    f"{slower:.1f}{common.TIMES}",
+                    f"{slower:.1f}{frame.TIMES}",
                 ]
             )
         rivals = [method for method in METHODS if "torchdeq" in method]
@@ -217,11 +218,11 @@ def publish(tasks: list[Task], args) -> None:
         "cost: what both minimise, mean of a sample; wall: over the joint solve's, median of pairs side by side",
         f"photograph: {UNSEEN}, {len(tasks[-1].damaged)} overlapping patches; inpainting: half of the pixels missing",
     ]
-    raw = [{"task": t.name, "data": t.data, "before": psnr(before(t), t.truth), "methods": t.raw} for t in tasks]
+    record = [{"task": t.name, "data": t.data, "before": psnr(before(t), t.truth), "methods": t.raw} for t in tasks]
     title = "Denoising and inpainting with a generative equilibrium model"
-    speed = f"{min(ratios):.1f} to {max(ratios):.1f}{common.TIMES}"
+    speed = f"{min(ratios):.1f} to {max(ratios):.1f}{frame.TIMES}"
     common.report(
-        args, "joint_inverse", title, header, rows, targets, notes, raw, lambda path: draw(path, tasks, speed)
+        args, "joint_inverse", title, header, rows, targets, notes, record, lambda path: draw(path, tasks, speed)
     )
 
 

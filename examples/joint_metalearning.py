@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
+import frame
 import joint_common as common
 import torch
 from joint_fewshot import Episodes, Learner, turned
+from joint_nested import Clock, Counted, nested_solve
 from torch import nn
 
 import deqfast as dq
-from bench.nested import Clock, Counted, nested_solve
 
 WAYS, SHOTS, QUERIES, CODES, HIDDEN, BATCH = 4, 5, 10, 64, 64, 16
 ADAM_STEP = 0.1  # the best of 0.05, 0.1, 0.2 and 0.3
@@ -130,7 +131,7 @@ def main() -> None:
         adam_steps=(20, 3, "inner steps of the nested loops"),
         test_episodes=(100, 8, "episodes of unseen classes"),
     )
-    pixels, labels, more, more_labels = common.digits(args.seed, args.device)
+    pixels, labels, more, more_labels = frame.digits(args.seed, args.device)
     pixels, labels = torch.cat([pixels, more]), torch.cat([labels, more_labels])
     pools = [pixels[labels == c] for c in range(10)]
     unseen = Episodes(pools[6:], WAYS, 99).draw(args.test_episodes, SHOTS, QUERIES)
@@ -143,14 +144,14 @@ def main() -> None:
             model = Learner(WAYS, CODES, HIDDEN).to(args.device)
             group.append(Run(name, seed, model, torch.optim.Adam(model.parameters(), lr=2e-3)))
         runs += group
-        batches = [[episodes.draw(BATCH, SHOTS, QUERIES) for _ in range(args.updates)] for _ in range(args.groups)]
-        steps += [(batches[i], run) for i, run in common.turns(args.groups, group)]
+        groups = [[episodes.draw(BATCH, SHOTS, QUERIES) for _ in range(args.updates)] for _ in range(args.groups)]
+        steps += [(groups[i], run) for i, run in common.turns(args.groups, group)]
     for run in runs[: len(KINDS)]:  # the first calls load code and fill caches; they are timed for nobody
-        few = (t[:BATCH] for t in unseen[:2])
-        adapt(run.kind, run.model, run.model.f, 1e-3, *few, args)
+        few, few_labels = (t[:BATCH] for t in unseen[:2])
+        adapt(run.kind, run.model, run.model.f, 1e-3, few, few_labels, args)
     # Now and then a sample of a batch falls short of the outer gradient's tolerance, which is below the noise.
     warnings.simplefilter("ignore", dq.GradientWarning)
-    for batches, run in common.progress(steps, lambda t: f"seed {t[1].seed}, {t[1].name}", "group"):
+    for batches, run in frame.progress(steps, lambda t: f"seed {t[1].seed}, {t[1].name}", "group"):
         train_group(run, batches, args)
         judge(run, unseen, args)
     publish(runs, unseen, args)
@@ -176,10 +177,10 @@ def publish(runs: list[Run], unseen, args) -> None:
             f"{mean(run.cost for run in group):.2f}",
             f"{mean(run.evaluations for run in group) / updates:.0f}",
             f"{mean(run.vjps for run in group) / updates:.0f}",
-            f"{work(group) / work(joint):.2f}{common.TIMES}",
+            f"{work(group) / work(joint):.2f}{frame.TIMES}",
             f"{mean(seconds(group, 'wall')) / args.updates:.3f}",
-            f"{common.ratio(seconds(group, 'wall'), seconds(joint, 'wall')):.2f}{common.TIMES}",
-            f"{common.ratio(seconds(group, 'cpu'), seconds(joint, 'cpu')):.2f}{common.TIMES}",
+            f"{common.ratio(seconds(group, 'wall'), seconds(joint, 'wall')):.2f}{frame.TIMES}",
+            f"{common.ratio(seconds(group, 'cpu'), seconds(joint, 'cpu')):.2f}{frame.TIMES}",
         ]
         for name, group in groups.items()
     ]
@@ -246,7 +247,7 @@ def draw(path: Path, groups: dict[str, list[Run]], unseen, args, wall: float) ->
                 axis.text(-0.2, 0.5, "ABCD"[way], transform=axis.transAxes, ha="right", va="center", fontsize=12)
     figure.text(0.52, 0.855, f"shown: {SHOTS} of each of four new classes", fontsize=9.5)
     figure.text(0.72, 0.855, "asked, with the answers of the joint solve", fontsize=9.5)
-    title = f"Adapting in one joint solve: meta-training {wall:.1f}{common.TIMES} faster than Adam on torchdeq"
+    title = f"Adapting in one joint solve: meta-training {wall:.1f}{frame.TIMES} faster than Adam on torchdeq"
     figure.text(0.06, 0.93, title, fontsize=15, fontweight="bold")
     figure.savefig(path, dpi=130)
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import joint_common  # noqa: F401  makes bench importable
 import torch
+from joint_nested import Clock, Counted, nested_solve
 from torch import Tensor, nn
 
 import deqfast as dq
-from bench.nested import Clock, Counted, nested_solve
 
 NORM_BOUND = 0.9  # of ||W||_2: above 1 the joint solve may walk to a saddle
 PENALTY = 1e-2
@@ -60,7 +59,7 @@ class Run:
     """One way to find the codes, its model, and what was measured on it, a round each."""
 
     name: str
-    kind: str  # "joint" or a solver of bench.nested
+    kind: str  # "joint" or a solver of joint_nested
     budget: int  # evaluations of the joint solve, or steps of Adam
     model: Generator
     optimiser: torch.optim.Optimizer

@@ -9,365 +9,291 @@ Two schedules, chosen by the sizes of the state alone:
 Sums are added up in an order that depends on the sizes of a sample alone: the only atomic is an integer's.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .columns import mix, reduce
-from .measure import (
-    FULL,
-    GOING,
-    MIXING,
-    RIDGE,
-    RUNNING,
-    SLOT,
-    STATUS,
-    UNIT,
-    any_flag,
-    damp,
-    inverse,
-    judge,
-    row_of,
-    spill_and_rest,
-    squared_norms,
-    take_f,
-    total,
-    totals,
-)
-from .small import all_products, columns_of, decide, forget, norms_of
+from .arguments import RUN, chunk_of, has_status, iterates_of, row_of, sample_of
+from .columns import Points, Products, columns_of, mix, reduce
+from .constants import RUNNING
+from .measure import FULL, GOING, inverse, judge
+from .small import all_products, decide, forget, new_column
+from .tiles import any_flag, damp, spill_and_rest, squared_norms, take_f, total, totals
 
 HEAD = tl.constexpr(7)  # products that are not one for every column
 
-# Arguments that belong to a batch or a run: nothing that decides the order of a sum may be specialised on them.
-RUN_ARGUMENTS = ["B", "padded", "max_iter", "has_previous", "tiles"]
+
+class Method(NamedTuple):
+    """What of Anderson's options is compiled in: columns, test space, eviction, whether it mixes."""
+
+    m: int
+    C: float
+    EVICT: int
+    MIXED: bool
 
 
-@triton.jit(do_not_specialize=RUN_ARGUMENTS)
+# Where the others lie in `numbers`, float64.
+MIXING = tl.constexpr(0)
+RIDGE = tl.constexpr(1)
+
+
+def method_of(options: Any) -> tuple[Method, list[float]]:
+    """An ``AndersonMethod`` as the kernels take it: compiled in, and as numbers."""
+    compiled = Method(options.m, options.test_space, int(options.evict), options.mixing != 1)
+    return compiled, [options.mixing, options.ridge]
+
+
+@triton.jit(do_not_specialize=RUN)
 def sample_kernel(
     f,
     f_prev,
-    f_rows,
-    f_prev_rows,
-    x,
-    x_prev,
-    saved,
+    iterates,
     history,
-    scales,
-    matrix,
-    gram,
-    norms,
-    ages,
-    ints,
-    reals,
-    settings,
-    block_norms,
-    running,
-    N,
-    blocks,
+    small,
+    statistics,
+    stopping,
+    numbers,
     B,
-    tiles,
     padded,
     max_iter,
     has_previous,
-    m: tl.constexpr,
-    M: tl.constexpr,
-    C: tl.constexpr,
-    MIXED: tl.constexpr,
-    USEFUL: tl.constexpr,
-    KEEP_BEST: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    SCALED: tl.constexpr,
-    TILED: tl.constexpr,
-    F_ROWS: tl.constexpr,
-    F_PREV_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    method: tl.constexpr,
+    rule: tl.constexpr,
+    form: tl.constexpr,
 ):
     """A whole step of one sample of one tensor."""
     b = tl.program_id(0).to(tl.int64)
-    if tl.load(ints + STATUS * padded + b) != RUNNING:
+    sample = sample_of(statistics, b, padded)
+    if has_status(sample, RUNNING) == 0:
         return
-    acc = reals.dtype.element_ty
-    ES: tl.constexpr = 16 if TILED else 1
-    f += row_of(f_rows, b, F_ROWS) * N
-    x += b * N
-    x_prev += b * N
-    saved += b * N
-    beta = tl.load(settings + MIXING).to(acc)
+    m: tl.constexpr = method.m
+    C: tl.constexpr = method.C
+    M: tl.constexpr = form.M
+    BLOCK: tl.constexpr = form.BLOCK
+    acc = sample.reals.dtype.element_ty
+    N = history.N
+    here = iterates_of(iterates, b, N)
+    points = Points(row_of(f, b, N), here.x, row_of(f_prev, b, N), here.x_prev)
+    beta = tl.load(numbers + MIXING).to(acc)
     if m > 0:
-        f_prev += row_of(f_prev_rows, b, F_PREV_ROWS) * N
-        unit = tl.load(reals + UNIT * padded + b)
-        slot = tl.load(ints + SLOT * padded + b)
-        j = tl.arange(0, M)
-        entering = (has_previous != 0) & (unit > 0)
-        q = tl.load(norms_of(norms, b, j, m), mask=j < m, other=0.0)
-        used = (q > 0) & (j != tl.where(entering, slot, -1))
-        history_f, history_g, stride = columns_of(history, b, B, tiles, N, m, TILED)
-        scales_f = scales + b * m * blocks
-        scales_g = scales + (B.to(tl.int64) + b) * m * blocks
-        ff, gg, qq, ww, wg, vg, wv, rhs, across, down, gram_row = reduce(
-            f, x, f_prev, x_prev, history_f, history_g, scales_f, scales_g, blocks, unit, stride, used, slot, entering,
-            0, N, C, ES, SCALED, M, BLOCK,
-        )  # fmt: skip
+        new = new_column(sample, small.norms, has_previous, m, M)
+        columns = columns_of(history, b, B, padded, m, form)
+        products = reduce(points, columns, new, 0, N, C, form)
+        ff, gg = products.ff, products.gg
     else:
-        ff, gg = squared_norms(f, x, 0, N, acc, BLOCK)
-    outcome, steps, unit = judge(
-        ints, reals, settings, running, b, padded, max_iter, ff, gg, KEEP_BEST, block_norms, BLOCKS
-    )
+        ff, gg = squared_norms(points.f, here.x, 0, N, acc, BLOCK)
+    outcome, steps, unit = judge(sample, stopping, max_iter, ff, gg, rule)
     tl.debug_barrier()
-    spill_and_rest(x, x_prev, saved, outcome, 0, N, BLOCK)
+    spill_and_rest(here, outcome, 0, N, BLOCK)
     if (outcome & GOING) != 0:
         tl.debug_barrier()
         if m > 0:
-            products = across[:, None], across[:, None]
-            if TILED:
-                products = all_products(
-                    history_f, history_g, stride, used | (j == tl.where(entering, slot, -1)), N, acc, C, ES, BLOCK
-                )
+            matrices = None
+            if form.TILED:
+                is_new = tl.arange(0, M) == tl.where(new.adding, new.slot, -1)
+                matrices = all_products(columns, new.used | is_new, N, acc, C, BLOCK)
             gamma, full = decide(
-                (qq, ww, wg, vg, wv), (rhs, across, down, gram_row), products[0], products[1], outcome, steps, slot,
-                has_previous, b, matrix, gram, norms, ages, ints, padded, tl.load(settings + RIDGE).to(acc),
-                m, M, C, USEFUL, TILED,
+                sample, small, products, matrices, outcome, steps, new.slot, has_previous,
+                tl.load(numbers + RIDGE).to(acc), M, form.TILED, method,
             )  # fmt: skip
-            finite = mix(
-                f, x, x_prev, history_f, history_g, scales_f, scales_g, blocks, gamma * inverse(unit), beta, stride,
-                0, N, MIXED, ES, SCALED, M, BLOCK,
-            )  # fmt: skip
+            finite = mix(points, columns, gamma * inverse(unit), beta, 0, N, method.MIXED, form)
         else:
             full = beta != beta
-            finite = damp(f, x, x_prev, beta, 0, N, acc, MIXED, BLOCK)
+            finite = damp(points.f, here.x, here.x_prev, beta, 0, N, acc, method.MIXED, BLOCK)
         if finite == 0:
             tl.debug_barrier()
-            take_f(f, x_prev, N, BLOCK)
-            forget(norms, ints, b, padded, full, m, M)
+            take_f(points.f, here.x_prev, N, BLOCK)
+            forget(sample, small.norms, full, m, M)
 
 
-@triton.jit(do_not_specialize=RUN_ARGUMENTS)
-def reduce_kernel(
-    f,
-    f_prev,
-    f_rows,
-    f_prev_rows,
-    x,
-    x_prev,
-    history,
-    scales,
-    norms,
-    ints,
-    reals,
-    partials,
-    n,
-    offset,
-    N,
-    first_block,
-    blocks,
-    first_chunk,
-    leaf_chunks,
+@triton.jit
+def store_products(out, products, chunks, m: tl.constexpr, M: tl.constexpr, C: tl.constexpr):
+    """The products of one chunk, for ``load_products``."""
+    tl.store(out + 2 * chunks, products.qq.to(tl.float64))
+    tl.store(out + 3 * chunks, products.ww.to(tl.float64))
+    tl.store(out + 4 * chunks, products.wg.to(tl.float64))
+    tl.store(out + 5 * chunks, products.vg.to(tl.float64))
+    tl.store(out + 6 * chunks, products.wv.to(tl.float64))
+    j = tl.arange(0, M)
+    place = out + (HEAD + j) * chunks
+    tl.store(place, products.rhs.to(tl.float64), mask=j < m)
+    tl.store(place + m * chunks, products.gram.to(tl.float64), mask=j < m)
+    if C != 0:
+        tl.store(place + 2 * m * chunks, products.across.to(tl.float64), mask=j < m)
+        tl.store(place + 3 * m * chunks, products.down.to(tl.float64), mask=j < m)
+
+
+@triton.jit
+def load_products(
+    sums,
+    ff,
+    gg,
+    used,
     chunks,
-    chunk_size,
-    B,
-    padded,
-    has_previous,
+    acc: tl.constexpr,
     m: tl.constexpr,
     M: tl.constexpr,
     C: tl.constexpr,
-    SCALED: tl.constexpr,
-    F_ROWS: tl.constexpr,
-    F_PREV_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """The products of a sample, its chunks added up."""
+    qq = total(sums + 2 * chunks, chunks, CHUNKS).to(acc)
+    ww = total(sums + 3 * chunks, chunks, CHUNKS).to(acc)
+    wg = total(sums + 4 * chunks, chunks, CHUNKS).to(acc)
+    vg = total(sums + 5 * chunks, chunks, CHUNKS).to(acc)
+    wv = total(sums + 6 * chunks, chunks, CHUNKS).to(acc)
+    sums += HEAD * chunks
+    rhs = totals(sums, used, chunks, M, CHUNKS).to(acc)
+    gram = totals(sums + m * chunks, used, chunks, M, CHUNKS).to(acc)
+    across = rhs
+    down = rhs
+    if C != 0:
+        across = totals(sums + 2 * m * chunks, used, chunks, M, CHUNKS).to(acc)
+        down = totals(sums + 3 * m * chunks, used, chunks, M, CHUNKS).to(acc)
+    return Products(ff, gg, qq, ww, wg, vg, wv, rhs, across, down, gram)
+
+
+@triton.jit(do_not_specialize=RUN)
+def reduce_kernel(
+    f,
+    f_prev,
+    iterates,
+    history,
+    small,
+    statistics,
+    handed,
+    chunks,
+    B,
+    padded,
+    has_previous,
+    method: tl.constexpr,
+    form: tl.constexpr,
 ):
     """The products of one chunk of one tensor, into ``partials`` (B, HEAD + 4 m, chunks)."""
-    b = (tl.program_id(0) // leaf_chunks).to(tl.int64)
-    chunk = tl.program_id(0) % leaf_chunks
-    if tl.load(ints + STATUS * padded + b) != RUNNING:
+    b, begin, end, chunk = chunk_of(chunks)
+    sample = sample_of(statistics, b, padded)
+    if has_status(sample, RUNNING) == 0:
         return
-    begin = chunk * chunk_size
-    end = tl.minimum(begin + chunk_size, n)
-    f += row_of(f_rows, b, F_ROWS) * n
-    x += b * n
-    out = partials + b * ((HEAD + 4 * m) * chunks) + (first_chunk + chunk)
+    m: tl.constexpr = method.m
+    here = iterates_of(iterates, b, chunks.n)
+    out = handed.partials + b * ((HEAD + 4 * m) * chunks.total) + chunk
+    points = Points(row_of(f, b, chunks.n), here.x, row_of(f_prev, b, chunks.n), here.x_prev)
     if m > 0:
-        j = tl.arange(0, M)
-        f_prev += row_of(f_prev_rows, b, F_PREV_ROWS) * n
-        unit = tl.load(reals + UNIT * padded + b)
-        slot = tl.load(ints + SLOT * padded + b)
-        entering = (has_previous != 0) & (unit > 0)
-        q = tl.load(norms_of(norms, b, j, m), mask=j < m, other=0.0)
-        used = (q > 0) & (j != tl.where(entering, slot, -1))
-        history_f, history_g, stride = columns_of(history, b, B, B, N, m, False)
-        ff, gg, qq, ww, wg, vg, wv, rhs, across, down, gram_row = reduce(
-            f, x, f_prev, x_prev + b * n, history_f + offset, history_g + offset,
-            scales + b * m * blocks + first_block, scales + (B.to(tl.int64) + b) * m * blocks + first_block, blocks,
-            unit, stride, used, slot, entering, begin, end, C, 1, SCALED, M, BLOCK,
-        )  # fmt: skip
-        tl.store(out + 2 * chunks, qq.to(tl.float64))
-        tl.store(out + 3 * chunks, ww.to(tl.float64))
-        tl.store(out + 4 * chunks, wg.to(tl.float64))
-        tl.store(out + 5 * chunks, vg.to(tl.float64))
-        tl.store(out + 6 * chunks, wv.to(tl.float64))
-        place = out + (HEAD + j) * chunks
-        tl.store(place, rhs.to(tl.float64), mask=j < m)
-        tl.store(place + m * chunks, gram_row.to(tl.float64), mask=j < m)
-        if C != 0:
-            tl.store(place + 2 * m * chunks, across.to(tl.float64), mask=j < m)
-            tl.store(place + 3 * m * chunks, down.to(tl.float64), mask=j < m)
+        new = new_column(sample, small.norms, has_previous, m, form.M)
+        columns = columns_of(history, b, B, padded, m, form)
+        products = reduce(points, columns, new, begin, end, method.C, form)
+        ff, gg = products.ff, products.gg
+        store_products(out, products, chunks.total, m, form.M, method.C)
     else:
-        ff, gg = squared_norms(f, x, begin, end, reals.dtype.element_ty, BLOCK)
+        ff, gg = squared_norms(points.f, here.x, begin, end, sample.reals.dtype.element_ty, form.BLOCK)
     tl.store(out, ff)
-    tl.store(out + chunks, gg)
+    tl.store(out + chunks.total, gg)
 
 
-@triton.jit(do_not_specialize=RUN_ARGUMENTS)
+@triton.jit(do_not_specialize=RUN)
 def decide_kernel(
-    partials,
-    outcomes,
+    small,
+    statistics,
+    stopping,
+    numbers,
+    handed,
     gammas,
-    matrix,
-    gram,
-    norms,
-    ages,
-    ints,
-    reals,
-    settings,
-    block_norms,
-    running,
     chunks,
     padded,
     max_iter,
     has_previous,
-    m: tl.constexpr,
+    method: tl.constexpr,
+    rule: tl.constexpr,
     M: tl.constexpr,
-    C: tl.constexpr,
-    USEFUL: tl.constexpr,
-    KEEP_BEST: tl.constexpr,
-    BLOCKS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
     """Add the chunks up, judge the evaluation, solve for gamma."""
     b = tl.program_id(0).to(tl.int64)
-    acc = reals.dtype.element_ty
-    if tl.load(ints + STATUS * padded + b) != RUNNING:
-        tl.store(outcomes + b, 0)
+    sample = sample_of(statistics, b, padded)
+    if has_status(sample, RUNNING) == 0:
+        tl.store(handed.outcomes + b, 0)
         return
-    sums = partials + b * ((HEAD + 4 * m) * chunks)
+    m: tl.constexpr = method.m
+    C: tl.constexpr = method.C
+    acc = sample.reals.dtype.element_ty
+    sums = handed.partials + b * ((HEAD + 4 * m) * chunks)
     ff, gg = total(sums, chunks, CHUNKS), total(sums + chunks, chunks, CHUNKS)
     if m > 0:
-        unit = tl.load(reals + UNIT * padded + b)
-        slot = tl.load(ints + SLOT * padded + b)
-    outcome, steps, new_unit = judge(
-        ints, reals, settings, running, b, padded, max_iter, ff, gg, KEEP_BEST, block_norms, BLOCKS
-    )
+        new = new_column(sample, small.norms, has_previous, m, M)
+    outcome, steps, unit = judge(sample, stopping, max_iter, ff, gg, rule)
     if m > 0:
         if (outcome & GOING) != 0:
-            j = tl.arange(0, M)
-            entering = (has_previous != 0) & (unit > 0)
-            q = tl.load(norms_of(norms, b, j, m), mask=j < m, other=0.0)
-            used = (q > 0) & (j != tl.where(entering, slot, -1))
-            qq = total(sums + 2 * chunks, chunks, CHUNKS).to(acc)
-            ww = total(sums + 3 * chunks, chunks, CHUNKS).to(acc)
-            wg = total(sums + 4 * chunks, chunks, CHUNKS).to(acc)
-            vg = total(sums + 5 * chunks, chunks, CHUNKS).to(acc)
-            wv = total(sums + 6 * chunks, chunks, CHUNKS).to(acc)
-            sums += HEAD * chunks
-            rhs = totals(sums, used, chunks, M, CHUNKS).to(acc)
-            gram_row = totals(sums + m * chunks, used, chunks, M, CHUNKS).to(acc)
-            across = rhs
-            down = rhs
-            if C != 0:
-                across = totals(sums + 2 * m * chunks, used, chunks, M, CHUNKS).to(acc)
-                down = totals(sums + 3 * m * chunks, used, chunks, M, CHUNKS).to(acc)
+            products = load_products(sums, ff, gg, new.used, chunks, acc, m, M, C, CHUNKS)
             tl.debug_barrier()
             gamma, full = decide(
-                (qq, ww, wg, vg, wv), (rhs, across, down, gram_row), rhs, rhs, outcome, steps, slot, has_previous, b,
-                matrix, gram, norms, ages, ints, padded, tl.load(settings + RIDGE).to(acc), m, M, C, USEFUL, False,
+                sample, small, products, None, outcome, steps, new.slot, has_previous,
+                tl.load(numbers + RIDGE).to(acc), M, False, method,
             )  # fmt: skip
-            tl.store(gammas + b * m + j, gamma * inverse(new_unit), mask=j < m)
+            j = tl.arange(0, M)
+            tl.store(gammas + b * m + j, gamma * inverse(unit), mask=j < m)
             outcome |= tl.where(full, FULL, 0)
-    tl.store(outcomes + b, outcome)
+    tl.store(handed.outcomes + b, outcome)
 
 
-@triton.jit(do_not_specialize=RUN_ARGUMENTS)
+@triton.jit(do_not_specialize=RUN)
 def mix_kernel(
     f,
-    f_rows,
-    x,
-    x_prev,
-    saved,
+    iterates,
     history,
-    scales,
+    numbers,
+    handed,
     gammas,
-    outcomes,
-    settings,
-    flags,
-    n,
-    offset,
-    N,
-    first_block,
-    blocks,
-    first_chunk,
-    leaf_chunks,
     chunks,
-    chunk_size,
     B,
-    m: tl.constexpr,
-    M: tl.constexpr,
-    MIXED: tl.constexpr,
-    SCALED: tl.constexpr,
-    F_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    padded,
+    method: tl.constexpr,
+    form: tl.constexpr,
 ):
     """Write one chunk of one tensor of the next iterate."""
-    b = (tl.program_id(0) // leaf_chunks).to(tl.int64)
-    chunk = tl.program_id(0) % leaf_chunks
-    outcome = tl.load(outcomes + b)
+    b, begin, end, chunk = chunk_of(chunks)
+    outcome = tl.load(handed.outcomes + b)
     if outcome == 0:
         return
-    begin = chunk * chunk_size
-    end = tl.minimum(begin + chunk_size, n)
-    f += row_of(f_rows, b, F_ROWS) * n
-    x += b * n
-    x_prev += b * n
-    spill_and_rest(x, x_prev, saved + b * n, outcome, begin, end, BLOCK)
+    here = iterates_of(iterates, b, chunks.n)
+    spill_and_rest(here, outcome, begin, end, form.BLOCK)
     if (outcome & GOING) != 0:
         tl.debug_barrier()
+        m: tl.constexpr = method.m
         acc = gammas.dtype.element_ty
-        beta = tl.load(settings + MIXING).to(acc)
+        beta = tl.load(numbers + MIXING).to(acc)
+        now = row_of(f, b, chunks.n)
         if m > 0:
-            j = tl.arange(0, M)
-            history_f, history_g, stride = columns_of(history, b, B, B, N, m, False)
-            finite = mix(
-                f, x, x_prev, history_f + offset, history_g + offset, scales + b * m * blocks + first_block,
-                scales + (B.to(tl.int64) + b) * m * blocks + first_block, blocks,
-                tl.load(gammas + b * m + j, mask=j < m, other=0.0), beta, stride, begin, end,
-                MIXED, 1, SCALED, M, BLOCK,
-            )  # fmt: skip
+            j = tl.arange(0, form.M)
+            weights = tl.load(gammas + b * m + j, mask=j < m, other=0.0)
+            columns = columns_of(history, b, B, padded, m, form)
+            points = Points(now, here.x, now, here.x_prev)
+            finite = mix(points, columns, weights, beta, begin, end, method.MIXED, form)
         else:
-            finite = damp(f, x, x_prev, beta, begin, end, acc, MIXED, BLOCK)
-        tl.store(flags + b * chunks + (first_chunk + chunk), (finite == 0).to(tl.int32))
+            finite = damp(now, here.x, here.x_prev, beta, begin, end, acc, method.MIXED, form.BLOCK)
+        tl.store(handed.flags + b * chunks.total + chunk, (finite == 0).to(tl.int32))
 
 
-@triton.jit(do_not_specialize=RUN_ARGUMENTS)
+@triton.jit(do_not_specialize=RUN)
 def finish_kernel(
     f,
-    f_rows,
-    x_prev,
-    norms,
-    outcomes,
-    flags,
-    ints,
-    n,
+    iterates,
+    small,
+    statistics,
+    handed,
     chunks,
     padded,
-    m: tl.constexpr,
-    M: tl.constexpr,
-    F_ROWS: tl.constexpr,
     LAST: tl.constexpr,
     BLOCK: tl.constexpr,
+    M: tl.constexpr,
+    method: tl.constexpr,
 ):
     """Where some chunk of the next iterate is not finite, take f instead; with the LAST tensor, forget the history."""
     b = tl.program_id(0).to(tl.int64)
-    outcome = tl.load(outcomes + b)
+    outcome = tl.load(handed.outcomes + b)
     if (outcome & GOING) == 0:
         return
-    if any_flag(flags + b * chunks, chunks, BLOCK):
-        take_f(f + row_of(f_rows, b, F_ROWS) * n, x_prev + b * n, n, BLOCK)
+    if any_flag(handed.flags + b * chunks.total, chunks.total, BLOCK):
+        take_f(row_of(f, b, chunks.n), iterates.x_prev + b * chunks.n, chunks.n, BLOCK)
         if LAST:
-            forget(norms, ints, b, padded, (outcome & FULL) != 0, m, M)
+            forget(sample_of(statistics, b, padded), small.norms, (outcome & FULL) != 0, method.m, M)

@@ -2,23 +2,49 @@
 program a chunk. The formulas are in deqfast/ops/joint_finish.py. Nothing is added up.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from deqfast.ops.joint_finish import COST_SLACK, SAFEGUARD
-from deqfast.ops.workspace import TILE
+from .arguments import RUN, chunk_of, sample_of
+from .constants import (
+    BEST,
+    BEST_STEP,
+    COST_SLACK,
+    NON_FINITE,
+    RESIDUAL,
+    RETURN_COST,
+    RETURN_LAST,
+    RUNNING,
+    SAFEGUARD,
+    STATUS,
+    STEPS,
+    TILE,
+)
 
-from .measure import BEST, BEST_STEP, NON_FINITE, RESIDUAL, RUNNING, STATUS, STEPS
 
-SLACK = tl.constexpr(COST_SLACK)
-GROWTH = tl.constexpr(SAFEGUARD)
-LANES = tl.constexpr(TILE)
+class Kept(NamedTuple):
+    """What is recorded of the iterate to be returned (see ``Record`` in deqfast/ops); None where nothing is."""
 
-RETURN_BEST = tl.constexpr(0)
-RETURN_LAST = tl.constexpr(1)
-RETURN_COST = tl.constexpr(2)
+    best_cost: Any
+    best_norms: Any
+    saved_cost: Any
+    saved_norms: Any
+    least: Any
+    taken: Any
 
-RUN_ARGUMENTS = ["B", "padded", "made", "columns"]
+
+class Buffers(NamedTuple):
+    """One tensor of the state: iterate, mapped state, next iterate, best iterate (None: an accelerated tensor), and the
+    iterate to be returned (None: not kept apart).
+    """
+
+    x: Any
+    mapped: Any
+    next_x: Any
+    saved: Any
+    kept: Any
 
 
 @triton.jit
@@ -29,25 +55,18 @@ def copy_rows(source, target, at, padded, where, ROWS: tl.constexpr):
         tl.store(target + place, tl.load(source + place, mask=where), mask=where)
 
 
-@triton.jit(do_not_specialize=RUN_ARGUMENTS)
+@triton.jit(do_not_specialize=RUN)
 def record_kernel(
-    ints,
-    reals,
+    statistics,
     cost,
-    best_cost,
-    saved_cost,
     block_norms,
-    best_norms,
-    saved_norms,
-    least,
     column_norms,
-    taken,
+    record,
     B,
     padded,
     made,
     columns,
     RETURNS: tl.constexpr,
-    WITH_COST: tl.constexpr,
     GUARDED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -55,62 +74,54 @@ def record_kernel(
     """Bring the records of the samples up to date, and say whose iterate would be returned now."""
     b = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     inside = b < B
-    at_end = tl.load(ints + STEPS * padded + b, mask=inside, other=-1) == made
-    finite = tl.load(ints + STATUS * padded + b, mask=inside, other=NON_FINITE) != NON_FINITE
-    better = (tl.load(ints + BEST_STEP * padded + b, mask=inside, other=-1) == made) & inside
+    ints, reals = statistics.ints + b, statistics.reals + b
+    at_end = tl.load(ints + STEPS * padded, mask=inside, other=-1) == made
+    finite = tl.load(ints + STATUS * padded, mask=inside, other=NON_FINITE) != NON_FINITE
+    better = (tl.load(ints + BEST_STEP * padded, mask=inside, other=-1) == made) & inside
     measured = at_end & finite & inside
-    residual = tl.load(reals + RESIDUAL * padded + b, mask=inside, other=0.0)
+    residual = tl.load(reals + RESIDUAL * padded, mask=inside, other=0.0)
     take = measured if RETURNS == RETURN_LAST else better
-    if WITH_COST:
+    if cost is not None:
         given = tl.load(cost + b, mask=inside, other=0.0)
         if RETURNS == RETURN_COST:
-            lower = given < tl.load(best_cost + b, mask=inside, other=0.0)
-            take = take | (measured & lower & (residual < SLACK * tl.load(reals + BEST * padded + b, mask=inside)))
-        tl.store(best_cost + b, given, mask=take)
-    copy_rows(block_norms, best_norms, b, padded, take, ROWS)
+            lower = given < tl.load(record.best_cost + b, mask=inside, other=0.0)
+            take = take | (measured & lower & (residual < COST_SLACK * tl.load(reals + BEST * padded, mask=inside)))
+        tl.store(record.best_cost + b, given, mask=take)
+    copy_rows(block_norms, record.best_norms, b, padded, take, ROWS)
     if RETURNS == RETURN_LAST:
-        copy_rows(block_norms, saved_norms, b, padded, better, ROWS)
+        copy_rows(block_norms, record.saved_norms, b, padded, better, ROWS)
         lost = at_end & inside & (finite == 0)
-        copy_rows(saved_norms, best_norms, b, padded, lost, ROWS)
-        if WITH_COST:
-            tl.store(saved_cost + b, given, mask=better)
-            tl.store(best_cost + b, tl.load(saved_cost + b, mask=lost), mask=lost)
+        copy_rows(record.saved_norms, record.best_norms, b, padded, lost, ROWS)
+        if cost is not None:
+            tl.store(record.saved_cost + b, given, mask=better)
+            tl.store(record.best_cost + b, tl.load(record.saved_cost + b, mask=lost), mask=lost)
     if GUARDED:
-        before = tl.load(least + b, mask=inside, other=0.0)
-        grown = measured & (residual > GROWTH * before)
-        tl.store(least + b, tl.where(grown | (residual < before), residual, before), mask=measured)
-        place = column_norms + (b // LANES) * columns * LANES + b % LANES
+        before = tl.load(record.least + b, mask=inside, other=0.0)
+        grown = measured & (residual > SAFEGUARD * before)
+        tl.store(record.least + b, tl.where(grown | (residual < before), residual, before), mask=measured)
+        place = column_norms + (b // TILE) * columns * TILE + b % TILE
         for column in range(columns):
-            tl.store(place + column * LANES, tl.zeros((BLOCK,), column_norms.dtype.element_ty), mask=grown)
-    tl.store(taken + b, take.to(tl.int32), mask=inside)
+            tl.store(place + column * TILE, tl.zeros((BLOCK,), column_norms.dtype.element_ty), mask=grown)
+    tl.store(record.taken + b, take.to(tl.int32), mask=inside)
 
 
-@triton.jit(do_not_specialize=RUN_ARGUMENTS)
+@triton.jit(do_not_specialize=RUN)
 def copy_kernel(
-    x,
-    mapped,
-    next_x,
-    saved,
-    kept,
-    ints,
+    buffers,
+    statistics,
     taken,
-    n,
     chunks,
-    chunk_size,
     padded,
     made,
-    MOVES: tl.constexpr,
-    KEPT: tl.constexpr,
     KEEP_BEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A chunk of one tensor: the next iterate where it is not accelerated (MOVES), the one to be returned (KEPT)."""
-    b = (tl.program_id(0) // chunks).to(tl.int64)
-    begin = (tl.program_id(0) % chunks) * chunk_size
-    end = tl.minimum(begin + chunk_size, n)
-    status = tl.load(ints + STATUS * padded + b)
-    best_step = tl.load(ints + BEST_STEP * padded + b)
-    was_running = tl.load(ints + STEPS * padded + b) == made
+    """A chunk of one tensor: the next iterate where it is not accelerated, the one to be returned where it is kept."""
+    b, begin, end, _ = chunk_of(chunks)
+    sample = sample_of(statistics, b, padded)
+    status = tl.load(sample.ints + STATUS * padded)
+    best_step = tl.load(sample.ints + BEST_STEP * padded)
+    was_running = tl.load(sample.ints + STEPS * padded) == made
     take = tl.load(taken + b) != 0
     best = best_step == made
     if KEEP_BEST:
@@ -122,18 +133,18 @@ def copy_kernel(
     from_mapped = was_running & (status == RUNNING)
     saves = was_running & best
     for start in range(begin, end, BLOCK):
-        at = b * n + start + tl.arange(0, BLOCK)
+        at = b * chunks.n + start + tl.arange(0, BLOCK)
         inside = start + tl.arange(0, BLOCK) < end
-        now = tl.load(x + at, mask=inside)
-        if KEPT:
+        now = tl.load(buffers.x + at, mask=inside)
+        if buffers.kept is not None:
             if take:
-                tl.store(kept + at, now, mask=inside)
-        if MOVES:
+                tl.store(buffers.kept + at, now, mask=inside)
+        if buffers.saved is not None:
             to = now
             if from_mapped:
-                to = tl.load(mapped + at, mask=inside)
+                to = tl.load(buffers.mapped + at, mask=inside)
             if from_saved:
-                to = tl.load(saved + at, mask=inside)
-            tl.store(next_x + at, to, mask=inside)
+                to = tl.load(buffers.saved + at, mask=inside)
+            tl.store(buffers.next_x + at, to, mask=inside)
             if saves:
-                tl.store(saved + at, now, mask=inside)
+                tl.store(buffers.saved + at, now, mask=inside)

@@ -2,23 +2,35 @@
 of the next column. One sample a program; small matrices lie in tiles of 16 samples, the sample innermost.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .dense import factor_ldl, inverse_diagonal, solve_ldl, solve_lu
-from .measure import (
+from .columns import New
+from .constants import (
     COUNT,
     EVICTIONS,
-    GREW,
     GROWTH_RESTARTS,
-    RESET,
+    LEAST_USEFUL,
     SLOT,
     SOLVE_FALLBACKS,
     STEP_FALLBACKS,
-    widen,
+    TILE,
+    UNIT,
 )
+from .dense import factor_ldl, inverse_diagonal, solve_ldl, solve_lu
+from .measure import GREW, RESET
+from .tiles import widen
 
-TILE = tl.constexpr(16)  # samples whose small matrices lie interleaved
+
+class Small(NamedTuple):
+    """What Anderson keeps of every sample's columns: two matrices, two norms a column, the step that wrote it."""
+
+    matrix: Any
+    gram: Any
+    norms: Any
+    ages: Any
 
 
 @triton.jit
@@ -28,14 +40,14 @@ def norms_of(norms, b, j, m: tl.constexpr):
 
 
 @triton.jit
-def columns_of(history, b, B, tiles, N, m: tl.constexpr, TILED: tl.constexpr):
-    """Where the sample's columns of dF and of dG begin, and how far apart they are."""
-    if TILED:
-        start = (b // TILE) * (m * N * TILE) + b % TILE
-        return history + start, history + tiles.to(tl.int64) * (m * N * TILE) + start, N * TILE
-    else:
-        size = m * tl.cast(N, tl.int64)
-        return history + b * size, history + (B.to(tl.int64) + b) * size, tl.cast(N, tl.int64)
+def new_column(sample, norms, has_previous, m: tl.constexpr, M: tl.constexpr):
+    """The column that this evaluation brings, unless the sample's unit has to change; before it is judged."""
+    unit = tl.load(sample.reals + UNIT * sample.padded)
+    slot = tl.load(sample.ints + SLOT * sample.padded)
+    adding = (has_previous != 0) & (unit > 0)
+    j = tl.arange(0, M)
+    q = tl.load(norms_of(norms, sample.b, j, m), mask=j < m, other=0.0)
+    return New(unit, adding, slot, (q > 0) & (j != tl.where(adding, slot, -1)))
 
 
 @triton.jit
@@ -70,36 +82,29 @@ def _victim(h, factors, diagonal, y, age, steps, ridge, n, m: tl.constexpr, M: t
 
 @triton.jit
 def decide(
-    sums,
-    columns,
-    matrix_products,
-    gram_products,
+    sample,
+    small,
+    products,
+    matrices,
     outcome,
     steps,
     slot,
     has_previous,
-    b,
-    matrix,
-    gram,
-    norms,
-    ages,
-    ints,
-    padded,
     ridge,
-    m: tl.constexpr,
     M: tl.constexpr,
-    C: tl.constexpr,
-    USEFUL: tl.constexpr,
     TILED: tl.constexpr,
+    method: tl.constexpr,
 ):
     """Enter the new column into the small matrices, solve them for gamma, choose the slot of the next column.
 
-    ``sums`` and ``columns`` are the products of the new column and those with every column (see ``columns.reduce``);
-    of tiny samples (TILED) all products come in the two matrices. Returns gamma and whether a column will be evicted.
+    ``products`` are those of the new column (see ``columns.Products``); of tiny samples (TILED) all products come in
+    the two ``matrices``. Returns gamma and whether a column will be evicted.
     """
+    b, ints, padded, norms = sample.b, sample.ints, sample.padded, small.norms
+    m: tl.constexpr = method.m
+    C: tl.constexpr = method.C
     acc = norms.dtype.element_ty
-    qq, ww, wg, vg, wv = sums
-    rhs, across, down, gram_row = columns
+    qq, ww = products.qq, products.ww
     j = tl.arange(0, M)
     row, col = j[:, None], j[None, :]
     inside = j < m
@@ -110,15 +115,15 @@ def decide(
     place = norms_of(norms, b, j, m)
     old_q = tl.load(place, mask=inside, other=0.0)
     old_w = tl.load(place + m * TILE, mask=inside, other=0.0)
-    age = tl.load(ages + (b // TILE) * (m * TILE) + b % TILE + j * TILE, mask=inside, other=0)
-    solve_fallbacks = tl.load(ints + SOLVE_FALLBACKS * padded + b)
-    evictions = tl.load(ints + EVICTIONS * padded + b)
-    growth_restarts = tl.load(ints + GROWTH_RESTARTS * padded + b)
+    age = tl.load(small.ages + (b // TILE) * (m * TILE) + b % TILE + j * TILE, mask=inside, other=0)
+    solve_fallbacks = tl.load(ints + SOLVE_FALLBACKS * padded)
+    evictions = tl.load(ints + EVICTIONS * padded)
+    growth_restarts = tl.load(ints + GROWTH_RESTARTS * padded)
 
     new_q = tl.sqrt(qq.to(tl.float64)).to(acc)
     new_w = tl.sqrt(ww.to(tl.float64)).to(acc)
-    forget = reset | (grew & (C == 0))
-    q = tl.where(is_new, new_q, tl.where(forget, 0.0, old_q))
+    emptied = reset | (grew & (C == 0))
+    q = tl.where(is_new, new_q, tl.where(emptied, 0.0, old_q))
     w = tl.where(is_new, new_w, old_w)
     valid = (q > 0) & (w > 0) & (q < float("inf")) & (w < float("inf"))
     q = tl.where(valid, q, 0.0)
@@ -130,17 +135,17 @@ def decide(
     eye = tl.where(row == col, 1.0, 0.0).to(acc)
 
     if TILED:
-        h = gram_products * (rq[:, None] * rq[None, :])
-        e = matrix_products * (rw[:, None] * rq[None, :])
+        h = matrices[1] * (rq[:, None] * rq[None, :])
+        e = matrices[0] * (rw[:, None] * rq[None, :])
     else:
-        gram_row = tl.where(is_new, qq, gram_row) * (new_rq * rq)
-        h = _enter(gram + (b // TILE) * (m * m * TILE) + b % TILE, gram_row, gram_row, j, new, m, True)
+        gram_row = tl.where(is_new, qq, products.gram) * (new_rq * rq)
+        h = _enter(small.gram + (b // TILE) * (m * m * TILE) + b % TILE, gram_row, gram_row, j, new, m, True)
         e = h
         if C != 0:
-            across = tl.where(is_new, wv, across) * (new_rw * rq)
-            down = tl.where(is_new, wv, down) * (new_rq * rw)
-            e = _enter(matrix + (b // TILE) * (m * m * TILE) + b % TILE, across, down, j, new, m, False)
-    rhs = tl.where(is_new, wg if C != 0 else vg, rhs)
+            across = tl.where(is_new, products.wv, products.across) * (new_rw * rq)
+            down = tl.where(is_new, products.wv, products.down) * (new_rq * rw)
+            e = _enter(small.matrix + (b // TILE) * (m * m * TILE) + b % TILE, across, down, j, new, m, False)
+    rhs = tl.where(is_new, products.wg if C != 0 else products.vg, products.rhs)
     h = tl.where(both, h, eye)
     factors, diagonal = h, q
     n = tl.max(tl.where(valid, j + 1, 0), axis=0)  # columns beyond this are empty
@@ -163,7 +168,7 @@ def decide(
     full = count == m
     next_slot = tl.min(tl.where(inside & (used == 0), j, m), axis=0)
     if full:
-        if USEFUL and m > 3:
+        if method.EVICT == LEAST_USEFUL and m > 3:
             next_slot = _victim(h, factors, diagonal, y, age, steps, ridge, n, m, M, C)
         else:
             next_slot = tl.argmin(tl.where(inside, age, 2147483647), axis=0)
@@ -171,43 +176,41 @@ def decide(
     tl.debug_barrier()
     tl.store(place, q, mask=inside)
     tl.store(place + m * TILE, w, mask=inside)
-    tl.store(ages + (b // TILE) * (m * TILE) + b % TILE + j * TILE, age, mask=inside)
-    tl.store(ints + SLOT * padded + b, next_slot)
-    tl.store(ints + COUNT * padded + b, count)
-    tl.store(ints + EVICTIONS * padded + b, evictions + full.to(tl.int32))
-    tl.store(ints + SOLVE_FALLBACKS * padded + b, solve_fallbacks + failed.to(tl.int32))
-    tl.store(ints + GROWTH_RESTARTS * padded + b, growth_restarts + (grew & (C == 0)).to(tl.int32))
+    tl.store(small.ages + (b // TILE) * (m * TILE) + b % TILE + j * TILE, age, mask=inside)
+    tl.store(ints + SLOT * padded, next_slot)
+    tl.store(ints + COUNT * padded, count)
+    tl.store(ints + EVICTIONS * padded, evictions + full.to(tl.int32))
+    tl.store(ints + SOLVE_FALLBACKS * padded, solve_fallbacks + failed.to(tl.int32))
+    tl.store(ints + GROWTH_RESTARTS * padded, growth_restarts + (grew & (C == 0)).to(tl.int32))
     return gamma, full
 
 
 @triton.jit
-def forget(norms, ints, b, padded, full, m: tl.constexpr, M: tl.constexpr):
+def forget(sample, norms, full, m: tl.constexpr, M: tl.constexpr):
     """The step did not stay finite: no column is kept, and none was evicted."""
-    fallbacks = tl.load(ints + STEP_FALLBACKS * padded + b)
-    evictions = tl.load(ints + EVICTIONS * padded + b)
+    fallbacks = tl.load(sample.ints + STEP_FALLBACKS * sample.padded)
+    evictions = tl.load(sample.ints + EVICTIONS * sample.padded)
     tl.debug_barrier()
-    tl.store(ints + STEP_FALLBACKS * padded + b, fallbacks + 1)
+    tl.store(sample.ints + STEP_FALLBACKS * sample.padded, fallbacks + 1)
     if m > 0:
         j = tl.arange(0, M)
-        tl.store(norms_of(norms, b, j, m), tl.zeros((M,), norms.dtype.element_ty), mask=j < m)
-        tl.store(ints + EVICTIONS * padded + b, evictions - full.to(tl.int32))
-        tl.store(ints + SLOT * padded + b, 0)
-        tl.store(ints + COUNT * padded + b, 0)
+        tl.store(norms_of(norms, sample.b, j, m), tl.zeros((M,), norms.dtype.element_ty), mask=j < m)
+        tl.store(sample.ints + EVICTIONS * sample.padded, evictions - full.to(tl.int32))
+        tl.store(sample.ints + SLOT * sample.padded, 0)
+        tl.store(sample.ints + COUNT * sample.padded, 0)
 
 
 @triton.jit
-def all_products(
-    history_f, history_g, column_stride, used, n, acc: tl.constexpr, C: tl.constexpr, ES: tl.constexpr, NB: tl.constexpr
-):
+def all_products(columns, used, n, acc: tl.constexpr, C: tl.constexpr, NB: tl.constexpr):
     """W_i.dG_j and dG_i.dG_j of a tiny sample."""
     i = tl.arange(0, NB)
     j = tl.arange(0, used.shape[0])
-    place = j[:, None] * column_stride + (i * ES)[None, :]
+    place = j[:, None] * columns.stride + (i * TILE)[None, :]
     inside = used[:, None] & (i < n)[None, :]
-    v = widen(tl.load(history_g + place, mask=inside, other=0), acc)
+    v = widen(tl.load(columns.g + place, mask=inside, other=0), acc)
     gram = tl.sum(v[:, None, :] * v[None, :, :], axis=2)
     if C == 0:
         return gram, gram
     else:
-        w = widen(tl.load(history_f + place, mask=inside, other=0), acc) - C * v
+        w = widen(tl.load(columns.f + place, mask=inside, other=0), acc) - C * v
         return tl.sum(w[:, None, :] * v[None, :, :], axis=2), gram

@@ -12,12 +12,17 @@ import torch
 from deqfast.ops import pool
 from deqfast.ops.native import extension as native
 
-# bench/ is tested too. Last: a copy of the package that PYTHONPATH names comes first.
-sys.path.append(str(Path(__file__).parents[1]))
+# bench/ and examples/ are tested too. Last: a copy of the package that PYTHONPATH names comes first.
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
 
 # No deadline: CI shares two cores. Derandomised: a red build is red again.
 hypothesis.settings.register_profile("deqfast", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("deqfast")
+
+# Processes side by side have a core each; what depends on the number of threads sets it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+    torch.set_num_threads(1)
 
 DEVICE = os.environ.get("DEQFAST_TEST_DEVICE")
 if DEVICE:

@@ -11,15 +11,17 @@ from ..broyden import BroydenWorkspace
 from ..contract import Backend, Binder, JointEnds, register
 from ..joint import JointWorkspace
 from ..workspace import Workspace
+from .anderson import AndersonStep
+from .available import why_not
+from .broyden import BroydenStep
 from .joint import TritonEnds
-from .plan import anderson_step, broyden_step, why_not
 
 
 class Triton(Backend):
     """The kernels of ``deqfast.kernels``."""
 
     name = "triton"
-    steps: Mapping[type[Workspace], Binder] = {AndersonWorkspace: anderson_step, BroydenWorkspace: broyden_step}
+    steps: Mapping[type[Workspace], Binder] = {AndersonWorkspace: AndersonStep, BroydenWorkspace: BroydenStep}
 
     def why_not(self, device: torch.device) -> str | None:
         """Whether Triton is there, and for this device."""

@@ -1,0 +1,7 @@
+"""`python -m bench.gpu`; see run.py."""
+
+import sys
+
+from bench.gpu.run import main
+
+sys.exit(main())

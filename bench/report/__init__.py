@@ -1,0 +1,1 @@
+"""docs/benchmarks.md out of results: `python -m bench.report`."""

@@ -1,0 +1,76 @@
+"""Pictures of the benchmark results (matplotlib, no display)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.report import summary
+
+COLOURS = ("#0b6e4f", "#74b49b", "#c1121f", "#f4a261", "#457b9d", "#9a9a9a", "#6d597a", "#b5838d")
+GREENS = ("#08402e", "#0b6e4f", "#3fa37c", "#a9d6c0", "#d8ede4")  # deqfast's own rows
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 10}
+    )
+    return plt
+
+
+def performance_profiles(record: Mapping[str, Any], methods: Sequence[str], path: Path) -> None:
+    """One panel a tolerance; higher and further left is better, the right end shows who solves at all."""
+    plt = _pyplot()
+    tolerances = record["tolerances"]
+    factors = np.geomspace(1, 10, 200)
+    figure, axes = plt.subplots(1, len(tolerances), figsize=(4.2 * len(tolerances), 4.1), sharey=True, squeeze=False)
+    for axis, tolerance in zip(axes[0], tolerances, strict=True):
+        profiles = summary.performance_profile(record, methods, tolerance, factors)
+        for colour, method in zip(COLOURS, methods, strict=False):
+            axis.plot(
+                factors, 100 * profiles[method], color=colour, lw=2.2 if method == methods[0] else 1.5, label=method
+            )
+        axis.set(xscale="log", xlim=(1, 10), ylim=(0, 101), title=f"tolerance {tolerance:g}")
+        axis.set_xticks([1, 2, 3, 5, 10], ["1", "2", "3", "5", "10"])
+        axis.set_xlabel("evaluations / best method's evaluations")
+    axes[0][0].set_ylabel("samples solved, %")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="lower center", ncols=3, frameon=False)
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    _save(figure, path)
+
+
+def speed_bars(rows: Mapping[str, Mapping[str, float]], path: Path, title: str) -> None:
+    """Ratios to torchdeq by size (log axis); rows[method][size] = torchdeq's time / this method's time."""
+    plt = _pyplot()
+    methods = list(rows)
+    sizes = list(dict.fromkeys(size for row in rows.values() for size in row))
+    figure, axis = plt.subplots(figsize=(10, 4.4))
+    width = 0.8 / max(len(methods), 1)
+    own = iter(GREENS)
+    others = iter(COLOURS[2:])
+    for index, method in enumerate(methods):
+        colour = next(own) if method.startswith("deqfast") else next(others)
+        at = [i + (index - (len(methods) - 1) / 2) * width for i, size in enumerate(sizes) if size in rows[method]]
+        axis.bar(at, [rows[method][size] for size in sizes if size in rows[method]], width, color=colour, label=method)
+    axis.axhline(1, color="black", lw=0.8)
+    axis.set_yscale("log")
+    axis.set_xticks(range(len(sizes)), sizes)
+    axis.set(xlabel="B x N", ylabel="times faster than torchdeq", title=title)
+    axis.grid(axis="x", visible=False)
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=4, frameon=False)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Software": ""})
+    _pyplot().close(figure)

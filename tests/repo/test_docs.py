@@ -1,0 +1,118 @@
+"""What the documentation says runs, links that it has lead somewhere, and what scripts write is up to date."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SWAP = "import torch; W = 0.3 * torch.eye(8); z0 = torch.ones(4, 8)\ndef f(z): return torch.tanh(z @ W + 1)\n"
+
+
+def blocks(page: str, language: str) -> list[tuple[int, str]]:
+    text = (ROOT / page).read_text()
+    return [(text[: m.start()].count("\n") + 2, m[2]) for m in BLOCK.finditer(text) if m[1] == language]
+
+
+def execute(source: str, namespace: dict, page: str, line: int) -> None:
+    exec(compile("\n" * (line - 1) + source, str(ROOT / page), "exec"), namespace)
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/joint.md"])
+# torch.compile looks at .grad of whatever a graph receives, and hides the warning for that where it is no error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    found = blocks(page, "python")
+    assert found
+    namespace: dict = {"__name__": "documentation"}
+    for line, source in found:
+        execute(source, namespace, page, line)
+
+
+def test_readme_swap_gives_the_same_fixed_point():
+    ((line, diff),) = blocks("README.md", "diff")
+    new, old = {}, {}
+    for namespace, sign in ((new, "+"), (old, "-")):
+        source = "\n".join(row[1:] for row in diff.splitlines() if row[:1] in (sign, " "))
+        exec(SWAP, namespace)
+        if sign == "-":
+            pytest.importorskip("torchdeq")
+        execute(source, namespace, "README.md", line)
+    assert (new["z"] - old["z"]).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_named_files_exist(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), target
+    for target in re.findall(r"`((?:deqfast|csrc|kernels|tests|docs|examples|bench)/[\w./]+\.\w+)`", text):
+        assert (ROOT / target).exists(), target
+
+
+def test_api_reference_is_up_to_date():
+    done = subprocess.run([sys.executable, ROOT / "docs" / "make_api.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_api_reference_has_every_public_name():
+    import deqfast
+
+    text = (ROOT / "docs" / "api.md").read_text()
+    assert not [name for name in deqfast.__all__ if f"\n### {name}\n" not in text]
+
+
+def test_readme_figures_come_from_result_files(tmp_path):
+    demo = {
+        "date": "2001-02-03",
+        "options": {"epochs": "30"},
+        "machine": {"processor": "a processor", "threads": 2, "python": "3.11"},
+        "versions": {"torch": "2", "torchdeq": None},
+        "runs": [run("deqfast", 1.0), run("torchdeq Anderson", 3.25)],
+    }
+    (tmp_path / "digits.json").write_text(json.dumps(demo))
+    readme = tmp_path / "README.md"
+    readme.write_text((ROOT / "README.md").read_text())
+    arguments = ["--results", str(tmp_path), "--demo", str(tmp_path / "digits.json"), "--readme", str(readme)]
+    make_readme = script("make_readme")
+    make_readme.main(arguments)
+    once = readme.read_text()
+    assert "| torchdeq Anderson | 97.0 % | 12.0 + 9.0 | 0.600 | 3.25x | 3e-04 / 4e-04 |" in once
+    assert (
+        "`python examples/digits.py --epochs 30` on a processor (2 torch threads), 2001-02-03; python 3.11, torch 2."
+        in once
+    )
+    make_readme.main(arguments)
+    assert readme.read_text() == once
+
+
+def run(name: str, ratio: float) -> dict:
+    times = {part: [0.1, 0.2, 0.3] for part in ("forward_s", "backward_s", "rest_s")}
+    counts = {"calls": [12.0], "vjps": [9.0], "accuracy": [0.5, 0.97]}
+    residuals = {"forward_residual": {"worst": 3e-4}, "backward_residual": {"worst": 4e-4}}
+    return {"name": name, "rtol": 1e-4, "ratio_to_deqfast": ratio, **times, **counts, **residuals}
+
+
+def test_readme_keeps_its_text_where_nothing_was_measured(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("untouched")
+    arguments = ["--results", str(tmp_path), "--demo", str(tmp_path / "none.json"), "--readme", str(readme)]
+    with pytest.raises(SystemExit, match="nothing measured"):
+        script("make_readme").main(arguments)
+    assert readme.read_text() == "untouched"

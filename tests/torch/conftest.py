@@ -1,0 +1,18 @@
+"""A compiler without a past."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from compiled_models import counters
+
+from deqfast.compiled import get_eval_frame_callback
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+    assert get_eval_frame_callback() is None
