@@ -121,7 +121,7 @@ class AndersonWorkspace(Workspace):
         self.own_previous = self.own_residual
         self.own_residual = rows
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Everything where every backend looks for it; a backend that keeps it elsewhere takes it up again."""
         if self.loose is not None:
             self.loose.settle()
@@ -129,7 +129,7 @@ class AndersonWorkspace(Workspace):
 
     def own(self) -> dict[str, Tensor]:
         """The method's tensors by name."""
-        self._settle()
+        self.settle()
         return super().own()
 
     def tensors(self) -> dict[str, Tensor]:

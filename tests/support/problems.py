@@ -33,7 +33,7 @@ def _backend(name: str) -> Any:
 
 
 # Triton's interpreter is too slow for every test; tests/ops/triton_conformance.py has those that it runs.
-BACKENDS = ["reference", _backend("native"), *([] if DEVICE.type == "cpu" else [_backend("triton")])]
+BACKENDS = ["reference", "torch", _backend("native"), *([] if DEVICE.type == "cpu" else [_backend("triton")])]
 needs_native = pytest.mark.skipif(ops.why_not("native", DEVICE) is not None, reason="the native backend is not there")
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 

@@ -15,7 +15,7 @@ from ..broyden import BroydenWorkspace
 from ..contract import Backend, Binder, JointEnds, register
 from ..joint import JointWorkspace
 from ..workspace import Workspace
-from . import portable, reference
+from . import portable, portable_broyden, reference
 from .joint import PlainEnds
 
 
@@ -24,7 +24,10 @@ class Torch(Backend):
 
     name = "torch"
     own_residual = True
-    steps: Mapping[type[Workspace], Binder] = {AndersonWorkspace: portable.AndersonStep}
+    steps: Mapping[type[Workspace], Binder] = {
+        AndersonWorkspace: portable.AndersonStep,
+        BroydenWorkspace: portable_broyden.BroydenStep,
+    }
 
     def why_not(self, device: torch.device) -> str | None:
         """It serves everywhere."""
