@@ -149,7 +149,12 @@ class Moved:
 
 
 def _settle(
-    x_new: Tensor, x: Tensor, f: Tensor, going: Tensor, events: dict[Int, Tensor], ws: AndersonWorkspace | BroydenWorkspace
+    x_new: Tensor,
+    x: Tensor,
+    f: Tensor,
+    going: Tensor,
+    events: dict[Int, Tensor],
+    ws: AndersonWorkspace | BroydenWorkspace,
 ) -> Moved:
     # Rounded to what f will see, as the stored iterates of the backends are.
     x_new, f = (t.to(ws.layout.dtype).to(ws.layout.acc) for t in (x_new, f))

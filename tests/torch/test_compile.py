@@ -48,7 +48,9 @@ def test_every_solver_equals_the_eager_one(solver):
     assert_compiled_equals_eager(Model(solver=solver, rtol=1e-6, max_iter=300), "eager", torch.randn(4, 6))
 
 
-@pytest.mark.parametrize("options", [{"compact": True}, {"trace": True}, {"callback": lambda k, state: None}], ids="-".join)
+@pytest.mark.parametrize(
+    "options", [{"compact": True}, {"trace": True}, {"callback": lambda k, state: None}], ids="-".join
+)
 def test_options_of_the_loop_work(options):
     x = torch.randn(9, 6) * torch.logspace(-2, 2, 9)[:, None]
     assert_compiled_equals_eager(Model(rtol=1e-6, **options), "eager", x)

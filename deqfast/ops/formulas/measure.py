@@ -37,9 +37,7 @@ class Stats(NamedTuple):
 class Codes:
     """Constants as tensors, made once a solve: a Python number in an operation costs two more at every step."""
 
-    def __init__(
-        self, stopping: Stopping, N: int, acc: torch.dtype, wide: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, stopping: Stopping, N: int, acc: torch.dtype, wide: torch.dtype, device: torch.device) -> None:
         def number(value: float, dtype: torch.dtype) -> Tensor:
             return torch.tensor(value, dtype=dtype, device=device)
 
@@ -110,8 +108,13 @@ def measure(
     if atol or judged is not None:
         within = within & finite
         better = better | within
-    live = run & finite
-    going = but_not(live, within)
+    best_step = old.best_step.masked_fill(better, made)
+    first = relative if made == 1 else old.first
+    status = torch.where(finite, within, c.non_finite)  # as numbers: RUNNING is 0 and CONVERGED 1
+    going = but_not(run, status)
+    if made == stopping.max_iter:
+        status = torch.where(going, _label(relative, first, made - best_step, made).int(), status)
+        going = torch.zeros_like(going)
     worse = spill = from_saved = None
     elsewhere = old.best_at
     if made > 1:
@@ -120,12 +123,6 @@ def measure(
         from_saved, spill = worse, worse & (old.best_at == c.previous)
         if not stopping.keep_best:
             from_saved = but_not(from_saved, finite)
-    best_step = old.best_step.masked_fill(better, made)
-    first = relative if made == 1 else old.first
-    status = torch.where(finite, within, c.non_finite)  # as numbers: RUNNING is 0 and CONVERGED 1
-    if made == stopping.max_iter:
-        status = torch.where(going, _label(relative, first, made - best_step, made).int(), status)
-        going = torch.zeros_like(going)
     best_at = torch.where(better, torch.where(going, c.previous, c.current), elsewhere)
     reset, unit = _unit(c, largest / c.root, old.unit, going, made, judged is not None)
     best = torch.where(better, relative, old.best)
@@ -140,9 +137,7 @@ def _label(relative: Tensor, first: Tensor, idle: Tensor, made: int) -> Tensor:
     return torch.where(relative > DIVERGENCE * first, int(Status.DIVERGED), label)
 
 
-def _unit(
-    c: Codes, rms: Tensor, unit: Tensor, going: Tensor, made: int, may_rest: bool
-) -> tuple[Tensor, Tensor]:
+def _unit(c: Codes, rms: Tensor, unit: Tensor, going: Tensor, made: int, may_rest: bool) -> tuple[Tensor, Tensor]:
     """Whose unit is new, and the units: powers of two that bring a sample to magnitude one.
 
     ``may_rest``: whether a sample may go on whose residual and value are both 0.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .algebra import power_below
+
 CHUNK = 8192  # numbers whose sum torch does not split over threads
 
 
@@ -18,9 +20,9 @@ def ordered_sum(t: Tensor) -> Tensor:
 
 
 def scaled_norm(rows: Tensor) -> Tensor:
-    """Norms of (..., N) rows of any magnitude in their own dtype: measured once to find the scale, once to scale."""
+    """Norms of (..., N) rows of any magnitude in their own dtype: once to find a power of two, once to scale by it."""
     edge = 2.0**100 if rows.dtype == torch.float32 else 2.0**900
-    scale = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(1 / edge, edge)
+    scale = power_below(torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(1 / edge, edge))
     return torch.linalg.vector_norm(rows / scale, dim=-1, keepdim=True).mul_(scale)[..., 0]
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ..anderson import AndersonWorkspace
 from ..broyden import BroydenWorkspace
-from ..contract import Backend, Binder, JointEnds, register
+from ..contract import Backend, Binder, BoundStep, JointEnds, register
 from ..joint import JointWorkspace
 from ..workspace import Workspace
 from . import portable, portable_broyden, reference
@@ -32,6 +32,11 @@ class Torch(Backend):
     def why_not(self, device: torch.device) -> str | None:
         """It serves everywhere."""
         return None
+
+    def bind(self, ws: Workspace, evaluations: int = 0) -> BoundStep:
+        """The update of this workspace's solver, after so many evaluations."""
+        with torch.inference_mode(False):
+            return super().bind(ws, evaluations)
 
     def joint(self, ws: JointWorkspace) -> JointEnds:
         """The ends of a joint step."""

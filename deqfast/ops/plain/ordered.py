@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..formulas.sums import ordered_sum
 
+
 class OrderedDefinite:
     """Symmetric positive definite matrices, by LAPACK."""
 

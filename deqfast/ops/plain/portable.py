@@ -42,9 +42,10 @@ class PortableStep(BoundStep):
     def __call__(self, f: Leaves, f_prev: Leaves | None, f_rows: Rows, f_prev_rows: Rows) -> int:
         """One update."""
         with torch.no_grad():
-            if not torch.is_autocast_enabled(self._device):
+            if not (torch.is_autocast_enabled(self._device) or torch.is_inference_mode_enabled()):
                 return self._step(f, f_prev, f_rows, f_prev_rows)
-            with torch.autocast(self._device, enabled=False):
+            # What a step keeps for the next one must be a normal tensor: that one may be made in another mode.
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device, enabled=False):
                 return self._step(f, f_prev, f_rows, f_prev_rows)
 
     def _step(self, f: Leaves, f_prev: Leaves | None, f_rows: Rows, f_prev_rows: Rows) -> int:
@@ -93,12 +94,12 @@ class Columns:
     """
 
     def __init__(self, ws: AndersonWorkspace, used: Tensor | None) -> None:
-        """``used``: (B, m) columns that are in use already, None: none."""
+        """``used``: (B, count) columns that are in use already, None: none."""
         self.ws, self.method = ws, ws.method
         layout = ws.layout
         B, m = layout.B, ws.method.m
         self.own = ws.keeps_products and ws.history.dtype == layout.acc
-        self.count = 0 if used is None else m
+        self.count = 0 if used is None else used.shape[1]
         if self.own:
             self.wide = ws.history
         elif used is None:
@@ -106,10 +107,11 @@ class Columns:
         else:
             self.wide = torch.stack([stored(ws, which) for which in (0, 1)])
         if used is not None:
-            self.wide.masked_fill_(~used[None, :, :, None], 0)
+            self.wide[:, :, : self.count].masked_fill_(~used[None, :, :, None], 0)
             if ws.own_columns is not None:
-                ws.own_columns.masked_fill_(~used[:, :, None], 0)
-        self.base = torch.arange(B, device=layout.device) * m
+                ws.own_columns[:, : self.count].masked_fill_(~used[:, :, None], 0)
+        self.base = torch.arange(2 * B, device=layout.device).view(2, B) * m
+        self.pair: Tensor | None = None
 
     def grow(self, count: int) -> None:
         """Make slots ready to be written to."""
@@ -125,13 +127,20 @@ class Columns:
         Such a column is never used, but 0 times what is no number is none.
         """
         pair.nan_to_num_(nan=0.0, posinf=LARGE, neginf=-LARGE)
-        return pair if self.ws.history.dtype == pair.dtype else decode(self.ws, *encode(self.ws, pair))
+        self.pair = pair if self.ws.history.dtype == pair.dtype else decode(self.ws, *encode(self.ws, pair))
+        return self.pair
 
     def put(self, slot: Tensor, new: list[Tensor], good: Tensor) -> None:
         own = self.ws.own_columns
         index = self.base + slot
-        for target, column in zip((self.wide[0], self.wide[1] if own is None else own), new, strict=True):
-            target.view(-1, column.shape[1]).index_copy_(0, index, column)
+        if own is None:
+            assert self.pair is not None
+            self.wide.view(-1, self.pair.shape[2]).index_copy_(
+                0, index.view(-1), self.pair.view(-1, self.pair.shape[2])
+            )
+            return
+        for target, column in ((self.wide[0], new[0]), (own, new[1])):
+            target.view(-1, column.shape[1]).index_copy_(0, index[0], column)
 
     def settle(self) -> None:
         """Write them where every backend looks for them."""
@@ -192,10 +201,12 @@ class Rowwise:
             gram = gram.tril() + gram.tril(-1).mT
             products = torch.stack([gram, untile(ws.matrix, B)] if kinds == 2 else [gram], dim=1)
         infinite = torch.full_like(norms[:, :1], torch.inf)
-        self.known = Known(torch.where(used, norms, infinite), products, untile(ws.ages, B), ws.int_row(Int.SLOT).long())
-        self.columns = Columns(ws, used[:, 0] if made else None)
-        if not made:
-            self.known = _first(self.known, 0)
+        self.known = Known(
+            torch.where(used, norms, infinite), products, untile(ws.ages, B), ws.int_row(Int.SLOT).long()
+        )
+        room = min(-(-made // GROWTH) * GROWTH, ws.method.m)  # as if it had grown here
+        self.known = _first(self.known, room)
+        self.columns = Columns(ws, used[:, 0, :room] if made else None)
 
     def grow(self, made: int) -> None:
         """Room for the column of this step and a free slot for the next, while the history fills."""

@@ -29,13 +29,13 @@ class Steps:
         kept = ws.gram.shape[1] > 0
         self.gram = ws.gram if kept else torch.empty(B, memory, memory, dtype=layout.acc, device=device)
         if made:
-            self._take_up(kept)
+            self._take_up(kept, made)
 
-    def _take_up(self, kept: bool) -> None:
+    def _take_up(self, kept: bool, made: int) -> None:
         """The steps that another backend, or a loaded state, left."""
         ws = self.ws
         used = self.places < ws.int_row(Int.COUNT)[:, None]
-        self.room = ws.method.memory
+        self.room = min(-(-made // GROWTH) * GROWTH, ws.method.memory)  # as if it had grown here
         ws.history.masked_fill_(~used[..., None], 0)
         ws.norms.masked_fill_(~used, 0)
         if kept:
@@ -70,7 +70,9 @@ class Steps:
         s = s.nan_to_num(nan=0.0, posinf=LARGE, neginf=-LARGE)
         index = self.base + count.clamp(max=room - 1)
         ws.history.view(-1, s.shape[1]).index_copy_(0, index, s)
-        products = torch.bmm(s[:, None], ws.history[:, :room].mT)[:, 0].nan_to_num_(nan=0.0, posinf=LARGE, neginf=-LARGE)
+        products = torch.bmm(s[:, None], ws.history[:, :room].mT)[:, 0].nan_to_num_(
+            nan=0.0, posinf=LARGE, neginf=-LARGE
+        )
         self.gram.view(-1, self.gram.shape[2])[:, :room].index_copy_(0, index, products)
         square = self.algebra.dot(s, s)
         ws.norms.view(-1).index_copy_(0, index, square)

@@ -49,9 +49,7 @@ class _Step(BoundStep):
             self.iterates.overwrite(answer, verdict.run & ~verdict.going)
             return int(verdict.going.sum())
 
-    def move(
-        self, verdict: Verdict, x: Tensor, f: Tensor, g: Tensor, f_prev: Tensor | None, answer: Tensor
-    ) -> None:
+    def move(self, verdict: Verdict, x: Tensor, f: Tensor, g: Tensor, f_prev: Tensor | None, answer: Tensor) -> None:
         """From the verdict to the next iterate."""
         raise NotImplementedError
 
@@ -123,9 +121,7 @@ class AndersonStep(_Step):
         super().__init__(ws, evaluations)
         self.constants = anderson.Constants(ws.method, ws.layout.acc, ws.layout.device)
 
-    def move(
-        self, verdict: Verdict, x: Tensor, f: Tensor, g: Tensor, f_prev: Tensor | None, answer: Tensor
-    ) -> None:
+    def move(self, verdict: Verdict, x: Tensor, f: Tensor, g: Tensor, f_prev: Tensor | None, answer: Tensor) -> None:
         """Mix, and choose the slot of the next column."""
         ws, statistics, going = self.ws, self.statistics, verdict.going
         stats = verdict.stats
@@ -226,9 +222,7 @@ class BroydenStep(_Step):
 
     ws: BroydenWorkspace
 
-    def move(
-        self, verdict: Verdict, x: Tensor, f: Tensor, g: Tensor, f_prev: Tensor | None, answer: Tensor
-    ) -> None:
+    def move(self, verdict: Verdict, x: Tensor, f: Tensor, g: Tensor, f_prev: Tensor | None, answer: Tensor) -> None:
         """Apply the inverse, and keep the step."""
         ws, statistics, going = self.ws, self.statistics, verdict.going
         e = broyden.Evaluation(x, g, going, verdict.reset, verdict.stats.unit)
