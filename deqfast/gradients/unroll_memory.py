@@ -38,26 +38,32 @@ class Differentiable:
     """Sums and solves that autograd can follow; norms that only decide are not differentiated."""
 
     def norm(self, rows: Tensor) -> Tensor:
+        """With a derivative at 0, too."""
         square = rows.square().sum(-1)
         positive = square > 0  # the derivative of a root at 0 is infinite
         return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
 
     def norm_of_any(self, rows: Tensor) -> Tensor:
+        """Without a graph."""
         return norm_of_parts([rows.detach()], widest(rows.device))
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """(B,) products."""
         return (a * b).sum(1)
 
     def finite(self, rows: Tensor) -> Tensor:
+        """Which rows hold numbers alone."""
         return torch.isfinite(rows).all(1)
 
     def solve(self, matrix: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
+        """By LU; what cannot be solved is replaced before, so that it has no part in the gradient."""
         solvable = torch.linalg.solve_ex(matrix.detach(), rhs.detach()).info == 0
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         y = torch.linalg.solve(torch.where(solvable[:, None, None], matrix, eye), rhs)
         return y, solvable & torch.isfinite(y).all(1)
 
     def definite(self, matrix: Tensor) -> _Definite:
+        """Matrices to solve with."""
         return _Definite(matrix)
 
 
@@ -209,7 +215,7 @@ class BroydenMemory:
         # A stopped sample's step is of no use to anyone, but may hold what was not finite.
         kept = torch.where((going & ~moved.overflowed)[:, None], step.s, 0.0)
         self.steps.kept.append((kept, ALGEBRA.dot(kept, kept)))
-        count = torch.where(moved.overflowed, 0, step.count + 1)
+        count = torch.where(moved.overflowed, 0, step.kept + 1)
         self.count = torch.where(going, count, self.count).int()
         self.scale = torch.where(going, step.scale, self.scale)
         return moved

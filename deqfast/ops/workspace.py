@@ -87,8 +87,8 @@ class Workspace:
         self.reals = memory.zeros("reals", (8, padded), layout.acc)
         self.buffer: Tensor | None = None  # what the history lies in, if it is worth keeping for another solve
         self.own_residual: Tensor | None = None  # the caller's, in place of f(z) - z (Anderson, Type II)
-        # A state of several blocks, each to a tolerance of its own: (blocks, 2, padded) in the device's widest dtype, how
-        # far each block moves and how large it is, measured before the step; and a rule (rtol, atol, weight) a block.
+        # A state of several blocks, each to a tolerance of its own: (blocks, 2, padded) in the device's widest dtype,
+        # how far each moves and how large it is, measured before the step; and a rule (rtol, atol, weight) a block.
         self.block_norms: Tensor | None = None
         self.block_rules: list[tuple[float, float, float]] = []
 

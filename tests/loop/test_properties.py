@@ -10,19 +10,18 @@ import pytest
 import torch
 from problems import (
     BACKENDS,
-    ORDERED,
-    alike,
     EVERY_SOLVER,
     ONE_OF_EACH,
+    ORDERED,
     SOLVERS,
     SOME_SOLVERS,
+    alike,
     assert_same_samples,
     assert_same_solution,
     problem,
     pull,
     relative_residual,
     residual_bound,
-    same_bits,
     solve,
     threads,
 )

@@ -42,7 +42,7 @@ class Algebra(Protocol):
 
 
 def but_not(a: Tensor, b: Tensor) -> Tensor:
-    """a and not b, in one operation: of booleans, or of statuses, where RUNNING is 0."""
+    """A and not b, in one operation: of booleans, or of statuses, where RUNNING is 0."""
     return a > b
 
 

@@ -6,7 +6,8 @@ Per sample, with columns dF_j, dG_j in units of the sample, q_j = ||dG_j||, W = 
     x_{k+1} = x_k + beta g_k - (dF - (1 - beta) dG) gamma.
 
 Type II is W = -dG; both sides change sign, and E + lam I is dG's Gram matrix with a ridge. A full history gives up the
-column that is least useful, argmin_j |gamma_j| / sqrt((H^-1)_jj) with H the Gram matrix of the normalised dG, or the oldest.
+column that is least useful, argmin_j |y_j| / sqrt((H^-1)_jj) with H the Gram matrix of the normalised dG, or the
+oldest.
 
 An empty column has infinite norms: whatever is divided by one is 0, so that its weight is 0 without a mask.
 """
@@ -76,7 +77,7 @@ class Columns(Protocol):
         """(B, s, m, m) products dG_i . dG_j and W_i . dG_j."""
 
     def mix(self, base: Tensor, weights: Tensor) -> Tensor:
-        """base - (dF - (1 - beta) dG) weights, (B, N)."""
+        """Base - (dF - (1 - beta) dG) weights, (B, N)."""
 
 
 class Constants:
@@ -237,7 +238,7 @@ class Chosen(NamedTuple):
     """What is known after the step, how many columns are in use, and who gives one up."""
 
     known: Known
-    count: Tensor
+    used: Tensor
     evicting: Tensor
 
 

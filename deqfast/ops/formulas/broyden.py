@@ -54,15 +54,15 @@ class Step(NamedTuple):
 
     Attributes:
         x: (B, N) next iterate; it need not be finite.
-        s: (B, N) the step, in the sample's unit, for the place ``count``.
-        count: (B,) steps kept before it.
+        s: (B, N) the step, in the sample's unit, for the place ``kept``.
+        kept: (B,) steps before it.
         scale: (B,) h, 0 while not measured.
         full, bad: whose memory was full; whose denominator was too small: they begin anew.
     """
 
     x: Tensor
     s: Tensor
-    count: Tensor
+    kept: Tensor
     scale: Tensor
     full: Tensor
     bad: Tensor
@@ -90,7 +90,7 @@ def step(method: BroydenMethod, algebra: Algebra, steps: Steps, count: Tensor, s
 
 
 def _measured(algebra: Algebra, s: Tensor, square: Tensor, g: Tensor, first: Tensor) -> Tensor:
-    """h = s.y / y.y of y = s - g, the change of F along the first step s, within bounds."""
+    """H = s.y / y.y of y = s - g, the change of F along the first step s, within bounds."""
     s = torch.where(first[:, None], s, 0.0)
     square = torch.where(first, square, 1.0)
     product = algebra.dot(s, g)

@@ -40,14 +40,14 @@ class Ball(Protocol):
 
 
 def damped(v: Tensor, f: Tensor, rate: float) -> Tensor:
-    """v + rate (f - v)."""
+    """V + rate (f - v)."""
     return f if rate == 1 else v + rate * (f - v)
 
 
 def gradient_step(
     x: list[Tensor], q: list[Tensor], step_size: float, normalize: bool, wide: torch.dtype
 ) -> list[Tensor]:
-    """x - a_x q, with q divided by its norm if asked for; ``wide``: in which norms are made."""
+    """X - a_x q, with q divided by its norm if asked for; ``wide``: in which norms are made."""
     if not normalize:
         return [a - step_size * b for a, b in zip(x, q, strict=True)]
     norm = norm_of_parts(q, wide)

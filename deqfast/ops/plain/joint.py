@@ -1,4 +1,4 @@
-"""The joint map and the finish in plain torch, for both backends: norms in the dtype that the workspace keeps them in."""
+"""The joint map and the finish in plain torch, for both backends, with norms in the dtype of ``block_norms``."""
 
 from __future__ import annotations
 

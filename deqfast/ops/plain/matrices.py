@@ -38,10 +38,12 @@ class Factored:
         self.inverse = torch.linalg.solve_triangular(factor, eye[:m, :m].expand_as(matrix), upper=False)
 
     def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
+        """L^-T L^-1 rhs, and which matrices had a factor."""
         half = torch.bmm(rhs[:, None], self.inverse.mT)
         return torch.bmm(half, self.inverse)[:, 0], self.info == self.good
 
     def root_inverse_diagonal(self) -> Tensor:
+        """The norms of the columns of L^-1."""
         return torch.linalg.vector_norm(self.inverse, dim=1)
 
 
@@ -53,10 +55,12 @@ class Inverted:
         self.inverse, self.regular = gauss_jordan(matrix, eye.expand_as(matrix))
 
     def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
+        """H^-1 rhs, and which matrices had pivots and look definite."""
         definite = self.regular & (self.inverse.diagonal(dim1=1, dim2=2) > 0).all(1)
         return torch.bmm(self.inverse, rhs[..., None])[..., 0], definite
 
     def root_inverse_diagonal(self) -> Tensor:
+        """Of the inverse."""
         return self.inverse.diagonal(dim1=1, dim2=2).sqrt()
 
 

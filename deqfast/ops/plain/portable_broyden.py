@@ -10,8 +10,9 @@ from ..codes import Int, Real
 from ..contract import Leaves, Rows
 from ..formulas import broyden
 from ..formulas.measure import Verdict
+from .columns import LARGE
 from .matrices import Matrices
-from .portable import LARGE, PortableStep
+from .portable import PortableStep
 
 GROWTH = 8  # steps that room is made for at a time
 
@@ -54,9 +55,11 @@ class Steps:
             self.room = room
 
     def only(self) -> tuple[Tensor, Tensor] | None:
+        """The first step."""
         return self.ws.history[:, 0], self.ws.norms[:, 0]
 
     def apply(self, z: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """By the Gram matrix."""
         room = self.room
         steps = self.ws.history[:, :room]
         products = torch.bmm(z[:, None], steps.mT)[:, 0]
@@ -104,11 +107,11 @@ class BroydenStep(PortableStep):
         count, scale = ws.int_row(Int.COUNT), ws.real_row(Real.SCALE)
         step = broyden.step(ws.method, self.algebra, self.steps, count, scale, e)
         overflowed = self.settle(step.x, f, answer, going)
-        self.steps.put(step.count, step.s)
+        self.steps.put(step.kept, step.s)
         events = {Int.STEP_FALLBACKS: overflowed, Int.FULL_RESTARTS: step.full, Int.DENOMINATOR_RESTARTS: step.bad}
         if statistics.made > 1:
             events[Int.RESCALES] = verdict.reset
-        new_count = (step.count + self.statistics.codes.step).masked_fill(overflowed, 0)
+        new_count = (step.kept + self.statistics.codes.step).masked_fill(overflowed, 0)
         statistics.write(verdict, {Int.COUNT: new_count.int()})
         statistics.count(events)
         torch.where(going, step.scale, scale, out=scale)

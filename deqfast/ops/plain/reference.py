@@ -149,12 +149,12 @@ class AndersonStep(_Step):
             events[Int.RESCALES] = verdict.reset
         chosen = anderson.choose_slot(ws.method, ALGEBRA, self.constants, step, going, lost, made)
         events[Int.EVICTIONS] = chosen.evicting
-        statistics.write(verdict, {Int.SLOT: chosen.known.slot.int(), Int.COUNT: chosen.count})
+        statistics.write(verdict, {Int.SLOT: chosen.known.slot.int(), Int.COUNT: chosen.used})
         statistics.count(events)
         self._keep(chosen.known, going)
 
     def _new(self, e: anderson.Evaluation, f_prev: Tensor) -> list[Tensor]:
-        """dF and dG, rounded as they will be stored."""
+        """DF and dG, rounded as they will be stored."""
         ws = self.ws
         dF = anderson.difference(e.f, f_prev, e.unit)
         if ws.own_previous is not None:
@@ -230,7 +230,7 @@ class BroydenStep(_Step):
         step = broyden.step(ws.method, ALGEBRA, _Steps(ws), count, scale, e)
         overflowed = self.settle(step.x, f, answer, going)
         keep = going & ~overflowed
-        where, at = keep.nonzero()[:, 0], step.count[keep].long()
+        where, at = keep.nonzero()[:, 0], step.kept[keep].long()
         ws.history[where, at] = step.s[keep]
         ws.norms[where, at] = ALGEBRA.dot(step.s, step.s)[keep]
         if ws.gram.shape[1]:
@@ -243,6 +243,6 @@ class BroydenStep(_Step):
         }
         if statistics.made > 1:
             events[Int.RESCALES] = verdict.reset
-        statistics.write(verdict, {Int.COUNT: torch.where(overflowed, 0, step.count + 1).int()})
+        statistics.write(verdict, {Int.COUNT: torch.where(overflowed, 0, step.kept + 1).int()})
         statistics.count(events)
         scale.copy_(torch.where(going, step.scale, scale))
