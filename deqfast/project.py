@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .ops.joint import project_rows
-from .ops.layout import Leaf
+from .ops.formulas.joint import project_rows
+from .ops.layout import Leaf, widest
 from .options import check_number
 
 __all__ = ["Box", "L2Ball", "LinfBall"]
@@ -47,7 +47,8 @@ class Projection:
         centers = [None] * len(leaves) if self.center is None else pytree.tree_leaves(self.center)
         rows = [leaf.rows(t) for leaf, t in zip(layouts, leaves, strict=True)]
         pairs = zip(layouts, centers, strict=True)
-        inside = project_rows(self, [None if c is None else leaf.rows(c.expand(leaf.shape)) for leaf, c in pairs], rows)
+        centered = [None if c is None else leaf.rows(c.expand(leaf.shape)) for leaf, c in pairs]
+        inside = project_rows(self, centered, rows, widest(leaves[0].device))
         return pytree.tree_unflatten([_like(r, leaf) for r, leaf in zip(inside, layouts, strict=True)], spec)
 
 

@@ -1,4 +1,4 @@
-"""Gradients through the solver itself: the updates of ``ops/reference.py`` as pure functions of tensors.
+"""Gradients through the solver itself: the formulas of ``ops/formulas`` as autograd follows them.
 
 For tests of the other gradients, and for small solves whose every iterate is wanted in the graph: memory grows with
 each evaluation. Which sample stops, which column goes and which step falls back are decisions, not differentiated; the
@@ -8,7 +8,6 @@ numbers, gamma and the norms that scale it included, are. History is never round
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +18,16 @@ from torch.utils import _pytree as pytree
 from .. import transforms
 from ..ops.anderson import AndersonWorkspace
 from ..ops.broyden import BroydenWorkspace
-from ..ops.codes import DIVERGENCE, STALL_FRACTION, STALL_MIN_STEPS, UNIT_RANGE, Int
+from ..ops.codes import Int
+from ..ops.formulas.measure import Codes, Stats, Verdict, measure
+from ..ops.layout import widest
 from ..ops.packing import pack, unpack
 from ..ops.workspace import Workspace
 from ..problem import Problem
 from ..solution import ConvergenceError, Solution
 from ..status import Status
 from .base import Gradient
-from .unroll_steps import AndersonUpdate, BroydenUpdate, Evaluation
+from .unroll_memory import ALGEBRA, AndersonMemory, BroydenMemory
 
 
 @dataclass(frozen=True)
@@ -62,106 +63,74 @@ class Unroll(Gradient):
         return solution
 
 
-def _norm(t: Tensor) -> Tensor:
-    """Norm of each row in float64, without a graph."""
-    return torch.linalg.vector_norm(t.detach().double(), dim=-1)
-
-
 class _Unrolled:
     """One differentiable solve."""
 
     def __init__(self, problem: Problem, ws: Workspace, z0: Any) -> None:
         self.problem, self.ws, self.layout = problem, ws, problem.layout
-        self.x = pack(self.layout, pytree.tree_leaves(z0))
+        self.x = self.best_x = pack(self.layout, pytree.tree_leaves(z0))
         B, device = self.layout.B, self.x.device
-        new = torch.zeros(B, dtype=torch.float64, device=device)
-        self.status = torch.zeros(B, dtype=torch.int32, device=device)
-        self.steps = torch.zeros_like(self.status)
-        self.best_step = torch.zeros_like(self.status)
-        self.best, self.best_x = torch.full_like(new, math.inf), self.x
-        self.first, self.residual, self.norm, self.unit = new, new, new, new
+        none = torch.zeros(B, dtype=torch.int32, device=device)
+        new = torch.zeros(B, dtype=self.layout.acc, device=device)
+        self.stats = Stats(none, none, none, none, new, new, torch.full_like(new, math.inf), new, new)
+        self.codes = Codes(ws.stopping, max(1, self.layout.N), self.layout.acc, widest(device), device)
         self.counters = torch.zeros(len(Int), B, dtype=torch.int32, device=device)
         self.nfe = 0
 
     def run(self, returns: str, trace: bool) -> Solution:
         """Iterate until every sample has stopped."""
         layout, problem, ws = self.layout, self.problem, self.ws
-        step: Callable[[Evaluation], Tensor]
+        memory: AndersonMemory | BroydenMemory
         if isinstance(ws, AndersonWorkspace):
-            step = AndersonUpdate(ws)
+            memory = AndersonMemory(ws)
         else:
             assert isinstance(ws, BroydenWorkspace)
-            step = BroydenUpdate(ws)
+            memory = BroydenMemory(ws)
         rows: list[Tensor] = []
-        while layout.N and bool((self.status == Status.RUNNING).any()):
+        while layout.N and bool((self.stats.status == Status.RUNNING).any()):
             z = layout.unflatten(unpack(layout, self.x))
             leaves = layout.flatten(problem.f(z, *problem.args), "f(z)")
             if problem.transformed:
                 transforms.values(leaves)  # raises under vmap, where samples could not stop on their own
             f = pack(layout, leaves)
             self.nfe += 1
-            evaluation = self._measure(f)
+            last_norm = self.stats.norm
+            verdict = self._measure(f)
             if trace:
-                rows.append(torch.where(self.steps == self.nfe, self.residual, math.nan).to(layout.acc))
-            if bool(evaluation.going.any()):
-                # Rounded to what f will see, as the stored iterates of the other backends are.
-                x_new = step(evaluation).to(layout.dtype).to(layout.acc)
-                self.x = torch.where(evaluation.going[:, None], x_new, self.x)
+                rows.append(torch.where(verdict.run, self.stats.residual, math.nan))
+            if bool(verdict.going.any()):
+                f = torch.where(verdict.going[:, None], f, self.x)  # what a stopped sample's f may be has no gradient
+                moved = memory(verdict, self.x, f, self.nfe, last_norm)
+                self.x = moved.x
+                for row, where in moved.events.items():
+                    self.counters[row] += where.int()
         return self._conclude(returns, rows if trace else None)
 
-    def _measure(self, f: Tensor) -> Evaluation:
-        """Statistics and status from a new evaluation."""
-        ws = self.ws
-        run = self.status == Status.RUNNING
-        self.steps = self.steps + run.int()
-        g_norm, f_norm = _norm(f - self.x), _norm(f)
-        finite = torch.isfinite(g_norm) & torch.isfinite(f_norm)
-        relative = torch.where(f_norm > 0, g_norm / f_norm, torch.where(g_norm > 0, math.inf, 0.0))
-        relative = torch.where(finite, relative, math.inf).to(self.layout.acc).double()
-        self.residual = torch.where(run, relative, self.residual)
-        self.first = torch.where(run & (self.steps == 1), relative, self.first)
-        converged = run & finite & (g_norm <= ws.stopping.atol + ws.stopping.rtol * f_norm)
-        better = converged | (run & finite & ((relative < self.best) | (self.best_step == 0)))
-        self.best = torch.where(better, relative, self.best)
+    def _measure(self, f: Tensor) -> Verdict:
+        """The verdict on a new evaluation, with what is known of samples that had stopped unchanged."""
+        g_norm, f_norm = ALGEBRA.norm_of_any(f - self.x), ALGEBRA.norm_of_any(f)
+        verdict = measure(self.ws.stopping, self.codes, self.stats, g_norm, f_norm, self.nfe)
+        run = verdict.run
+        self.stats = Stats(*(torch.where(run, new, old) for new, old in zip(verdict.stats, self.stats, strict=True)))
+        better = run & (self.stats.best_step == self.nfe)
         self.best_x = torch.where(better[:, None], self.x, self.best_x)
-        self.best_step = torch.where(better, self.steps, self.best_step)
-
-        idle = self.steps - self.best_step
-        stalled = (idle >= STALL_MIN_STEPS) & (idle * STALL_FRACTION >= self.steps)
-        label = torch.where(stalled, int(Status.STALLED), int(Status.MAX_ITER))
-        label = torch.where(relative > DIVERGENCE * self.first, int(Status.DIVERGED), label)
-        last = run & finite & ~converged & (self.steps == ws.stopping.max_iter)
-        status = torch.where(run & ~finite, int(Status.NON_FINITE), self.status)
-        status = torch.where(converged, int(Status.CONVERGED), status)
-        self.status = torch.where(last, label, status).int()
-        going = run & (self.status == Status.RUNNING)
-
-        rms = torch.maximum(g_norm, f_norm) / math.sqrt(self.layout.N)
-        scaled = rms * self.unit
-        reset = going & (rms > 0) & ~((scaled >= 1 / UNIT_RANGE) & (scaled <= UNIT_RANGE))
-        self.counters[Int.RESCALES] += (reset & (self.unit > 0)).int()
-        limit = 120 if self.layout.acc == torch.float32 else 1000
-        unit = torch.exp2(1.0 - torch.frexp(rms).exponent.clamp(-limit, limit).double())
-        self.unit = torch.where(reset, unit, torch.where(going & (self.unit == 0), 1.0, self.unit))
-        last_norm, self.norm = self.norm, torch.where(run, g_norm, self.norm)
-        unit = self.unit.to(self.layout.acc)
-        return Evaluation(self.x, f, going, reset, unit, self.steps, self.norm, last_norm, self.counters)
+        return verdict
 
     def _conclude(self, returns: str, rows: list[Tensor] | None) -> Solution:
-        layout, status = self.layout, self.status
-        residual = self.best
+        layout, stats = self.layout, self.stats
+        status = stats.status
+        residual = stats.best
         x = self.best_x
         if returns == "last":
-            lost = (status == Status.NON_FINITE) & (self.best_step > 0)
+            lost = (status == Status.NON_FINITE) & (stats.best_step > 0)
             x = torch.where(lost[:, None], self.best_x, self.x)
-            residual = torch.where(status == Status.NON_FINITE, self.best, self.residual)
+            residual = torch.where(status == Status.NON_FINITE, stats.best, stats.residual)
         if layout.N == 0:
             status, residual = torch.full_like(status, Status.CONVERGED), torch.zeros_like(residual)
-        residual = residual.to(layout.acc)
         return Solution(
             z=layout.unflatten(unpack(layout, x)),
             converged=status == Status.CONVERGED,
-            steps=self.steps,
+            steps=stats.steps,
             residual=residual,
             evaluations=self.nfe,
             status=status,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,16 @@ class AndersonMethod(NamedTuple):
     mixing: float = 1.0
     ridge: float = 0.0
     evict: Evict = Evict.OLDEST
+
+
+class Loose(Protocol):
+    """Memory that a backend keeps in a form of its own between steps."""
+
+    def settle(self) -> None:
+        """Write it into the workspace."""
+
+    def forget(self, which: Tensor) -> None:
+        """The columns of some of the (B,) samples no longer count."""
 
 
 class AndersonWorkspace(Workspace):
@@ -73,6 +83,7 @@ class AndersonWorkspace(Workspace):
         self.gram = memory.new("gram", (tiles, kept, kept, TILE), acc)  # normalised dG^T dG, lower triangle
         self.norms = memory.zeros("norms", (tiles, 2, m, TILE), acc)  # ||dG_j||, ||W_j||
         self.ages = memory.zeros("ages", (tiles, m, TILE), torch.int32)  # step that wrote the column
+        self.loose: Loose | None = None  # what a backend keeps in a form of its own while nobody looks
         # With a residual of the caller's own: the one before, and its differences (B, m, any) instead of history[1].
         self.own_previous: Tensor | None = None
         self.own_columns: Tensor | None = None
@@ -82,8 +93,22 @@ class AndersonWorkspace(Workspace):
     def reset(self) -> None:
         """As new: no evaluation made, no column kept."""
         super().reset()
+        self.loose = None
         self.norms.zero_()
         self.ages.zero_()
+
+    def release(self) -> None:
+        """Give the history up; statistics and iterates stay, but no further step can be made."""
+        self.loose = None
+        super().release()
+
+    def forget(self, which: Tensor) -> None:
+        """Plain steps from here: the columns of some of the (B,) samples no longer count."""
+        if self.loose is not None:
+            self.loose.forget(which)
+        elif self.method.m:
+            mask = torch.nn.functional.pad(which, (0, self.ints.shape[1] - which.shape[0]))
+            self.norms.masked_fill_(mask.view(self.tiles, 1, 1, -1), 0)
 
     def columns(self, which: int) -> Tensor:
         """(B, m, N) columns as stored, without their scales: a view, or for tiny samples a copy."""
@@ -95,6 +120,17 @@ class AndersonWorkspace(Workspace):
             self.own_columns = rows.new_empty(rows.shape[0], self.method.m, rows.shape[1])
         self.own_previous = self.own_residual
         self.own_residual = rows
+
+    def settle(self) -> None:
+        """Everything where every backend looks for it; a backend that keeps it elsewhere takes it up again."""
+        if self.loose is not None:
+            self.loose.settle()
+            self.loose = None
+
+    def own(self) -> dict[str, Tensor]:
+        """The method's tensors by name."""
+        self.settle()
+        return super().own()
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that a later step reads, by name."""

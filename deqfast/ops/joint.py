@@ -8,7 +8,7 @@ The state v = (z, mu, x) is made of blocks of tensors. A step takes what f and i
 
 as the mapped state, measures how far each block moves, and hands the mapped state to the Anderson step of the blocks
 that are accelerated; the others move to their mapped value. So a step is the map, the accelerated step and the finish
-(``joint_step``, ``joint_finish``); between the first two a caller's own projection may change the mapped x.
+(``joint_step``, ``formulas.joint``); between the first two a caller's own projection may change the mapped x.
 
 A sample stops when every block is within its own tolerance. Convergence of z and mu is measured undamped; that of x is
 the length of its step, after the projection.
@@ -18,17 +18,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import InitVar, dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..status import Status
 from .anderson import AndersonWorkspace
-from .codes import Int
-from .joint_finish import Record
+from .codes import BLOCKS, Int
+from .formulas.sums import norm_of_parts
 from .layout import Leaf
-from .reference import _sum
 
 
 @dataclass
@@ -54,6 +52,44 @@ class MapOptions:
     radius: float = math.inf
     low: float = -math.inf
     high: float = math.inf
+
+
+@dataclass
+class Record:
+    """What a joint solve keeps of the iterate that it would return now.
+
+    Attributes:
+        returns, safeguard: as in ``joint_solve``.
+        best_norms: (blocks, 2, padded) float64, ``block_norms`` at that iterate.
+        best_cost: (B,) its cost, NaN before there is one.
+        saved_norms, saved_cost: with ``returns="last"`` both at the iterate of the least residual, which a sample that
+            becomes no number goes back to; else None.
+        least: (B,) the best residual since the history was forgotten last.
+        taken: (B,) int32, whether the newest evaluation is that iterate.
+        kept: with ``returns="cost"`` the iterate, a tensor for each part; else None.
+    """
+
+    core: AndersonWorkspace
+    returns: str = "best"
+    safeguard: bool = False
+    kept: list[Tensor] | None = None
+    best_norms: Tensor = field(init=False)
+    best_cost: Tensor = field(init=False)
+    saved_norms: Tensor | None = None
+    saved_cost: Tensor | None = None
+    least: Tensor = field(init=False)
+    taken: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        layout, norms = self.core.layout, self.core.block_norms
+        assert norms is not None
+        self.best_norms = torch.zeros_like(norms)
+        self.best_norms[:, 0] = math.inf
+        self.best_cost = torch.full((layout.B,), math.nan, dtype=layout.acc, device=layout.device)
+        if self.returns == "last":
+            self.saved_norms, self.saved_cost = self.best_norms.clone(), self.best_cost.clone()
+        self.least = torch.full((layout.B,), math.inf, dtype=layout.acc, device=layout.device)
+        self.taken = torch.zeros(layout.B, dtype=torch.int32, device=layout.device)
 
 
 @dataclass
@@ -106,44 +142,6 @@ class JointWorkspace:
         return [t for part, t in zip(self.parts, leaves, strict=True) if part.index is not None]
 
 
-def joint_map(ws: JointWorkspace, values: list[Tensor], step_size: float, cost: Tensor | None = None) -> None:
-    """The oracle of the map, in plain torch: ``mapped`` and ``block_norms`` of running samples."""
-    core, options = ws.core, ws.options
-    B, acc = core.layout.B, core.layout.acc
-    running = core.int_row(Int.STATUS) == Status.RUNNING
-    now = [part.leaf.rows(ws.value(i)).to(acc) for i, part in enumerate(ws.parts)]
-    given = [part.leaf.rows(t).to(acc) for part, t in zip(ws.parts, values, strict=True)]
-    moved: list[Tensor] = []
-    towards: list[Tensor] = []
-    for part, v, f in zip(ws.parts, now, given, strict=True):
-        if part.block == 2:
-            moved.append(v)
-            towards.append(v)
-            continue
-        rate = options.damping[part.block]
-        moved.append(f if rate == 1 else v + rate * (f - v))
-        towards.append(f)
-    inputs = [i for i, part in enumerate(ws.parts) if part.block == 2]
-    if inputs:
-        rates = torch.full((B,), step_size, dtype=torch.float64, device=core.layout.device)
-        if options.normalize:
-            norm = _norm([given[i] for i in inputs])
-            rates = torch.where(norm > 0, rates / norm, 0.0)
-        stepped = [now[i] - rates[:, None].to(acc) * given[i] for i in inputs]
-        for i, t in zip(inputs, project_rows(options, [ws.parts[i].center for i in inputs], stepped), strict=True):
-            moved[i] = towards[i] = t
-    for i, part in enumerate(ws.parts):
-        target = part.leaf.rows(ws.mapped[core.cur][i])
-        target.copy_(torch.where(running[:, None], moved[i].to(target.dtype), target))
-    norms = core.block_norms
-    assert norms is not None
-    for block in range(norms.shape[0]):
-        some = [i for i, part in enumerate(ws.parts) if part.block == block]
-        _store(norms, block, running, [towards[i] - now[i] for i in some], [towards[i] for i in some])
-    if cost is not None:
-        norms[1, 0, :B] += torch.where(running, cost * 0, 0.0)
-
-
 def measure_block(ws: JointWorkspace, inputs: list[int]) -> None:
     """The norms of the x block, from what ``mapped`` holds."""
     core = ws.core
@@ -152,33 +150,13 @@ def measure_block(ws: JointWorkspace, inputs: list[int]) -> None:
     running = core.int_row(Int.STATUS) == Status.RUNNING
     to = [ws.parts[i].leaf.rows(ws.mapped[core.cur][i]).to(acc) for i in inputs]
     at = [ws.parts[i].leaf.rows(ws.value(i)).to(acc) for i in inputs]
-    _store(norms, 2, running, [a - b for a, b in zip(to, at, strict=True)], to)
+    store_norms(norms, BLOCKS.index("x"), running, [a - b for a, b in zip(to, at, strict=True)], to)
 
 
-def _store(norms: Tensor, block: int, where: Tensor, step: list[Tensor], size: list[Tensor]) -> None:
+def store_norms(norms: Tensor, block: int, where: Tensor, step: list[Tensor], size: list[Tensor]) -> None:
+    """How far a block moves and how large it is, of some samples, into ``block_norms``."""
     B = where.shape[0]
     for row, rows in enumerate((step, size)):
         target = norms[block, row, :B]
-        target.copy_(torch.where(where, _norm(rows) if rows else torch.zeros_like(target), target))
-
-
-def project_rows(options: Any, centers: list[Tensor | None], x: list[Tensor]) -> list[Tensor]:
-    """Rows (B, n) of real numbers in the ball and the box of ``options``, ``MapOptions`` or a ``Projection``."""
-    if options.ball == "l2":
-        away = [t if c is None else t - c for t, c in zip(x, centers, strict=True)]
-        squares = torch.stack([_sum(t.double().square()) for t in away]).sum(0)
-        norm = torch.where(squares > 0, squares, 1.0).sqrt()  # a root at zero has no derivative
-        outside = (squares > 0) & (norm > options.radius)
-        shrink = torch.where(outside, options.radius / norm, 1.0)[:, None].to(x[0].dtype)
-        x = [t * shrink if c is None else c + t * shrink for t, c in zip(away, centers, strict=True)]
-    elif options.ball == "linf":
-        r = options.radius
-        x = [t.clamp(-r, r) if c is None else torch.clamp(t, c - r, c + r) for t, c in zip(x, centers, strict=True)]
-    if options.low > -math.inf or options.high < math.inf:
-        x = [t.clamp(options.low, options.high) for t in x]
-    return x
-
-
-def _norm(rows: list[Tensor]) -> Tensor:
-    """(B,) Euclidean norms in float64 of samples whose numbers lie in several (B, n)."""
-    return torch.stack([_sum(t.double().square()) for t in rows]).sum(0).sqrt()
+        norm = norm_of_parts(rows, norms.dtype) if rows else torch.zeros_like(target)
+        target.copy_(torch.where(where, norm, target))

@@ -1,6 +1,11 @@
-"""How the host learns what is still running on a GPU without waiting for it."""
+"""How the host learns what is still running on a device without waiting for it."""
 
 from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,17 +19,48 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+@functools.cache
+def _events(device_type: str) -> Callable[[], Any] | None:
+    """What makes an event on the current stream of such a device, or None where there is none to be had."""
+    if device_type == "cpu":
+        return None
+    if device_type == "cuda":
+        return torch.cuda.Event
+    try:
+        torch.Event(device_type).record()
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return None
+    return functools.partial(torch.Event, device_type)
+
+
+def _landing(count: int, dtype: torch.dtype, device_type: str) -> Tensor:
+    """Host memory that a copy from the device arrives in while the host goes on."""
+    with torch.inference_mode(False):  # steps may be made in another mode
+        pinned = device_type in ("cuda", "xpu")
+        return torch.empty(count, dtype=dtype, device="cpu", pin_memory=pinned)
+
+
+def _current(device: torch.device) -> Any:
+    """The device as the current one."""
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    index = device.index
+    many = index is not None and torch.accelerator.device_count() > 1
+    return torch.accelerator.device_index(index) if many else contextlib.nullcontext()
+
+
 class Later:
     """A flag that is computed on a device, for the host to read when that must have happened anyway."""
 
     def __init__(self, flag: Tensor) -> None:
         self._flag = flag
-        self._event: torch.cuda.Event | None = None
-        if flag.device.type == "cuda":
-            self._flag = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
-            with torch.cuda.device(flag.device):  # events belong to a stream of the current one
+        self._event: Any = None
+        event = _events(flag.device.type)
+        if event is not None:
+            self._flag = _landing(1, torch.bool, flag.device.type)
+            with _current(flag.device):  # events belong to a stream of the current one
                 self._flag.copy_(flag, non_blocking=True)
-                self._event = torch.cuda.Event()
+                self._event = event()
                 self._event.record()
 
     def __bool__(self) -> bool:
@@ -34,19 +70,20 @@ class Later:
 
 
 class Lag:
-    """Reads a one-element int32 tensor that every step updates: on a GPU the value of two steps ago.
+    """Reads a one-element int32 tensor that every step updates: on a device the value of two steps ago.
 
-    The copy of each step goes to pinned memory behind an event; the host then waits for the event of an earlier step
-    at most, so that it is never more than ``LAG`` steps ahead of the device. Frozen samples make the surplus steps
-    harmless. While a graph is captured nothing is read. On a CPU the value is read as it is.
+    The copy of each step goes to the host's memory behind an event; the host then waits for the event of an earlier
+    step at most, so that it is never more than ``LAG`` steps ahead of the device. Frozen samples make the surplus steps
+    harmless. While a graph is captured nothing is read. On a CPU, and on a device without events, the value is read as
+    it is.
     """
 
     def __init__(self, B: int, device: torch.device, limit: int, evaluations: int) -> None:
         self._B = B
         self._device = device
         self._limit = limit  # evaluations after which nothing runs, 0: none
-        self._cuda = device.type == "cuda"
-        self._events: list[torch.cuda.Event] = []
+        self._event = _events(device.type)
+        self._noted_by: list[Any] = []
         self.rewind(evaluations)
 
     def rewind(self, evaluations: int) -> None:
@@ -57,7 +94,7 @@ class Lag:
 
     def read(self, count: Tensor) -> int:
         """Note the step that has just been launched on the current stream; samples running as far as is known."""
-        if not self._cuda:
+        if self._event is None:
             return int(count)
         self._evaluations += 1
         if self._limit and self._evaluations >= self._limit:
@@ -70,16 +107,16 @@ class Lag:
 
     def report(self, count: Tensor, lag: int) -> int:
         """Note the count as of now on the current stream; the one noted ``lag`` times before, or what is known."""
-        if not self._events:  # not while a graph is captured, which forbids to pin memory
-            with torch.inference_mode(False):  # steps may be made in another mode
-                self._seen = torch.empty(SLOTS, dtype=torch.int32, device="cpu", pin_memory=True)
-            self._events = [torch.cuda.Event() for _ in range(SLOTS)]
+        if not self._noted_by:  # not while a graph is captured, which forbids to pin memory
+            assert self._event is not None
+            self._seen = _landing(SLOTS, torch.int32, self._device.type)
+            self._noted_by = [self._event() for _ in range(SLOTS)]
         slot = self._noted % SLOTS
         self._seen[slot : slot + 1].copy_(count, non_blocking=True)
-        self._events[slot].record()
+        self._noted_by[slot].record()
         self._noted += 1
         if self._noted > lag:
             slot = (self._noted - 1 - lag) % SLOTS
-            self._events[slot].synchronize()
+            self._noted_by[slot].synchronize()
             self._known = int(self._seen[slot])
         return self._known

@@ -7,6 +7,7 @@ sample is then one dense row per leaf; nothing is ever concatenated.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -33,6 +34,20 @@ def real_dtype(dtype: torch.dtype) -> torch.dtype:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 states, float32 for every narrower one."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@functools.cache
+def _widest(device_type: str) -> torch.dtype:
+    try:
+        torch.ones(1, dtype=torch.float64, device=device_type).sqrt()
+    except (TypeError, RuntimeError):  # Apple's MPS
+        return torch.float32
+    return torch.float64
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on devices that have none."""
+    return _widest(device.type)
 
 
 _LEAF = pytree.tree_structure(0)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import pool
 from .codes import TILE, Int, Real
-from .layout import Layout
+from .layout import Layout, widest
 
 
 class Stopping(NamedTuple):
@@ -87,8 +87,8 @@ class Workspace:
         self.reals = memory.zeros("reals", (8, padded), layout.acc)
         self.buffer: Tensor | None = None  # what the history lies in, if it is worth keeping for another solve
         self.own_residual: Tensor | None = None  # the caller's, in place of f(z) - z (Anderson, Type II)
-        # A state of several blocks, each to a tolerance of its own: (blocks, 2, padded) float64, how far each block
-        # moves and how large it is, measured before the step; and a rule (rtol, atol, weight of its residual) a block.
+        # A state of several blocks, each to a tolerance of its own: (blocks, 2, padded) in the device's widest dtype,
+        # how far each moves and how large it is, measured before the step; and a rule (rtol, atol, weight) a block.
         self.block_norms: Tensor | None = None
         self.block_rules: list[tuple[float, float, float]] = []
 
@@ -106,7 +106,8 @@ class Workspace:
     def judge_blocks(self, rules: list[tuple[float, float, float]]) -> None:
         """Stop a sample when every block is within its rule; its residual is the largest weighted one of a block."""
         padded = self.ints.shape[1]
-        self.block_norms = torch.zeros(len(rules), 2, padded, dtype=torch.float64, device=self.layout.device)
+        device = self.layout.device
+        self.block_norms = torch.zeros(len(rules), 2, padded, dtype=widest(device), device=device)
         self.block_rules = rules
 
     def release(self) -> None:

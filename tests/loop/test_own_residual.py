@@ -58,24 +58,26 @@ def test_residual_in_another_space_steers_as_the_same_residual_does():
 
 
 @pytest.mark.skipif(native._C is None, reason="the extension is not built")
-def test_residual_of_your_own_moves_an_automatic_state_to_the_reference_and_no_other(monkeypatch):
+def test_residual_of_your_own_moves_an_automatic_state_to_plain_torch_and_no_other(monkeypatch):
     monkeypatch.delenv("DEQFAST_BACKEND", raising=False)
     p = problem(4, 12, slowest=0.8)
     solver = dq.Anderson(m=4, type=2)
     chosen = solver.init(p.z0, rtol=1e-5, max_iter=60)
-    asked = solver.init(p.z0, rtol=1e-5, max_iter=60, backend="reference")
+    asked = solver.init(p.z0, rtol=1e-5, max_iter=60, backend="torch")
     assert chosen.backend == "native"
     while not asked.done:
         for state in (chosen, asked):
             fz = pull(state.z, *p.args)
             state.step(fz, residual=2 * (fz - state.z))
-    assert chosen.backend == "reference"
+    assert chosen.backend == "torch"
     assert same_state(chosen, asked)
     resumed = solver.init(p.z0, rtol=1e-5, max_iter=60)
     resumed.load_state_dict(chosen.state_dict())
-    assert resumed.backend == "reference"
+    assert resumed.backend == "torch"
     fixed = solver.init(p.z0, backend="native")
-    with pytest.raises(ValueError, match="residual needs backend='auto' or one of 'reference', got backend='native'"):
+    with pytest.raises(
+        ValueError, match="residual needs backend='auto' or one of 'torch', 'reference', got backend='native'"
+    ):
         fixed.step(p.z0, residual=p.z0)
     with pytest.raises(ValueError, match="residual needs backend"):
         fixed.load_state_dict(chosen.state_dict())

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from deqfast import ops
 from deqfast.ops.codes import BLOCKS, Int
-from deqfast.ops.joint import joint_map
 from deqfast.ops.layout import accumulation_dtype
+from deqfast.ops.plain.joint import joint_map
 from deqfast.status import Status
 
 pytestmark = pytest.mark.sanitize

@@ -19,7 +19,7 @@ from problems import (
 
 import deqfast as dq
 from deqfast.ops.codes import BLOCK, Int, Real
-from deqfast.ops.reference import decode
+from deqfast.ops.plain.codec import stored as decode
 from deqfast.ops.workspace import untile
 
 NARROW = [torch.bfloat16, torch.float16]
@@ -130,7 +130,7 @@ def test_each_block_of_a_column_has_a_scale_of_its_own(tree, history, backend):
         values.append(f.double())
         state.step(split(f))
     unit = state.ws.real_row(Real.UNIT).double()[:, None]
-    ages = untile(state.ws.ages, 3)  # type: ignore[attr-defined]
+    ages = untile(state.ws.own()["ages"], 3)
     bits = {torch.float16: 2.0**-11, torch.int8: 2.0**-7}[history]
     for which in (0, 1):
         columns = decode(state.ws, which).double()

@@ -76,7 +76,8 @@ class Event:
 
 def lag_of_a_device(limit: int = 0, evaluations: int = 0) -> Lag:
     lag = Lag(9, torch.device("cpu"), limit, evaluations)
-    lag._cuda, lag._seen, lag._events = True, torch.empty(SLOTS, dtype=torch.int32), [Event() for _ in range(SLOTS)]  # type: ignore[misc]
+    lag._event, lag._seen = Event, torch.empty(SLOTS, dtype=torch.int32)
+    lag._noted_by = [Event() for _ in range(SLOTS)]
     return lag
 
 

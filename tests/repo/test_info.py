@@ -67,7 +67,7 @@ def test_report_of_a_pure_python_install_says_that_native_is_not_built(monkeypat
     report = info.report()
     assert re.search(r"^native +not built: No module named", report, re.MULTILINE)
     assert re.search(r"^  native: no, .*not built", report, re.MULTILINE)
-    assert info.facts()["devices"][0]["auto"] == "reference"
+    assert info.facts()["devices"][0]["auto"] == "torch"
 
 
 def test_every_reason_is_printed(monkeypatch):

@@ -1,0 +1,268 @@
+"""Anderson's step: from the columns and a new residual to the next iterate.
+
+Per sample, with columns dF_j, dG_j in units of the sample, q_j = ||dG_j||, W = dF - c dG and w_i = ||W_i||:
+
+    E_ij = (W_i . dG_j) / (w_i q_j),   (E - lam I) y = (W . g) / w,   gamma_j = y_j / q_j,
+    x_{k+1} = x_k + beta g_k - (dF - (1 - beta) dG) gamma.
+
+Type II is W = -dG; both sides change sign, and E + lam I is dG's Gram matrix with a ridge. A full history gives up the
+column that is least useful, argmin_j |y_j| / sqrt((H^-1)_jj) with H the Gram matrix of the normalised dG, or the
+oldest.
+
+An empty column has infinite norms: whatever is divided by one is 0, so that its weight is 0 without a mask.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..anderson import AndersonMethod
+from ..codes import GROWTH_LIMIT, Evict
+from .algebra import Algebra, Definite, but_not
+
+
+class Known(NamedTuple):
+    """What is known of a sample's columns, besides themselves. Of s = 2 kinds, dG and W; Type II has s = 1.
+
+    Attributes:
+        norms: (B, s, m) q and w.
+        products: (B, s, m, m) normalised dG . dG and W . dG, or None where they are formed anew at every step.
+        ages: (B, m) evaluation that made the column.
+        slot: (B,) where the next column goes.
+    """
+
+    norms: Tensor
+    products: Tensor | None
+    ages: Tensor
+    slot: Tensor
+
+
+class Evaluation(NamedTuple):
+    """One evaluation of f, and what the stopping rule made of it: (B, N) and (B,).
+
+    ``scaled``: g in the sample's unit.
+    """
+
+    made: int
+    x: Tensor
+    f: Tensor
+    g: Tensor
+    scaled: Tensor
+    going: Tensor
+    reset: Tensor
+    unit: Tensor
+    norm: Tensor
+    last_norm: Tensor
+
+
+class Columns(Protocol):
+    """The columns of every sample, finite where they are empty."""
+
+    def put(self, slot: Tensor, new: list[Tensor], good: Tensor) -> None:
+        """Store (B, N) dF and dG in each sample's slot, 0 where they are not good."""
+
+    def products(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Of (B, r, N) rows g, and behind it dG and W of the new column if there is one.
+
+        Returns:
+            (B, r - 1, m) products of all but g with every dG_j, and (B, min(r, 2), m) of g and dG with every W_j; for
+            Type II, where W is dG, of g alone.
+        """
+
+    def every(self) -> Tensor:
+        """(B, s, m, m) products dG_i . dG_j and W_i . dG_j."""
+
+    def mix(self, base: Tensor, weights: Tensor) -> Tensor:
+        """Base - (dF - (1 - beta) dG) weights, (B, N)."""
+
+
+class Constants:
+    """Small tensors that a formula needs at every step, made once a solve."""
+
+    def __init__(self, method: AndersonMethod, acc: torch.dtype, device: torch.device) -> None:
+        self.eye = torch.eye(method.m, dtype=acc, device=device)
+        signs = [method.ridge, -method.ridge] if method.test_space else [method.ridge]
+        self.ridges = torch.stack([sign * self.eye for sign in signs])
+        self.slots = torch.arange(method.m, device=device)
+        self.empty = torch.tensor(math.inf, dtype=acc, device=device)
+        self.zero = torch.zeros((), dtype=acc, device=device)
+        self.free = torch.tensor(-1, dtype=acc, device=device)
+        self.growth = torch.tensor(GROWTH_LIMIT, dtype=acc, device=device)
+        self.least, self.most = torch.finfo(acc).tiny, torch.finfo(acc).max
+
+    def of(self, m: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Identity, ridges and slots for ``m`` columns."""
+        return self.eye[:m, :m], self.ridges[:, :m, :m], self.slots[:m]
+
+
+class Step(NamedTuple):
+    """The next iterate and what is known then.
+
+    Attributes:
+        x: (B, N) next iterate; it need not be finite.
+        known: with the new column.
+        y: (B, m) weights of the normalised columns.
+        gram: of the normalised columns, with a ridge; None before there is a column.
+        solved: whose small system has a good solution.
+        grew: Type II, whose residual grew, so that the older columns are forgotten.
+    """
+
+    x: Tensor
+    known: Known
+    y: Tensor | None = None
+    gram: Tensor | Definite | None = None
+    solved: Tensor | None = None
+    grew: Tensor | None = None
+
+
+def difference(now: Tensor, before: Tensor, unit: Tensor) -> Tensor:
+    """A column, dF or dG, in the sample's unit."""
+    return (now - before) * unit[:, None]
+
+
+def plain_step(method: AndersonMethod, e: Evaluation) -> Tensor:
+    """x_k + beta g_k."""
+    return e.f if method.mixing == 1 else e.x + method.mixing * e.g
+
+
+def step(
+    method: AndersonMethod,
+    algebra: Algebra,
+    c: Constants,
+    columns: Columns,
+    known: Known,
+    e: Evaluation,
+    new: list[Tensor] | None,
+) -> Step:
+    """The next iterate from the columns, the evaluation, and ``new``: dF and dG as they will be stored."""
+    base = plain_step(method, e)
+    if e.made == 1:
+        return Step(base, known)
+    added = _add_column(method, algebra, c, columns, known, e, new)
+    known = added.known
+    onto_g, onto_w = columns.products(added.rows)
+    q, w = known.norms[:, 0], known.norms[:, -1]
+    onto_w = onto_w / w[:, None]
+    rhs = onto_w[:, 0]
+    products = known.products
+    if products is None:
+        products = columns.every() / known.norms[..., None] / q[:, None, None, :]
+    elif added.size is not None:
+        products = _add_products(products, added, onto_g, onto_w)
+        known = known._replace(products=products)
+    eye, ridges, _ = c.of(q.shape[1])
+    used = q < c.empty
+    both = used[:, None, :, None] & used[:, None, None, :]
+    systems = torch.where(both, products + ridges, eye)
+    gram: Tensor | Definite = systems[:, 0]
+    if method.test_space == 0:
+        gram = algebra.definite(systems[:, 0])
+        y, solved = gram.solve(rhs)
+    else:
+        y, solved = algebra.solve(systems[:, 1], rhs)
+    y = torch.where(solved[:, None], y, c.zero)
+    x = columns.mix(base, y / q / e.unit[:, None])
+    return Step(x, known, y, gram, solved, added.grew)
+
+
+class _Added(NamedTuple):
+    """The columns with the new one.
+
+    Attributes:
+        known: what is known of them, but for the new products.
+        rows: (B, 1 + s, N) g and, if there is a new column, its dG and W.
+        at: (B, m) where the new column is.
+        size: (B, s) its norms; None: there is none.
+        grew: Type II, whose residual grew.
+    """
+
+    known: Known
+    rows: Tensor
+    at: Tensor
+    size: Tensor | None
+    grew: Tensor | None
+
+
+def _add_column(
+    method: AndersonMethod,
+    algebra: Algebra,
+    c: Constants,
+    columns: Columns,
+    known: Known,
+    e: Evaluation,
+    new: list[Tensor] | None,
+) -> _Added:
+    forget, grew = e.reset, None
+    same_unit = but_not(e.going, e.reset)
+    if method.test_space == 0:
+        grew = same_unit & (e.norm > c.growth * e.last_norm)
+        forget = forget | grew
+    norms = torch.where(forget[:, None, None], c.empty, known.norms)
+    at = c.of(norms.shape[-1])[2] == known.slot[:, None]
+    if new is None:
+        return _Added(known._replace(norms=norms), e.scaled[:, None], at, None, grew)
+    dF, dG = new
+    kinds = [dG, torch.sub(dF, dG, alpha=method.test_space)] if method.test_space else [dG]
+    rows = torch.stack([e.scaled, *kinds], dim=1)
+    size = algebra.norm(rows[:, 1:])
+    good = same_unit & (size.clamp(c.least, c.most) == size).all(1)  # neither 0, nor infinite, nor no number
+    size = torch.where(good[:, None], size, c.empty)
+    columns.put(known.slot, new, good)
+    norms = torch.where(at[:, None], size[..., None], norms)
+    ages = known.ages.masked_fill(at, e.made)
+    return _Added(known._replace(norms=norms, ages=ages), rows, at, size, grew)
+
+
+def _add_products(products: Tensor, added: _Added, onto_g: Tensor, onto_w: Tensor) -> Tensor:
+    """The matrices with the row and the column that belong to the new column."""
+    assert added.size is not None
+    size, at, norms = added.size, added.at, added.known.norms
+    row = onto_g / size[..., None] / norms[:, :1]
+    column = row
+    if row.shape[1] == 2:
+        column = torch.stack([row[:, 0], onto_w[:, 1] / size[:, :1]], dim=1)
+    products = torch.where(at[:, None, None, :], column[..., None], products)
+    return torch.where(at[:, None, :, None], row[:, :, None, :], products)
+
+
+def fallback(f: Tensor, answer: Tensor, going: Tensor) -> Tensor:
+    """What becomes of the samples whose next iterate is not finite, f's value, and of those that have stopped."""
+    return torch.where(going[:, None], f, answer)
+
+
+class Chosen(NamedTuple):
+    """What is known after the step, how many columns are in use, and who gives one up."""
+
+    known: Known
+    used: Tensor
+    evicting: Tensor
+
+
+def choose_slot(
+    method: AndersonMethod, algebra: Algebra, c: Constants, s: Step, going: Tensor, lost: Tensor | None, made: int
+) -> Chosen:
+    """The slot of the next column: an empty one, else the least useful or the oldest.
+
+    ``lost``: samples whose step failed, which forget their columns.
+    """
+    known = s.known
+    norms = known.norms if lost is None else torch.where(lost[:, None, None], c.empty, known.norms)
+    used = norms[:, 0] < c.empty
+    count = used.sum(1, dtype=torch.int32)
+    full = going & (count == method.m)
+    if made <= method.m or s.y is None:  # too early for a full history
+        slot = used.view(torch.uint8).argmin(1)
+        return Chosen(known._replace(norms=norms, slot=slot), count, full)
+    if method.evict is Evict.LEAST_USEFUL and method.m > 3:
+        assert s.gram is not None
+        gram = algebra.definite(s.gram) if isinstance(s.gram, Tensor) else s.gram
+        newest = known.ages > made - max(2, method.m // 3)
+        score = (s.y / gram.root_inverse_diagonal()).abs().masked_fill(newest, math.inf)
+    else:
+        score = known.ages.to(norms.dtype)
+    slot = torch.where(used, score, c.free).argmin(1)
+    return Chosen(known._replace(norms=norms, slot=slot), count, full)
