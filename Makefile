@@ -76,7 +76,7 @@ lint: venv ## Formats, style, types, and which way imports point
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 # Passive: threads that spin while they wait stall tests on machines with more threads than cores. What fails is named in
 # the last lines: pytest's own summary comes after the coverage table.

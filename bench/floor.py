@@ -19,7 +19,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-WORK_H = Path(__file__).parents[1] / "csrc" / "cuda" / "work.h"
+REGIMES_H = Path(__file__).parents[1] / "csrc" / "include" / "deqfast" / "regimes.h"
 
 
 def step_bytes(numbers: int, columns: int, h: int, *, mixed: bool = False, s: int = 4) -> int:
@@ -41,8 +41,8 @@ def broyden_bytes(numbers: int, evaluations: int, h: int = 4, s: int = 4) -> int
 @cache
 def block_max_n() -> int:
     """Numbers a sample up to which the CUDA kernels give it one block."""
-    found = re.search(r"kBlockMaxN = (\d+);", WORK_H.read_text())
-    assert found is not None, WORK_H
+    found = re.search(r"kBlockMaxN = (\d+);", REGIMES_H.read_text())
+    assert found is not None, REGIMES_H
     return int(found[1])
 
 

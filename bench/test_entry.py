@@ -1,6 +1,6 @@
 """What an eager call pays for being compilable: a small solve through its entry (deqfast/compiled.py) and without it.
 
-Taken in turns; the ratio is in extra_info. The entry looks at the thread's callback once a call, whatever f and the sizes.
+Taken in turns; the ratio is in extra_info. An entry looks at the thread's callback once a call, whatever f is.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class Solution:
         if self.trace.numel() == 0:
             raise ValueError("the trace is empty: the solve made no evaluation")
         try:
-            import matplotlib.pyplot as plt
+            import matplotlib.pyplot as plt  # noqa: PLC0415 - optional
         except ImportError as error:
             raise ImportError("Solution.plot needs matplotlib: pip install 'deqfast[plot]'") from error
         if ax is None:

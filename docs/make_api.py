@@ -114,7 +114,7 @@ def _signature(name: str, thing: Any, method: bool = False) -> str:
             words.append("*")
             star = True
         star = star or p.kind is p.VAR_POSITIONAL
-        prefix = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        prefix = "*" if p.kind is p.VAR_POSITIONAL else "**" if p.kind is p.VAR_KEYWORD else ""
         default = "" if p.default is p.empty else f"={p.default!r}"
         words.append(prefix + p.name + default)
     text = f"{name}({', '.join(words)})"

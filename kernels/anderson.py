@@ -19,7 +19,7 @@ from .columns import Points, Products, columns_of, mix, reduce
 from .constants import RUNNING
 from .measure import FULL, GOING, inverse, judge
 from .small import all_products, decide, forget, new_column
-from .tiles import any_flag, damp, spill_and_rest, squared_norms, take_f, total, totals
+from .tiles import any_flag, damp, outcome_of, spill_and_rest, squared_norms, take_f, total, totals
 
 HEAD = tl.constexpr(7)  # products that are not one for every column
 
@@ -251,15 +251,12 @@ def mix_kernel(
     form: tl.constexpr,
 ):
     """Write one chunk of one tensor of the next iterate."""
+    m: tl.constexpr = method.m
     b, begin, end, chunk = chunk_of(chunks)
-    outcome = tl.load(handed.outcomes + b)
-    if outcome == 0:
-        return
     here = iterates_of(iterates, b, chunks.n)
-    spill_and_rest(here, outcome, begin, end, form.BLOCK)
+    outcome = outcome_of(handed, here, b, begin, end, form.BLOCK)
     if (outcome & GOING) != 0:
         tl.debug_barrier()
-        m: tl.constexpr = method.m
         acc = gammas.dtype.element_ty
         beta = tl.load(numbers + MIXING).to(acc)
         now = row_of(f, b, chunks.n)

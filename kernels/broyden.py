@@ -20,7 +20,7 @@ from .arguments import RUN, chunk_of, has_status, iterates_of, row_of, sample_of
 from .constants import COUNT, DENOMINATOR_RESTARTS, MIN_DENOMINATOR, RUNNING, STEP_FALLBACKS, UNIT
 from .measure import BAD, GOING, inverse, judge
 from .steps import add_one, chain, count_and_scale, measures, multiply, recur, settle, steps_of, sums_of, sweep, z_of
-from .tiles import any_flag, residual_tile, spill_and_rest, take_f, total, totals, widen, write_tile
+from .tiles import any_flag, outcome_of, residual_tile, spill_and_rest, take_f, total, totals, widen, write_tile
 
 
 class Method(NamedTuple):
@@ -28,6 +28,14 @@ class Method(NamedTuple):
 
     memory: int
     SCALE_FIRST: bool
+
+
+class Form(NamedTuple):
+    """How numbers are walked where programs share a sample: whether a Gram matrix is kept, numbers at once."""
+
+    GRAM: bool
+    BLOCK: int
+    PRODUCTS_BLOCK: int
 
 
 def method_of(options: Any) -> tuple[Method, list[float]]:
@@ -112,15 +120,14 @@ def gather_kernel(
     chunks,
     padded,
     method: tl.constexpr,
-    GRAM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRODUCTS_BLOCK: tl.constexpr,
+    form: tl.constexpr,
 ):
     """The residual of one chunk of one tensor into ``z``, its norms and products into ``partials``."""
     b, begin, end, chunk = chunk_of(chunks)
     sample = sample_of(statistics, b, padded)
     if has_status(sample, RUNNING) == 0:
         return
+    BLOCK: tl.constexpr = form.BLOCK
     acc = sample.reals.dtype.element_ty
     unit = tl.load(sample.reals + UNIT * padded)
     now = row_of(f, b, chunks.n)
@@ -133,17 +140,17 @@ def gather_kernel(
         f_tile, g = residual_tile(now, x, at, at < end, acc)
         ff += f_tile.to(tl.float64) * f_tile.to(tl.float64)
         gg += g.to(tl.float64) * g.to(tl.float64)
-        if GRAM:
+        if form.GRAM:
             g *= tl.where(unit > 0, unit, 1.0)  # a new unit comes with no steps
         tl.store(z + at, g, mask=at < end)
     out = sums_of(handed, b, chunks.total, method.memory) + chunk
     tl.store(out, tl.sum(ff, axis=0))
     tl.store(out + chunks.total, tl.sum(gg, axis=0))
-    if GRAM:
+    if form.GRAM:
         tl.debug_barrier()
         steps = steps_of(kept, b, method.memory)
         count = tl.load(sample.ints + COUNT * padded)
-        multiply(z, steps, kept.N, count, begin, end, out + 2 * chunks.total, chunks.total, PRODUCTS_BLOCK)
+        multiply(z, steps, kept.N, count, begin, end, out + 2 * chunks.total, chunks.total, form.PRODUCTS_BLOCK)
 
 
 @triton.jit(do_not_specialize=RUN)
@@ -207,20 +214,16 @@ def apply_kernel(
     chunks,
     padded,
     method: tl.constexpr,
-    GRAM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRODUCTS_BLOCK: tl.constexpr,
+    form: tl.constexpr,
 ):
     """Write one chunk of one tensor of the new step and of the next iterate; products of the step to ``partials``."""
     b, begin, end, chunk = chunk_of(chunks)
-    outcome = tl.load(handed.outcomes + b)
-    if outcome == 0:
-        return
     here = iterates_of(iterates, b, chunks.n)
-    spill_and_rest(here, outcome, begin, end, BLOCK)
+    outcome = outcome_of(handed, here, b, begin, end, form.BLOCK)
     if (outcome & GOING) != 0:
         tl.debug_barrier()
         memory: tl.constexpr = method.memory
+        BLOCK: tl.constexpr = form.BLOCK
         N = kept.N
         acc = statistics.reals.dtype.element_ty
         unit = tl.load(statistics.reals + UNIT * padded + b)
@@ -239,7 +242,7 @@ def apply_kernel(
             at = start + tl.arange(0, BLOCK)
             inside = at < end
             _, g = residual_tile(now, here.x, at, inside, acc)
-            if GRAM:
+            if form.GRAM:
                 step = scale * (g * unit)
                 for j in range(1, count):
                     s = tl.load(steps + j * tl.cast(N, tl.int64) + at, mask=inside, other=0.0)
@@ -255,9 +258,9 @@ def apply_kernel(
         tl.store(handed.flags + b * chunks.total + chunk, tl.max(infinite, axis=0))
         out = sums_of(handed, b, chunks.total, memory) + chunk
         tl.store(out, tl.sum(squared, axis=0).to(tl.float64))
-        if GRAM:
+        if form.GRAM:
             tl.debug_barrier()
-            multiply(new, steps, N, count, begin, end, out + 2 * chunks.total, chunks.total, PRODUCTS_BLOCK)
+            multiply(new, steps, N, count, begin, end, out + 2 * chunks.total, chunks.total, form.PRODUCTS_BLOCK)
 
 
 @triton.jit(do_not_specialize=RUN)

@@ -40,7 +40,8 @@ class Scratch(NamedTuple):
 def measured_scale(s_s, s_g, g_g):
     """H0 from the first step s = g_0: y = g_0 - g, so that s.y = s.s - s.g and y.y = s.s - 2 s.g + g.g."""
     scale = (s_s - s_g) / (s_s - 2.0 * s_g + g_g)
-    return tl.where(scale == scale, tl.minimum(tl.maximum(scale, 0.2), 5.0), 1.0)
+    least = tl.full((), 0.2, scale.dtype)  # as a literal a float32, before Triton 3.8
+    return tl.where(scale == scale, tl.minimum(tl.maximum(scale, least), 5.0), 1.0)
 
 
 @triton.jit

@@ -45,6 +45,15 @@ def spill_and_rest(iterates, outcome, begin, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def outcome_of(handed, iterates, b, begin, end, BLOCK: tl.constexpr):
+    """What was decided of sample b (0: it had stopped before), after its part of `spill_and_rest`."""
+    outcome = tl.load(handed.outcomes + b)
+    if outcome != 0:
+        spill_and_rest(iterates, outcome, begin, end, BLOCK)
+    return outcome
+
+
+@triton.jit
 def write_tile(x_prev, at, inside, value):
     """Round ``value`` into the next iterate; 1 where what was written is not finite."""
     new = value.to(x_prev.dtype.element_ty)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deqfast.ops import pool
-from deqfast.ops.native import extension as native
+from deqfast.ops.native import plan
 
 # bench/ and examples/ are tested too. Last: a copy of the package that PYTHONPATH names comes first.
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
@@ -46,17 +46,14 @@ def seed() -> None:
 @pytest.fixture(autouse=bool(os.environ.get("DEQFAST_TEST_LAG")))
 def late_counts(monkeypatch):
     """Emulated kernels tell the host late, as a GPU does: what a loop must put up with shows without one."""
-    lag = int(os.environ.get("DEQFAST_TEST_LAG", "0"))
-    for plan in (native._C.AndersonPlan, native._C.BroydenPlan):
-        now = plan.on_device
-        monkeypatch.setattr(plan, "on_device", lambda self, i, B, made, _, now=now: now(self, i, B, made, lag))
+    monkeypatch.setattr(plan, "EMULATED_LAG", int(os.environ.get("DEQFAST_TEST_LAG", "0")))
 
 
 @pytest.fixture
 def poisoned_memory():
     """torch.empty and its kin return NaN (or the largest integer), so that a read of unwritten memory shows."""
     torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     pool.clear()
     yield
     torch.use_deterministic_algorithms(False)

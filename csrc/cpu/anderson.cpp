@@ -10,48 +10,13 @@
 namespace deqfast::cpu::DEQFAST_ISA {
 namespace {
 
-constexpr int64_t kSplitMinN = 1 << 16;     // samples larger than this are split over threads
-constexpr int64_t kTileMaxN = 1024;         // samples up to this share one small solve, up to 16 at a time
-constexpr int64_t kGroupBytes = 768 << 10;  // history of the samples that share it: must still be in L2 when mixed
-
+// Small and middle samples: one thread a sample, or a tile of them.
 template <class A, class H>
-class AndersonStep : AndersonShort<A, H> {
-    using Base = AndersonShort<A, H>;
-    using Base::a;
-    using Base::column;
-    using Base::D;
-    using Base::first;
-    using Base::last;
-    using Base::list_columns;
-    using Base::mix_chunk;
-    using Base::new_slot;
-    using Base::picard;
-    using Base::reduce_chunk;
-    using Base::short_samples;
-    using Base::solve_lanes;
-    using Base::verdict;
-
+class AndersonWhole {
    public:
-    explicit AndersonStep(const AndersonArgs& args) : Base(args) {}
+    explicit AndersonWhole(const AndersonArgs& args) : columns(args), sample(columns.sample), a(args) {}
 
-    void run(int phase) {
-        if (phase == kStep && a.N <= kSplitMinN)
-            by_sample();
-        else {
-            if (phase & kReduce) reduce();
-            if (phase & kApply) apply();
-        }
-        if (!(phase & kApply)) return;
-        int64_t running = 0;
-        for (int64_t b = 0; b < a.B; ++b) running += a.at(kStatus, b) == kRunning;
-        *a.running = running;
-    }
-
-   private:
-    // ---- small and middle samples: one thread a sample, or a tile of them ----
-
-    void by_sample() {
-        if (!kScaled<H> && a.N <= kShortN && a.n_leaves == 1) return short_samples();
+    void run() const {
         const bool tiles = a.N <= kTileMaxN && (a.B + kTile - 1) / kTile >= a.threads;
         const int64_t per_unit = tiles ? kTile : 1, units = (a.B + per_unit - 1) / per_unit;
         const int threads = int(std::min<int64_t>(a.threads, a.B * a.N * (a.m + 1) < 16384 ? 1 : units));
@@ -67,27 +32,33 @@ class AndersonStep : AndersonShort<A, H> {
         }
     }
 
+   private:
+    const AndersonColumns<A, H> columns;
+    const AndersonSample<A, H>& sample;
+    const AndersonArgs& a;
+
     // One reduction, small solve and mixing for samples b0 ... b0 + count - 1 of one tile. `whole`: this thread has the
     // tile to itself.
-    void group(int64_t b0, int count, bool whole, Scratch<A>& s) {
+    void group(int64_t b0, int count, bool whole, Scratch<A>& s) const {
         Lanes<A> lanes = {};
         const int lane0 = int(b0 % kTile), first_lane = whole ? lane0 : 0;
         bool any_going = false;
         for (int i = 0; i < count; ++i) {
             const int64_t b = b0 + i;
             if (a.at(kStatus, b) != kRunning) continue;
-            const int slot = new_slot(b);
-            std::fill_n(s.sample, D, 0.0);
-            if (!first(b)) {
-                const int n = last(b) ? 0 : list_columns(b, slot, s.columns);
+            const int slot = sample.new_slot(b);
+            std::fill_n(s.sample, sample.D, 0.0);
+            if (!sample.first(b)) {
+                const int n = sample.last(b) ? 0 : sample.list_columns(b, slot, s.columns);
                 for (int l = 0; l < a.n_leaves; ++l)
-                    for (int64_t c = 0; c < a.leaves[l].n; c += kChunk) reduce_chunk(b, l, c, slot, n, s, s.sample);
+                    for (int64_t c = 0; c < a.leaves[l].n; c += kChunk)
+                        columns.reduce_chunk(b, l, c, slot, n, s, s.sample);
             }
             const int lane = first_lane + i;
-            any_going |= verdict(b, slot, lane, s.sample[kFF], s.sample[kGG], lanes, s);
-            for (int64_t d = 0; d < D; ++d) s.products[d * kTile + lane] = A(s.sample[d]);
+            any_going |= sample.verdict(b, slot, lane, s.sample[kFF], s.sample[kGG], lanes, s);
+            for (int64_t d = 0; d < sample.D; ++d) s.products[d * kTile + lane] = A(s.sample[d]);
         }
-        if (any_going && a.m > 0) solve_lanes(b0, count, whole, lanes, s);
+        if (any_going && a.m > 0) sample.solve_lanes(b0, count, whole, lanes, s);
         for (int i = 0; i < count; ++i) {
             const int64_t b = b0 + i;
             const int lane = first_lane + i;
@@ -98,77 +69,105 @@ class AndersonStep : AndersonShort<A, H> {
             bool finite = true;
             for (int l = 0; l < a.n_leaves; ++l)
                 for (int64_t c = 0; c < a.leaves[l].n; c += kChunk)
-                    finite &= mix_chunk(b, l, c, n, s.gamma + lane, kTile, s);
-            if (!finite) picard(b, s);
-            after_step(a, b);
-        }
-    }
-
-    // ---- large samples: chunks over threads ----
-
-    template <class Work>
-    void for_chunks(Work&& work) {
-        over_chunks(a, [&](int64_t b, int l, int64_t begin, int64_t unit) {
-            Scratch<A> s(a, thread_index());
-            work(b, l, begin, a.partials + unit * D, s);
-        });
-    }
-
-    void reduce() {
-        for_chunks([&](int64_t b, int l, int64_t c, double* partial, Scratch<A>& s) {
-            std::fill_n(partial, D, 0.0);
-            if (first(b)) return;
-            const int slot = new_slot(b);
-            const int n = last(b) ? 0 : list_columns(b, slot, s.columns);
-            reduce_chunk(b, l, c, slot, n, s, partial);
-        });
-        for (int64_t b = 0; b < a.B; ++b) {
-            double* sum = a.sums + b * D;
-            std::fill_n(sum, D, 0.0);
-            if (a.at(kStatus, b) != kRunning) continue;
-            for (int64_t c = 0; c < a.chunks; ++c)
-                for (int64_t d = 0; d < D; ++d) sum[d] += a.partials[(b * a.chunks + c) * D + d];
-        }
-    }
-
-    void apply() {
-#pragma omp parallel for num_threads(a.threads) schedule(static) if (a.threads > 1)
-        for (int64_t b = 0; b < a.B; ++b) {
-            if (a.at(kStatus, b) != kRunning) continue;
-            Scratch<A> s(a, thread_index());
-            Lanes<A> lanes = {};
-            double* sum = a.sums + b * D;
-            if (!verdict(b, new_slot(b), 0, sum[kFF], sum[kGG], lanes, s) || a.m == 0) continue;
-            for (int64_t d = 0; d < D; ++d) s.products[d * kTile] = A(sum[d]);
-            solve_lanes(b, 1, false, lanes, s);
-            for (int j = 0; j < a.m; ++j) sum[j] = double(s.gamma[j * kTile]);
-        }
-        for_chunks([&](int64_t b, int l, int64_t c, double* partial, Scratch<A>& s) {
-            int n = 0;
-            for (int j = 0; j < a.m; ++j) {
-                s.gamma[j] = A(a.sums[b * D + j]);
-                if (s.gamma[j] != 0) s.columns[n++] = j;
-            }
-            partial[0] = mix_chunk(b, l, c, n, s.gamma, 1, s);
-        });
-        for (int64_t b = 0; b < a.B; ++b) {
-            if (a.at(kStatus, b) != kRunning) continue;
-            bool finite = true;
-            for (int64_t c = 0; c < a.chunks; ++c) finite &= a.partials[(b * a.chunks + c) * D] != 0;
-            if (!finite) {
-                Scratch<A> s(a, 0);
-                picard(b, s);
-            }
+                    finite &= columns.mix_chunk(b, l, c, n, s.gamma + lane, kTile, s);
+            if (!finite) columns.picard(b, s);
             after_step(a, b);
         }
     }
 };
 
+// Large samples: chunks over threads, in two halves.
+template <class A, class H>
+class AndersonSplit {
+   public:
+    explicit AndersonSplit(const AndersonArgs& args) : columns(args), sample(columns.sample), a(args) {}
+
+    void reduce() const {
+        for_chunks([&](int64_t b, int l, int64_t c, double* partial, Scratch<A>& s) {
+            std::fill_n(partial, sample.D, 0.0);
+            if (sample.first(b)) return;
+            const int slot = sample.new_slot(b);
+            const int n = sample.last(b) ? 0 : sample.list_columns(b, slot, s.columns);
+            columns.reduce_chunk(b, l, c, slot, n, s, partial);
+        });
+        for (int64_t b = 0; b < a.B; ++b) {
+            double* sum = a.sums + b * sample.D;
+            std::fill_n(sum, sample.D, 0.0);
+            if (a.at(kStatus, b) != kRunning) continue;
+            for (int64_t c = 0; c < a.chunks; ++c)
+                for (int64_t d = 0; d < sample.D; ++d) sum[d] += a.partials[(b * a.chunks + c) * sample.D + d];
+        }
+    }
+
+    void apply() const {
+#pragma omp parallel for num_threads(a.threads) schedule(static) if (a.threads > 1)
+        for (int64_t b = 0; b < a.B; ++b) {
+            if (a.at(kStatus, b) != kRunning) continue;
+            Scratch<A> s(a, thread_index());
+            Lanes<A> lanes = {};
+            double* sum = a.sums + b * sample.D;
+            if (!sample.verdict(b, sample.new_slot(b), 0, sum[kFF], sum[kGG], lanes, s) || a.m == 0) continue;
+            for (int64_t d = 0; d < sample.D; ++d) s.products[d * kTile] = A(sum[d]);
+            sample.solve_lanes(b, 1, false, lanes, s);
+            for (int j = 0; j < a.m; ++j) sum[j] = double(s.gamma[j * kTile]);
+        }
+        for_chunks([&](int64_t b, int l, int64_t c, double* partial, Scratch<A>& s) {
+            int n = 0;
+            for (int j = 0; j < a.m; ++j) {
+                s.gamma[j] = A(a.sums[b * sample.D + j]);
+                if (s.gamma[j] != 0) s.columns[n++] = j;
+            }
+            partial[0] = columns.mix_chunk(b, l, c, n, s.gamma, 1, s);
+        });
+        for (int64_t b = 0; b < a.B; ++b) {
+            if (a.at(kStatus, b) != kRunning) continue;
+            bool finite = true;
+            for (int64_t c = 0; c < a.chunks; ++c) finite &= a.partials[(b * a.chunks + c) * sample.D] != 0;
+            if (!finite) {
+                Scratch<A> s(a, 0);
+                columns.picard(b, s);
+            }
+            after_step(a, b);
+        }
+    }
+
+   private:
+    const AndersonColumns<A, H> columns;
+    const AndersonSample<A, H>& sample;
+    const AndersonArgs& a;
+
+    template <class Work>
+    void for_chunks(Work&& work) const {
+        over_chunks(a, [&](int64_t b, int l, int64_t begin, int64_t unit) {
+            Scratch<A> s(a, thread_index());
+            work(b, l, begin, a.partials + unit * sample.D, s);
+        });
+    }
+};
+
+template <class A, class H>
+void step(const AndersonArgs& a, int phase) {
+    if (phase == kStep && a.N <= kSplitMinN) {
+        if (!kScaled<H> && a.N <= kShortN && a.n_leaves == 1)
+            AndersonShort<A, H>(a).run();
+        else
+            AndersonWhole<A, H>(a).run();
+    } else {
+        const AndersonSplit<A, H> split(a);
+        if (phase & kReduce) split.reduce();
+        if (phase & kApply) split.apply();
+    }
+    if (!(phase & kApply)) return;
+    int64_t running = 0;
+    for (int64_t b = 0; b < a.B; ++b) running += a.at(kStatus, b) == kRunning;
+    *a.running = running;
+}
+
 template <class A>
 void run(const AndersonArgs& a, int phase) {
     with_type(a.history_dtype, [&](auto type) {
         using H = decltype(type);
-        if constexpr (sizeof(H) <= sizeof(A)) AndersonStep<A, H>(a).run(phase);
+        if constexpr (sizeof(H) <= sizeof(A)) step<A, H>(a, phase);
     });
 }
 

@@ -10,8 +10,6 @@
 
 namespace deqfast::cpu::DEQFAST_ISA {
 
-constexpr double kGrowthLimit = 1.5;
-
 // The small matrices of up to 16 samples, sample innermost.
 template <class A>
 struct Tile {
@@ -170,7 +168,7 @@ __attribute__((noinline)) void decide(const AndersonArgs& a, const Tile<A>& t, L
     put(lanes.count, 0, count);
     if (any(full)) {
         V victim = zero;
-        if (a.evict_least_useful && m > 3) {
+        if (a.evict == Evict::least_useful && m > 3) {
             V *diagonal = rw, *scratch = col;
             if (!factored) factor_ldl<LaneOps>(h, n, m);
             inverse_diagonal<LaneOps>(h, diagonal, scratch, n, m);

@@ -2,33 +2,20 @@
 // registers, and nothing is done one sample at a time but what is rare.
 #pragma once
 
-#include "anderson_sample.h"
+#include "anderson_columns.h"
 #include "transpose.h"
 
 namespace deqfast::cpu::DEQFAST_ISA {
 
 template <class A, class H>
-class AndersonShort : protected AndersonSample<A, H> {
-   protected:
-    using Base = AndersonSample<A, H>;
-    using Base::a;
-    using Base::column;
-    using Base::int_row;
-    using Base::norm;
-    using Base::picard;
-    using Base::real_row;
-    using Base::solve_lanes;
-    using Base::tile;
-    using Base::type2;
-    using Base::verdict;
-    using typename Base::Ints;
-    using typename Base::V;
+class AndersonShort {
+    using V = Vec<A>;
+    using Ints = IntVec<A>;
 
-    explicit AndersonShort(const AndersonArgs& args) : Base(args) {}
+   public:
+    explicit AndersonShort(const AndersonArgs& args) : columns(args), sample(columns.sample), a(args) {}
 
-    // ---- samples of a few numbers: kLanes of them at a time, one a lane ----
-
-    void short_samples() {
+    void run() const {
         constexpr int L = kLanes<A>;
         const int64_t units = (a.B + L - 1) / L;
         const int threads = int(std::min<int64_t>(a.threads, a.B * a.N * (a.m + 1) < 16384 ? 1 : units));
@@ -39,6 +26,11 @@ class AndersonShort : protected AndersonSample<A, H> {
             short_group(u * L, int(std::min<int64_t>(L, a.B - u * L)), s);
         }
     }
+
+   private:
+    const AndersonColumns<A, H> columns;
+    const AndersonSample<A, H>& sample;
+    const AndersonArgs& a;
 
     // Rows of column j of a history whose first rows are given, for the lanes in `use`; else a row of zeros.
     static void point_column(const H** rows, const H* const* first_rows, const H* zeros, uint32_t use, int64_t at) {
@@ -78,7 +70,7 @@ class AndersonShort : protected AndersonSample<A, H> {
         V *f, *x, *g, *w, *v, *d_f_new, *out;
     };
 
-    void short_group(int64_t b0, int count, Scratch<A>& s) {
+    void short_group(int64_t b0, int count, Scratch<A>& s) const {
         constexpr int L = kLanes<A>;
         const int N = int(a.N);
         const Leaf& leaf = a.leaves[0];
@@ -87,18 +79,18 @@ class AndersonShort : protected AndersonSample<A, H> {
         t.count = count;
         t.lane0 = int(b0 % kTile);
         const uint32_t present = count == L ? kAllLanes<A> : (1u << count) - 1;
-        const V units = read<V>(real_row(kUnit) + b0);
-        const Ints steps = read<Ints>(int_row(kSteps) + b0);
+        const V units = read<V>(sample.real_row(kUnit) + b0);
+        const Ints steps = read<Ints>(sample.int_row(kSteps) + b0);
         const auto started = units > splat<A>(0);
         // Lanes that are evaluated, that read older columns, that get a new one.
-        const uint32_t running = bits(read<Ints>(int_row(kStatus) + b0) == int32_t(kRunning)) & present;
+        const uint32_t running = bits(read<Ints>(sample.int_row(kStatus) + b0) == int32_t(kRunning)) & present;
         const uint32_t out_of_steps = a.max_iter ? bits(steps + 1 >= a.max_iter) : 0;
         const uint32_t looking = running & bits(started) & ~out_of_steps;
         const uint32_t adding = a.has_previous && a.m > 0 ? looking : 0;
         if (!running) return;
         const V unit = select(started, units, splat<A>(1));
-        const V slots =
-            select(lanes_of<A>(adding), __builtin_convertvector(read<Ints>(int_row(kSlot) + b0), V), splat<A>(-1));
+        const V slots = select(lanes_of<A>(adding), __builtin_convertvector(read<Ints>(sample.int_row(kSlot) + b0), V),
+                               splat<A>(-1));
         A slot_of[L];
         write(slot_of, slots);
         t.f = s.short_sample;
@@ -140,8 +132,8 @@ class AndersonShort : protected AndersonSample<A, H> {
         if (a.gram)
             for (int i = 0; i < L; ++i) {
                 const int64_t b = b0 + (i < count ? i : 0);
-                t.d_f[i] = column(0, b, 0);
-                t.d_g[i] = column(1, b, 0);
+                t.d_f[i] = sample.column(0, b, 0);
+                t.d_g[i] = sample.column(1, b, 0);
             }
         const V c = splat<A>(A(a.test_space));
         if (adding) {
@@ -161,14 +153,15 @@ class AndersonShort : protected AndersonSample<A, H> {
             });
             H* columns[L];
             for (int which = 0; a.gram && which < 2; ++which) {
-                point<L>(columns, nowhere, adding, [&](int i) { return column(which, b0 + i, int(slot_of[i])); });
+                point<L>(columns, nowhere, adding,
+                         [&](int i) { return sample.column(which, b0 + i, int(slot_of[i])); });
                 strips_out<H>(columns, which ? t.v : t.d_f_new);
             }
         } else {
             std::fill_n(t.w, N, V{});
             std::fill_n(t.v, N, V{});
         }
-        const A* norms = a.m ? tile(b0 / kTile).norms + t.lane0 : nullptr;
+        const A* norms = a.m ? sample.tile(b0 / kTile).norms + t.lane0 : nullptr;
         const auto older = [&](int j) {
             const auto old = (read<V>(norms + j * kTile) > splat<A>(0)) & (slots != splat<A>(A(j)));
             return bits(old) & looking;
@@ -186,8 +179,8 @@ class AndersonShort : protected AndersonSample<A, H> {
         const uint32_t going = short_verdict(t, head[kFF], head[kGG], looking, running, slot_of, lanes, s);
         if (!going) return;
         const AllProducts<A> all{tiny.matrix, tiny.gram};
-        if (a.m > 0) solve_lanes(b0, count, true, lanes, s, a.gram ? nullptr : &all);
-        short_mix(t, tiny, going, select(lanes_of<A>(going), read<V>(real_row(kUnit) + b0), splat<A>(1)), s);
+        if (a.m > 0) sample.solve_lanes(b0, count, true, lanes, s, a.gram ? nullptr : &all);
+        short_mix(t, tiny, going, select(lanes_of<A>(going), read<V>(sample.real_row(kUnit) + b0), splat<A>(1)), s);
     }
 
     // ---- up to kTinyN numbers: the small matrices would be larger than the history that they are made of ----
@@ -244,34 +237,35 @@ class AndersonShort : protected AndersonSample<A, H> {
         V g[kTinyN], row[kTinyN];
         for (int n = 0; n < kTinyN; ++n) g[n] = n < a.N ? t.g[n] : splat<A>(0);
         for (int i = 0; i < m; ++i) {
-            const V* test = type2 ? tiny.d_g : tiny.w;
+            const V* test = sample.type2 ? tiny.d_g : tiny.w;
             for (int n = 0; n < kTinyN; ++n) row[n] = tiny.d_g[i * kTinyN + n];
             for (int j = 0; j <= i; ++j) tiny.gram[i * m + j] = tiny_dot(row, tiny.d_g + j * kTinyN);
             for (int n = 0; n < kTinyN; ++n) row[n] = test[i * kTinyN + n];
             write(s.products + (kHeadProducts + i * kColumnProducts + kRhs) * kTile + t.lane0, tiny_dot(row, g));
-            if (type2) continue;
+            if (sample.type2) continue;
             for (int j = 0; j < m; ++j) tiny.matrix[i * m + j] = tiny_dot(row, tiny.d_g + j * kTinyN);
         }
     }
 
     uint32_t short_verdict(const Short& t, V ff, V gg, uint32_t ordinary, uint32_t running, const A* slot_of,
-                           Lanes<A>& lanes, Scratch<A>& s) {
+                           Lanes<A>& lanes, Scratch<A>& s) const {
         const Judged<A> j = judge_lanes<A>(a, t.b0, t.count, ff, gg, ordinary);
         const V one = splat<A>(1), zero = splat<A>(0), growth = splat<A>(A(kGrowthLimit));
         const auto grew = lanes_of<A>(j.going) & (j.norm > growth * j.previous_norm);
         write(lanes.going + t.lane0, select(lanes_of<A>(j.going), one, zero));
         write(lanes.slot + t.lane0, read<V>(slot_of));
         write(lanes.reset + t.lane0, zero);
-        write(lanes.grew + t.lane0, type2 ? select(grew, one, zero) : zero);
+        write(lanes.grew + t.lane0, sample.type2 ? select(grew, one, zero) : zero);
         write(lanes.steps + t.lane0, __builtin_convertvector(j.steps, V));
-        if (const uint32_t growing = type2 ? bits(grew) : 0)
+        if (const uint32_t growing = sample.type2 ? bits(grew) : 0)
             for (int i = 0; i < t.count; ++i) a.at(kGrowthRestarts, t.b0 + i) += growing >> i & 1;
         uint32_t going = j.going;
         if (const uint32_t rest = running & ~j.going)
             for (int i = 0; i < t.count; ++i)
                 if (rest >> i & 1) {
                     const int slot = int(slot_of[i]);
-                    const bool goes = verdict(t.b0 + i, slot, t.lane0 + i, double(ff[i]), double(gg[i]), lanes, s);
+                    const bool goes =
+                        sample.verdict(t.b0 + i, slot, t.lane0 + i, double(ff[i]), double(gg[i]), lanes, s);
                     going |= uint32_t(goes) << i;
                 }
         return going;
@@ -282,7 +276,7 @@ class AndersonShort : protected AndersonSample<A, H> {
         const H* rows[kLanes<A>];
         point_column(rows, t.d_g, t.zeros, use, j * a.N);
         V rhs = {}, gram = {}, row = {}, col = {};
-        if (type2) {
+        if (sample.type2) {
             strips<H>(rows, [&](int n, V value) {
                 rhs += value * t.g[n];
                 gram += value * t.v[n];
@@ -306,7 +300,7 @@ class AndersonShort : protected AndersonSample<A, H> {
         write(products + kCol * kTile, col);
     }
 
-    void short_mix(const Short& t, const Tiny& tiny, uint32_t going, V unit, Scratch<A>& s) {
+    void short_mix(const Short& t, const Tiny& tiny, uint32_t going, V unit, Scratch<A>& s) const {
         constexpr int L = kLanes<A>;
         const Leaf& leaf = a.leaves[0];
         const int N = int(a.N);
@@ -352,7 +346,7 @@ class AndersonShort : protected AndersonSample<A, H> {
         }
         if (bad)
             for (int i = 0; i < t.count; ++i)
-                if (bad >> i & 1) picard(t.b0 + i, s);
+                if (bad >> i & 1) columns.picard(t.b0 + i, s);
         after_steps<A>(a, t.b0, going);
     }
 
@@ -372,11 +366,11 @@ class AndersonShort : protected AndersonSample<A, H> {
         if (m == 0) return;
         for (int which = 0; which < 2; ++which)
             if (a.gram)
-                fetch(column(which, b0, 0), count * m * a.N * int64_t(sizeof(H)));
+                fetch(sample.column(which, b0, 0), count * m * a.N * int64_t(sizeof(H)));
             else
                 fetch(tiny_history(which, b0, 0), kTile * m * a.N * int64_t(sizeof(H)));
-        const Tile<A> t = tile(b0 / kTile);
-        if (a.gram && !type2) fetch(t.matrix, m * m * kTile * int64_t(sizeof(A)));
+        const Tile<A> t = sample.tile(b0 / kTile);
+        if (a.gram && !sample.type2) fetch(t.matrix, m * m * kTile * int64_t(sizeof(A)));
         if (a.gram) fetch(t.gram, m * m * kTile * int64_t(sizeof(A)));
         fetch(t.norms, 2 * m * kTile * int64_t(sizeof(A)));
     }

@@ -178,7 +178,7 @@ class Decision {
 
     // Which column a full history gives up.
     __device__ int victim() const {
-        const bool by_use = a.evict_least_useful && m > 3;
+        const bool by_use = a.evict == Evict::least_useful && m > 3;
         if (by_use && !(type2 && in_registers)) {
             if (!type2) load_gram(m);
             if (in_registers) {

@@ -202,7 +202,7 @@ class TinyStep {
 
     // Which column a full history gives up.
     __device__ int victim(int used) const {
-        const bool by_use = a.evict_least_useful && m > 3;
+        const bool by_use = a.evict == Evict::least_useful && m > 3;
         if (by_use) {
             if (!type2) {
                 form_gram(used);

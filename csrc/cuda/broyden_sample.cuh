@@ -8,8 +8,6 @@
 
 namespace deqfast::cuda {
 
-constexpr double kMinDenominator = 1e-4;
-
 template <int leaves>
 struct BroydenParams {
     BroydenArgs a;

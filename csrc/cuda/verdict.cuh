@@ -13,14 +13,13 @@ enum Outcome : int32_t { kGoing = 1, kReset = 2, kSpill = 4, kUseSaved = 8, kGre
 // By one thread: the verdict on sample b from its squared norms.
 template <class A>
 __device__ inline int32_t judge(const SolveArgs& a, const DeviceWork& work, int64_t b, double ff, double gg) {
-    constexpr double growth_limit = 1.5;
     const Verdict v = measure<A>(a, b, sqrt(ff), sqrt(gg));
     if (!v.going) {
         atomicAdd(&work.counters[0], -1);
         if (a.at(kStatus, b) != kConverged) atomicAdd(&work.counters[2], 1);
     }
     const bool grew =
-        v.going && !v.reset && a.at(kSteps, b) > 1 && a.at<A>(kNorm, b) > A(growth_limit) * A(v.previous_norm);
+        v.going && !v.reset && a.at(kSteps, b) > 1 && a.at<A>(kNorm, b) > A(kGrowthLimit) * A(v.previous_norm);
     return kJudged | (v.going ? kGoing : 0) | (v.reset ? kReset : 0) | (v.spill ? kSpill : 0) |
            (v.use_saved ? kUseSaved : 0) | (grew ? kGrew : 0);
 }

@@ -17,8 +17,6 @@
 namespace deqfast::cuda {
 
 constexpr int kMaxLeaves = 16;          // tensors of a state
-constexpr int64_t kBlockMaxN = 16384;   // samples up to this take one block and one launch a step
-constexpr int64_t kSplitChunk = 4096;   // numbers of a larger sample that one block handles
 constexpr int64_t kMaxShared = 101376;  // bytes of shared memory a block may ask for, from compute capability 8.0 on
 
 // Zeroed when allocated; WorkSizes says how many bytes each needs. Arrays of size 0 may be null.

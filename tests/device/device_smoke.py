@@ -70,9 +70,10 @@ class Halves(contract.BoundStep):
         super().__init__(ws)
         self.plan, self.memory = plan_module.make_plan(ws, halves=True)
 
-    def __call__(self, *sources: Any) -> int:
-        plan_module.general_step(self.plan, self.ws, *sources, native._C.REDUCE)
-        return plan_module.general_step(self.plan, self.ws, *sources, native._C.APPLY)
+    def __call__(self, f: Any, f_prev: Any, f_rows: Any, f_prev_rows: Any) -> int:
+        sources = (f, f_prev, f_rows, f_prev_rows)
+        plan_module.general_step(self.plan, self.ws, *sources, phase=native._C.REDUCE)
+        return plan_module.general_step(self.plan, self.ws, *sources, phase=native._C.APPLY)
 
 
 def solve(solver: Any, drive: list[Tensor], backend: str, halves: bool = False) -> list[Tensor]:

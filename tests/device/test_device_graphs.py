@@ -21,9 +21,9 @@ class Counting(recording.Recorder):
     def __init__(self) -> None:
         self.recorded = 0
 
-    def record(self, run, pool, keep):
+    def record(self, run, device, stream, pool, keep):
         self.recorded += 1
-        return super().record(run, pool, keep)
+        return super().record(run, device, stream, pool, keep)
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,8 @@ def solve(given: tuple[Any, ...], **options: Any) -> dq.JointSolution:
     """Of what ``parts`` gave."""
     problem, rate, start, args = given
     settings = {"step_size": rate, "max_iter": 60, "backward": "none", **options}
-    return dq.joint_solve(problem.f, problem.loss, *start, args, **settings)
+    z0, x0 = start
+    return dq.joint_solve(problem.f, problem.loss, z0, x0, args, **settings)
 
 
 @every_backend
@@ -75,9 +76,9 @@ def test_solves_that_converge_stop_a_little_later(backend):
 
 @every_backend
 def test_sample_whose_cost_is_no_number_stops_alone(backend):
-    problem, rate, start, args = parts(GPU)
+    problem, rate, (z0, x0), args = parts(GPU)
     bad = torch.tensor([0.0, 0.0, float("nan"), 0.0, 0.0], device=GPU)
-    s = dq.joint_solve(problem.f, lambda *a: problem.loss(*a) + bad, *start, args, step_size=rate, backend=backend)
+    s = dq.joint_solve(problem.f, lambda *a: problem.loss(*a) + bad, z0, x0, args, step_size=rate, backend=backend)
     assert s.status.tolist() == [dq.Status.CONVERGED] * 2 + [dq.Status.NON_FINITE] + [dq.Status.CONVERGED] * 2
 
 
@@ -104,10 +105,10 @@ def test_joint_solve_on_another_stream_gives_the_same_bits(backend):
 def test_gradients_are_those_of_the_cpu(backward, backend):
     found = []
     for device, name in ((CPU, "reference"), (GPU, backend)):
-        problem, rate, start, args = parts(device, F64)
+        problem, rate, (z0, x0), args = parts(device, F64)
         args = tuple(t.detach().requires_grad_() for t in args)
         options = {"step_size": rate, "rtol": 1e-11, "max_iter": 300, "backward": backward, "backend": name}
-        s = dq.joint_solve(problem.f, problem.loss, *start, args, **options)
+        s = dq.joint_solve(problem.f, problem.loss, z0, x0, args, **options)
         out = problem.loss(s.z, s.x, *args).sum() + (s.x.sum() if backward == "implicit" else 0)
         found.append([g.cpu() for g in torch.autograd.grad(out, args)])
     for expected, got in zip(*found, strict=True):

@@ -161,7 +161,7 @@ def test_gradient_with_respect_to_the_solution_itself_is_the_partial_one():
 def test_hook_on_the_solution_sees_one_gradient_once():
     W, x, c = problem()
     z = solve(x, W).z
-    seen = []
+    seen: list[torch.Tensor] = []
     z.register_hook(lambda g: seen.append(g) or 2 * g)
     g = torch.autograd.grad((z * c).sum(), x)[0]
     assert len(seen) == 1 and torch.equal(seen[0], c)
@@ -170,7 +170,7 @@ def test_hook_on_the_solution_sees_one_gradient_once():
 
 def test_hook_on_a_parameter_runs_once():
     W, x, c = problem()
-    seen = []
+    seen: list[torch.Tensor] = []
     W.register_hook(seen.append)
     (dq.fixed_point(lambda z: tanh_map(z, x, W), torch.zeros_like(x), rtol=1e-12).z * c).sum().backward()
     assert len(seen) == 1 and torch.equal(seen[0], W.grad)

@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -237,7 +238,7 @@ def test_copy_made_in_a_callback_does_not_go_on_copying():
 
 
 def test_solution_does_not_follow_a_state_that_a_callback_kept():
-    kept = []
+    kept: list[Any] = []
 
     def stop_at_three(k, state):
         kept[:] = [state]

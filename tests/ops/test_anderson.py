@@ -133,7 +133,7 @@ def assert_columns(state: SolverState, oracle: SolverState, going: Tensor) -> No
     state.ws.settle()
     dtype, acc = state.ws.history.dtype, EPS[state.layout.acc]
     ulp = {torch.int8: 2.0**-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}.get(dtype, 2 * acc)
-    used = (untile(oracle.ws.norms, oracle.layout.B)[:, 0] > 0) & going[:, None]
+    used = (untile(oracle.ws.norms, oracle.layout.B)[:, 0] > 0) & going[:, None]  # type: ignore[attr-defined]
     # The differences f - f_prev and x - x_prev are rounded in the accumulation dtype first.
     scale = rows_of(oracle.evaluated()).abs().amax(dim=1) * oracle.ws.real_row(Real.UNIT)
     slack = 4 * acc * scale[:, None, None]
@@ -354,7 +354,7 @@ def test_float64_history_of_a_narrower_state_raises():
 def test_options_are_immutable_values():
     solver = dq.Anderson()
     with pytest.raises(dataclasses.FrozenInstanceError):
-        solver.m = 3
+        solver.m = 3  # type: ignore[misc]
     assert solver == dq.Anderson()
     assert hash(solver) == hash(dq.Anderson())
     assert solver != dq.Anderson(m=3)

@@ -105,7 +105,7 @@ def check_step(solver: dq.Broyden, state_dtype: torch.dtype, B: int, N: int, bac
         newest = (state.ws.int_row(Int.COUNT) - 1).clamp(min=0).long()
         index = torch.arange(B)
         kept = state.ws.history[index, newest].double()
-        squared = state.ws.norms[index, newest].double()
+        squared = state.ws.norms[index, newest].double()  # type: ignore[attr-defined]
         sure = going & (state.ws.int_row(Int.COUNT) > 0)
         assert bool(((squared - kept.square().sum(1)).abs() <= 16 * EPS[state.layout.acc] * squared)[sure].all())
 
@@ -236,4 +236,4 @@ def test_unknown_scale_and_unknown_options_raise():
     with pytest.raises(ValueError, match=r"scale must be 'unit' or 'first_step', got 'last'"):
         dq.Broyden(scale="last")
     with pytest.raises(TypeError, match="damping"):
-        dq.Broyden(damping=0.5)
+        dq.Broyden(damping=0.5)  # type: ignore[call-arg]

@@ -1,5 +1,7 @@
 """The contract between solvers and backends, by a backend from outside of the package."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -43,10 +45,10 @@ class Recording(ops.Backend):
     name = "recording"
 
     def __init__(self):
-        self.notes = []
+        self.notes: list[Any] = []
         self.oracle = ops.choose("reference", CPU)
         self.steps = {
-            kind: lambda ws, made, bind=bind: NotedStep(bind(ws, made), self.notes)
+            kind: lambda ws, made, bind=bind: NotedStep(bind(ws, made), self.notes)  # type: ignore[misc]
             for kind, bind in self.oracle.steps.items()
         }
 

@@ -22,9 +22,10 @@ class Halves(contract.BoundStep):
         super().__init__(ws)
         self.plan, self.memory = plan_module.make_plan(ws, halves=True)
 
-    def __call__(self, *sources):
-        plan_module.general_step(self.plan, self.ws, *sources, native._C.REDUCE)
-        return plan_module.general_step(self.plan, self.ws, *sources, native._C.APPLY)
+    def __call__(self, f, f_prev, f_rows, f_prev_rows):
+        sources = (f, f_prev, f_rows, f_prev_rows)
+        plan_module.general_step(self.plan, self.ws, *sources, phase=native._C.REDUCE)
+        return plan_module.general_step(self.plan, self.ws, *sources, phase=native._C.APPLY)
 
 
 def in_halves(state):

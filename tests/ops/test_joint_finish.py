@@ -72,8 +72,8 @@ def workspace(returns, safeguard, dtype, sizes=(33, 9), accelerate=("z", "mu"), 
     for seed, t in enumerate(buffers):
         if t is not None:
             t.copy_(random(*t.shape, dtype=t.dtype, seed=100 + seed))
-    for row, i in ((Int.STATUS, 0), (Int.STEPS, 1), (Int.BEST_STEP, 2)):
-        core.int_row(row).copy_(torch.tensor([int(case[0][i]) for case in cases(B)]))
+    for count, i in ((Int.STATUS, 0), (Int.STEPS, 1), (Int.BEST_STEP, 2)):
+        core.int_row(count).copy_(torch.tensor([int(case[0][i]) for case in cases(B)]))
     for row, i in ((Real.RESIDUAL, 3), (Real.BEST, 4)):
         core.real_row(row).copy_(torch.tensor([case[0][i] for case in cases(B)]))
     ws.record.best_cost.copy_(torch.tensor([case[0][6] for case in cases(B)]))

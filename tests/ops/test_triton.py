@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,12 @@ def test_interpreted_kernels_conform(what):
         capture_output=True,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def test_kernels_import_nothing_of_the_package():
+    """It loads them."""
+    files = Path(__file__).parents[2].glob("kernels/*.py")
+    assert [file.name for file in files if re.search(r"^\s*(import|from) deqfast", file.read_text(), re.M)] == []
 
 
 def python(code: str, **environment: str) -> str:

@@ -6,12 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SWAP = "import torch; W = 0.3 * torch.eye(8); z0 = torch.ones(4, 8)\ndef f(z): return torch.tanh(z @ W + 1)\n"
 
@@ -47,7 +48,8 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
 
 def test_readme_swap_gives_the_same_fixed_point():
     ((line, diff),) = blocks("README.md", "diff")
-    new, old = {}, {}
+    new: dict[str, Any] = {}
+    old: dict[str, Any] = {}
     for namespace, sign in ((new, "+"), (old, "-")):
         source = "\n".join(row[1:] for row in diff.splitlines() if row[:1] in (sign, " "))
         exec(SWAP, namespace)

@@ -146,6 +146,14 @@ def test_every_place_that_states_a_version_states_the_same():
 
     assert deqfast.__version__ == VERSION
     assert f"[{VERSION}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_entries_of_the_changelog_are_dated_by_release_newest_first():
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == "[Unreleased]"
+    dates = [re.fullmatch(r"\[\d+\.\d+\.\d+\] - (\d{4}-\d\d-\d\d)", heading).group(1) for heading in headings[1:]]
+    assert dates == sorted(dates, reverse=True)
 
 
 def test_native_module_says_how_it_was_built():

@@ -12,7 +12,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what the compiler's own modules emit while they are imported
     import torch._dynamo
     import torch._inductor.compile_fx
-    from torch._dynamo.utils import counters
+    from torch._dynamo.utils import counters as counters
 
 
 class Recorder:

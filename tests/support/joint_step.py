@@ -19,7 +19,7 @@ from deqfast.ops.workspace import Stopping
 F64, F32, BF16, F16, I8 = torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8
 RULES = [(1e-3, 0.0, 1.0)] * 3
 DAMPING = (0.8, 0.6)
-PROJECTIONS = {
+PROJECTIONS: dict[str, dict[str, Any]] = {
     "none": {},
     "undamped": {"damping": (1.0, 1.0)},
     "box": {"low": 0.1, "high": 0.6},
@@ -47,7 +47,7 @@ class Start:
 
     def change(self, use: Any) -> Start:
         lists = [None if part is None else [use(t) for t in part] for part in (self.z, self.mu, self.x, self.center)]
-        return Start(*lists)  # type: ignore[arg-type]
+        return Start(*lists)
 
     def to(self, dtype: torch.dtype) -> Start:
         return self.change(lambda t: t.to(torch.complex128 if t.is_complex() and dtype == F64 else dtype))
@@ -85,7 +85,8 @@ def workspace(
     solver = solver or dq.Picard()
     core = solver.workspace(Layout([every[i] for i in chosen], "start"), Stopping(0.0, max_iter=max_iter))
     core.judge_blocks((rules or RULES)[: 3 if at.x else 2])
-    centers = [None] * (len(at.z) + len(at.mu)) + (at.center or [None] * len(at.x))
+    around: list[Any] = at.center or [None] * len(at.x)
+    centers = [None] * (len(at.z) + len(at.mu)) + around
     parts = [
         Part(
             kind,

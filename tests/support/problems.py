@@ -254,10 +254,10 @@ def assert_same_decisions(state: SolverState, oracle: SolverState, best_before: 
     f = torch.where((relative > 0) & (relative < torch.inf), g / relative, x)
     error = 16 * EPS[state.layout.acc] * (x + f)
     tied = (relative - best_before).abs() <= 4 * error / f
-    for row in Int:
-        got, expected = state.ws.int_row(row), oracle.ws.int_row(row)
-        agrees = (got == expected) | (tied if row in (Int.BEST_AT, Int.BEST_STEP) else torch.zeros_like(tied))
-        assert bool(agrees.all()), f"{row.name}: {got.tolist()} against {expected.tolist()}"
+    for decided in Int:
+        got, expected = state.ws.int_row(decided), oracle.ws.int_row(decided)
+        agrees = (got == expected) | (tied if decided in (Int.BEST_AT, Int.BEST_STEP) else torch.zeros_like(tied))
+        assert bool(agrees.all()), f"{decided.name}: {got.tolist()} against {expected.tolist()}"
     stopped = oracle.status != dq.Status.RUNNING  # x is the answer there, not what was measured
     for row, tolerance in ((Real.NORM, error), (Real.RESIDUAL, 4 * error / f), (Real.UNIT, torch.zeros_like(x))):
         got, expected = state.ws.real_row(row).double(), oracle.ws.real_row(row)

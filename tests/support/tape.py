@@ -14,7 +14,7 @@ from deqfast.ops import contract
 
 
 class Tape(TorchDispatchMode):
-    recording = None
+    recording: "Tape | None" = None
 
     def __init__(self):
         super().__init__()
@@ -138,7 +138,7 @@ class TapeStep(contract.BoundStep):
     def __init__(self, bind, ws, evaluations):
         super().__init__(ws)
         self.inner = bind(ws, evaluations)
-        self.counts_writes = self.inner.counts_writes
+        self.counts_writes = self.inner.counts_writes  # type: ignore[misc]
         self.replay = TapeReplay(ws)
         if self.inner.quick is not None:
             self.quick = lambda cur, f, f_prev: self._noted(lambda: self._count(self.inner.quick(cur, f, f_prev)))

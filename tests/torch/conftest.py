@@ -6,7 +6,7 @@ import pytest
 import torch
 from compiled_models import counters
 
-from deqfast.compiled import get_eval_frame_callback
+from deqfast.compiled import get_eval_frame_callback  # type: ignore[attr-defined]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from compiled_models import (
 )
 
 import deqfast as dq
-from deqfast.compiled import get_eval_frame_callback
+from deqfast.compiled import get_eval_frame_callback  # type: ignore[attr-defined]
 
 # The tracer looks at .grad of whatever a graph receives, and hides the warning for that where it is no error.
 pytestmark = [
@@ -48,9 +48,7 @@ def test_every_solver_equals_the_eager_one(solver):
     assert_compiled_equals_eager(Model(solver=solver, rtol=1e-6, max_iter=300), "eager", torch.randn(4, 6))
 
 
-@pytest.mark.parametrize(
-    "options", [{"compact": True}, {"trace": True}, {"callback": lambda k, state: None}], ids="-".join
-)
+@pytest.mark.parametrize("options", [{"compact": True}, {"trace": True}, {"callback": lambda *_: None}], ids="-".join)
 def test_options_of_the_loop_work(options):
     x = torch.randn(9, 6) * torch.logspace(-2, 2, 9)[:, None]
     assert_compiled_equals_eager(Model(rtol=1e-6, **options), "eager", x)
@@ -100,7 +98,7 @@ def test_a_solve_inside_f():
             return torch.sin(self.linear(z) + self.inner(x + 0.1 * z))
 
     recorder, model = Recorder(), Model(rtol=1e-5)
-    model.cell = Nested()
+    model.cell = Nested()  # type: ignore[assignment]
     model.deq = dq.DEQ(model.cell, rtol=1e-5)
     assert_compiled_equals_eager(model, recorder, torch.randn(4, 6), rtol=1e-4, atol=1e-5)
     assert recorder.about("tanh") and recorder.about("sin")

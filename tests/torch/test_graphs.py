@@ -4,6 +4,7 @@ import functools
 import gc
 import warnings
 import weakref
+from typing import Any
 
 import pytest
 import tape
@@ -371,9 +372,9 @@ def test_identity_follows_what_a_recording_would_read():
     assert same_program(cell) != before
     cell.train()
     assert same_program(cell) == before
-    cell.note = 1.5
+    cell.note = 1.5  # type: ignore[assignment]
     assert same_program(cell) != before
-    recursive = lambda z: recursive  # noqa: E731
+    recursive: Any = lambda z: recursive  # noqa: E731
     assert same_program(recursive) == same_program(recursive)
     assert (
         same_program([1, "a", {"k": (None, t)}])

@@ -89,7 +89,7 @@ def twin(ws: Workspace) -> Workspace:
     for name, value in vars(ws).items():
         if isinstance(value, torch.Tensor):
             setattr(other, name, value.clone())
-    other.x = tuple([t.clone() for t in leaves] for leaves in ws.x)
+    other.x = tuple([t.clone() for t in leaves] for leaves in ws.x)  # type: ignore[assignment]
     other.saved = [t.clone() for t in ws.saved]
     return other
 

@@ -70,7 +70,7 @@ class Cell(torch.nn.Module):
 
 def test_func_vjp_may_be_called_after_its_level_has_gone():
     W, x, c, _ = problem()
-    _, pullback = vjp(lambda x, W: solve(x, W), x, W)
+    _, pullback = vjp(lambda x, W: solve(x, W), x, W)  # type: ignore[misc]
     for got, expected in zip(pullback(c), reference(W, x, c), strict=True):
         assert torch.allclose(got, expected, rtol=1e-8)
 
@@ -78,7 +78,7 @@ def test_func_vjp_may_be_called_after_its_level_has_gone():
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_func_jvp(solver):
     W, x, c, t = problem()
-    z, tangent = jvp(lambda x: solve(x, W, solver=solver), (x,), (t,))
+    z, tangent = jvp(lambda x: solve(x, W, solver=solver), (x,), (t,))  # type: ignore[misc]
     assert torch.allclose((tangent * c).sum(), (t * reference(W, x, c)[0]).sum(), rtol=1e-8)
     assert torch.equal(z, solve(x, W, solver=solver))
     S = torch.randn_like(W)
@@ -196,7 +196,7 @@ def test_vmap_raises(backward):
         lambda run, x: jacfwd(run)(x),
         lambda run, x: hessian(lambda x: run(x).sum())(x),
         lambda run, x: grad(lambda x: grad(lambda x: run(x).sum())(x).sum())(x),
-        lambda run, x: jvp(grad(lambda x: run(x).sum()), (x,), (x,)),
+        lambda run, x: jvp(grad(lambda x: run(x).sum()), (x,), (x,)),  # type: ignore[misc]
         lambda run, x: vmap(grad(lambda x: run(x).sum()))(x[None]),
         lambda run, x: torch.autograd.grad(
             run(x.requires_grad_()), x, torch.eye(15, dtype=F64).view(15, 3, 5), is_grads_batched=True

@@ -1,16 +1,28 @@
-// One Anderson step; the formulas are in deqfast/anderson.py, the oracle is deqfast/ops/reference.py.
+// One Anderson step; the formulas and the oracle are in deqfast/ops/formulas/anderson.py.
 #pragma once
 
 #include "deqfast/args.h"
 
 namespace deqfast {
 
-struct AndersonArgs : SolveArgs {
+// The numbers of the method; the fields of deqfast/ops/anderson.py.
+struct AndersonMethod {
     int m = 0;
     double test_space = 2;  // c in W = dF - c dG: 2 mixed, 1 Type I; 0: Type II, W = -dG
     double mixing = 1;
     double ridge = 0;
-    bool evict_least_useful = true;
+    Evict evict = Evict::least_useful;
+};
+template <class Visit>
+void fields(AndersonMethod& method, Visit&& visit) {
+    visit("m", method.m);
+    visit("test_space", method.test_space);
+    visit("mixing", method.mixing);
+    visit("ridge", method.ridge);
+    visit("evict", method.evict);
+}
+
+struct AndersonArgs : SolveArgs, AndersonMethod {
     bool has_previous = false;  // f_prev is there: a new column can be made
     DType history_dtype = DType::bf16;
     void* history = nullptr;  // (2, B, m, N): dF, dG; without gram (2, tiles, m, N, 16)

@@ -3,6 +3,9 @@
 
 #include <cstdint>
 
+#include "deqfast/constants.h"
+#include "deqfast/regimes.h"
+
 // Functions that a GPU's compiler makes for both sides.
 #ifdef __CUDACC__
 #define DEQFAST_HD __host__ __device__
@@ -12,37 +15,12 @@
 
 namespace deqfast {
 
-constexpr int kTile = 16;         // samples whose small matrices lie interleaved
-constexpr int kBlock = 1024;      // history numbers that share one scale; also what a kernel handles at a time
-constexpr int kChunk = 8 * 1024;  // numbers whose products are added up in one accumulator
-constexpr int kShortN = 32;       // samples up to this are handled kLanes at a time, one a lane
-constexpr int kTinyN = 8;         // samples up to this have their small matrices formed anew at every step
 constexpr int kMaxDims = 16;
 constexpr int kMaxBlocks = 4;
 
 enum class DType : int { f64, f32, bf16, f16, i8 };
 
 enum Phase : int { kReduce = 1, kApply = 2, kStep = 3 };
-
-// Values and rows of Workspace.ints and Workspace.reals (deqfast/ops/workspace.py, deqfast/status.py).
-enum Status : int32_t { kRunning, kConverged, kMaxIter, kNonFinite, kStopped, kDiverged, kStalled };
-enum At : int32_t { kNowhere, kCurrent, kPrevious, kSaved };
-enum IntRow {
-    kStatus,
-    kSteps,
-    kBestAt,
-    kBestStep,
-    kSlot,
-    kCount,
-    kSolveFallbacks,
-    kStepFallbacks,
-    kGrowthRestarts,
-    kRescales,
-    kEvictions,
-    kFullRestarts,
-    kDenominatorRestarts
-};
-enum RealRow { kResidual, kNorm, kBest, kFirst, kUnit, kScale };
 
 // Where f's output for one leaf lies. Dense: a sample is n consecutive numbers. Else the inner dimensions, outermost
 // first in the leaf's memory order, with their strides.
@@ -66,7 +44,21 @@ struct Leaf {
     Source f, f_prev;
 };
 
-struct SolveArgs {
+// When a sample stops; the fields of deqfast/ops/workspace.py.
+struct Stopping {
+    double rtol = 0, atol = 0;
+    int max_iter = 0;  // 0: none
+    bool keep_best = true;
+};
+template <class Visit>
+void fields(Stopping& s, Visit&& visit) {
+    visit("rtol", s.rtol);
+    visit("atol", s.atol);
+    visit("max_iter", s.max_iter);
+    visit("keep_best", s.keep_best);
+}
+
+struct SolveArgs : Stopping {
     int64_t B = 0, N = 0;
     int n_leaves = 0;
     Leaf* leaves = nullptr;
@@ -76,14 +68,11 @@ struct SolveArgs {
     int32_t* ints = nullptr;               // (rows, padded)
     void* reals = nullptr;                 // (rows, padded) of the accumulation type
     int64_t padded = 0;                    // B rounded up to tiles
-    double rtol = 0, atol = 0;
-    int max_iter = 0;  // 0: none
     // A state of several blocks, each to a tolerance of its own: block_norms (n_blocks, 2, padded), how far each block
     // moves and how large it is; null: the whole state is one.
     int n_blocks = 0;
     const double* block_norms = nullptr;
     double block_rtol[kMaxBlocks] = {}, block_atol[kMaxBlocks] = {}, block_weight[kMaxBlocks] = {};
-    bool keep_best = true;
     int threads = 1;
     char* scratch = nullptr;  // threads * scratch_bytes, 64-byte aligned
     int64_t scratch_bytes = 0;

@@ -1,13 +1,22 @@
-// One Broyden step; the formulas are in deqfast/broyden.py, the oracle is deqfast/ops/reference.py.
+// One Broyden step; the formulas and the oracle are in deqfast/ops/formulas/broyden.py.
 #pragma once
 
 #include "deqfast/args.h"
 
 namespace deqfast {
 
-struct BroydenArgs : SolveArgs {
+// The numbers of the method; the fields of deqfast/ops/broyden.py.
+struct BroydenMethod {
     int memory = 0;
     bool scale_first = false;
+};
+template <class Visit>
+void fields(BroydenMethod& method, Visit&& visit) {
+    visit("memory", method.memory);
+    visit("scale_first", method.scale_first);
+}
+
+struct BroydenArgs : SolveArgs, BroydenMethod {
     void* history = nullptr;  // (B, memory, N) of the accumulation type: steps s_j
     void* norms = nullptr;    // (B, memory): ||s_j||^2
     void* gram = nullptr;     // (B, memory, memory): s_i . s_j, i >= j; null: the chain form

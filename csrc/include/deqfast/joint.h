@@ -6,7 +6,6 @@
 
 namespace deqfast {
 
-enum JointBlock : int { kStateBlock, kAdjointBlock, kInputBlock };
 enum class Ball : int { none, l2, linf };
 
 // One tensor of the state. Those of a block stand together, the blocks in order.

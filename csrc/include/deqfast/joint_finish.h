@@ -11,9 +11,6 @@ namespace deqfast {
 // Which iterate a solve returns.
 enum class Returns : int { best, last, cost };
 
-constexpr double kCostSlack = 1.3;  // a lower cost is taken at a residual up to this times the best one
-constexpr double kSafeguard = 2.0;  // a residual this far above the best one since the last restart forgets the history
-
 // One tensor of the state; rows of n numbers of the state's dtype, dense.
 struct FinishPart {
     int64_t n = 0;

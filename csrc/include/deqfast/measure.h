@@ -8,14 +8,6 @@
 
 namespace deqfast {
 
-// A sample whose magnitude leaves [1/kUnitRange, kUnitRange] in its unit gets a new unit and forgets its history.
-constexpr double kUnitRange = 1099511627776.0;  // 2^40
-
-// A sample out of evaluations has diverged when its residual ended this far above the first, and has stalled when the
-// best residual came before the last third of its evaluations, and these are at least kStallMinSteps.
-constexpr double kDivergence = 10;
-constexpr int kStallFraction = 3, kStallMinSteps = 10;
-
 DEQFAST_HD inline Status out_of_evaluations(double relative, double first, int steps, int best_step) {
     const int idle = steps - best_step;
     if (relative > kDivergence * first) return kDiverged;

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _IMPORT_ERROR = ""
 _C: Any = None
@@ -55,3 +56,8 @@ def stream_of(device: torch.device) -> Callable[[], int] | None:
     if device.type != "cuda":
         return (lambda: 0) if EMULATED else None
     return functools.partial(torch._C._cuda_getCurrentRawStream, device.index)
+
+
+def array(t: Tensor) -> tuple[int, int]:
+    """Where a tensor lies, and its bytes, as plans take it; whoever makes the plan keeps the tensor alive."""
+    return t.data_ptr(), t.nbytes

@@ -12,7 +12,7 @@ of the device by that many evaluations of f, and makes up to that many more than
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,15 +21,15 @@ from torch import Tensor
 from ...status import Status
 from ..anderson import AndersonWorkspace
 from ..broyden import BroydenWorkspace
-from ..codes import Evict, Int
+from ..codes import Int
 from ..contract import BoundStep, Leaves, Loop, Replay, Rows
 from ..lag import capturing
-from ..layout import Layout
 from ..workspace import Workspace
-from .extension import _C, CODES, EMULATED, stream_of
+from .extension import _C, CODES, EMULATED, array, stream_of
 from .source import place
 
-LAG = 2  # steps
+LAG = 2  # steps between a count and its reading
+EMULATED_LAG = 0  # the same for kernels that are emulated on the CPU; tests set it
 HUGE_PAGE_MIN_BYTES = 4 << 20
 
 
@@ -114,16 +114,25 @@ class NativeReplay(Replay):
             found = _C.node_not_allowed(graph) if graph else ""
             if found:
                 raise ValueError(f"f launches {found}, which cannot stand in a loop on the device")
-        return _C.DeviceLoop(self._index, *raw, steps, self.running.data_ptr(), made.data_ptr(), limit)
+        pass_address, rest_address = raw
+        return _C.DeviceLoop(
+            device=self._index,
+            pass_=pass_address,
+            rest=rest_address,
+            steps=steps,
+            running=self.running.data_ptr(),
+            made=made.data_ptr(),
+            limit=limit,
+        )
 
 
 def general_step(
     plan: Any,
     ws: Workspace,
-    f: list[Tensor],
-    f_prev: list[Tensor] | None,
-    f_rows: Tensor | None,
-    f_prev_rows: Tensor | None,
+    f: Leaves,
+    f_prev: Leaves | None,
+    f_rows: Rows,
+    f_prev_rows: Rows,
     phase: int | None = None,
 ) -> int:
     """A step, or the half of it that ``phase`` names, on sources of any layout."""
@@ -131,82 +140,92 @@ def general_step(
     for which, leaves in enumerate((f, f_prev or [])):
         for i, t in enumerate(leaves):
             alive.append(place(functools.partial(plan.source, i, which), t, ws.layout.leaves[i]))
-    rows = 0 if f_rows is None else f_rows.data_ptr()
-    previous_rows = 0 if f_prev_rows is None else f_prev_rows.data_ptr()
     stream = stream_of(ws.layout.device)
-    return plan.step(
-        ws.cur,
-        f_prev is not None,
-        rows,
-        previous_rows,
-        _C.STEP if phase is None else phase,
-        0 if stream is None else stream(),
+    running: int = plan.step(
+        cur=ws.cur,
+        has_previous=f_prev is not None,
+        f_rows=0 if f_rows is None else f_rows.data_ptr(),
+        f_prev_rows=0 if f_prev_rows is None else f_prev_rows.data_ptr(),
+        phase=_C.STEP if phase is None else phase,
+        stream=0 if stream is None else stream(),
     )
+    return running
 
 
 def make_plan(ws: Workspace, evaluations: int = 0, halves: bool = False) -> tuple[Any, Tensor | None]:
     """The plan of a workspace, and the device memory it works in beside that; ``halves``: not for whole steps only."""
-    layout = ws.layout
+    layout, own = ws.layout, ws.own()
     on_device = EMULATED or layout.device.type == "cuda"
-    plan = _C.AndersonPlan() if isinstance(ws, AndersonWorkspace) else _C.BroydenPlan()
-    plan.bind(
+    memory = DeviceMemory(ws, evaluations) if on_device else None
+    if own["history"].nbytes >= HUGE_PAGE_MIN_BYTES and not on_device:
+        advise(own)
+    plan = PLANS[type(ws)](
+        ws,
         B=layout.B,
         dtype=CODES[layout.dtype],
-        leaves=_leaves(ws, layout),
-        ints=ws.ints.data_ptr(),
-        reals=ws.reals.data_ptr(),
-        padded=ws.ints.shape[1],
-        rtol=ws.stopping.rtol,
-        atol=ws.stopping.atol,
-        max_iter=ws.stopping.max_iter,
-        keep_best=ws.stopping.keep_best,
+        state=_C.Iterates(
+            numbers=[leaf.n for leaf in layout.leaves],
+            x=[(t.data_ptr(), t.nbytes) for t in ws.x[0]],
+            x_prev=[(t.data_ptr(), t.nbytes) for t in ws.x[1]],
+            saved=[(t.data_ptr(), t.nbytes) for t in ws.saved],
+        ),
+        ints=array(ws.ints),
+        reals=array(ws.reals),
+        stopping=ws.stopping,
         threads=torch.get_num_threads(),
+        blocks=None if ws.block_norms is None else _C.Blocks(norms=array(ws.block_norms), rules=ws.block_rules),
+        place=None if memory is None else memory.place(halves),
+        method=ws.method,
+        **{name: (t.data_ptr(), t.nbytes) for name, t in own.items()},
     )
-    if ws.block_norms is not None:
-        plan.blocks(ws.block_norms.data_ptr(), ws.block_rules)
-    if on_device:
-        plan.on_device(layout.device.index or 0, layout.B, evaluations, 0 if EMULATED else LAG)
-    if isinstance(ws, AndersonWorkspace):
-        for large in (ws.history, ws.matrix, ws.gram):
-            _advise(large)
-        plan.method(
-            *ws.method[:4],
-            ws.method.evict == Evict.LEAST_USEFUL,
-            CODES[ws.history.dtype],
-            ws.history.data_ptr(),
-            ws.scales.data_ptr(),
-            ws.matrix.data_ptr(),
-            ws.gram.data_ptr(),
-            ws.norms.data_ptr(),
-            ws.ages.data_ptr(),
+    return plan, None if memory is None else memory.tensor
+
+
+def _anderson_plan(ws: AndersonWorkspace, **given: Any) -> Any:
+    return _C.AndersonPlan(history_dtype=CODES[ws.history.dtype], **given)
+
+
+def _broyden_plan(ws: BroydenWorkspace, **given: Any) -> Any:
+    return _C.BroydenPlan(**given)
+
+
+PLANS: dict[type[Workspace], Callable[..., Any]] = {AndersonWorkspace: _anderson_plan, BroydenWorkspace: _broyden_plan}
+
+
+class DeviceMemory:
+    """What a plan works in on a device beside its workspace, allocated when the plan says how much."""
+
+    def __init__(self, ws: Workspace, evaluations: int) -> None:
+        self.ws, self.evaluations = ws, evaluations
+        self.tensor: Tensor | None = None
+
+    def place(self, halves: bool) -> Any:
+        """Where the solve runs, for the plan."""
+        return _C.Place(
+            index=self.ws.layout.device.index or 0,
+            evaluations=self.evaluations,
+            lag=EMULATED_LAG if EMULATED else LAG,
+            halves=halves,
+            allocate=self.allocate,
         )
-    else:
-        assert isinstance(ws, BroydenWorkspace)
-        _advise(ws.history)
-        plan.method(*ws.method, ws.history.data_ptr(), ws.norms.data_ptr(), ws.gram.data_ptr())
-    return plan, _device_memory(plan, ws, evaluations, halves) if on_device else None
+
+    def allocate(self, size: int) -> int:
+        """The address of zeroed bytes in which the counts of running and of failed samples are set."""
+        ws = self.ws
+        memory = torch.zeros(size, dtype=torch.uint8, device=ws.layout.device)
+        running = memory[:4].view(torch.int32)
+        if self.evaluations:
+            running.copy_((ws.int_row(Int.STATUS) == Status.RUNNING).sum())
+            memory[8:12].view(torch.int32).copy_((ws.int_row(Int.STATUS) > Status.CONVERGED).sum())
+        else:
+            running.fill_(ws.layout.B)
+        self.tensor = memory
+        return memory.data_ptr()
 
 
-def _device_memory(plan: Any, ws: Workspace, evaluations: int, halves: bool) -> Tensor:
-    memory = torch.zeros(plan.device_bytes(halves), dtype=torch.uint8, device=ws.layout.device)
-    running = memory[:4].view(torch.int32)
-    if evaluations:
-        running.copy_((ws.int_row(Int.STATUS) == Status.RUNNING).sum())
-        memory[8:12].view(torch.int32).copy_((ws.int_row(Int.STATUS) > Status.CONVERGED).sum())
-    else:
-        running.fill_(ws.layout.B)
-    plan.use(memory.data_ptr(), halves)
-    return memory
-
-
-def _leaves(ws: Workspace, layout: Layout) -> list[tuple[int, int, int, int]]:
-    return [
-        (leaf.n, x.data_ptr(), y.data_ptr(), saved.data_ptr())
-        for leaf, x, y, saved in zip(layout.leaves, ws.x[0], ws.x[1], ws.saved, strict=True)
-    ]
-
-
-def _advise(t: Tensor) -> None:
-    size = t.numel() * t.element_size()
-    if size >= HUGE_PAGE_MIN_BYTES and t.device.type == "cpu":
-        _C.advise_huge_pages(t.data_ptr(), size)
+def advise(tensors: Mapping[str, Tensor]) -> None:
+    """Ask for huge pages where that pays: faulting in a large history takes less time then."""
+    for name in ("history", "matrix", "gram"):
+        t = tensors.get(name)
+        if t is not None and t.nbytes >= HUGE_PAGE_MIN_BYTES:
+            _C.advise_huge_pages(t.data_ptr(), t.nbytes)

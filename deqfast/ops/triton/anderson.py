@@ -48,14 +48,8 @@ class AndersonStep(TritonStep):
 
     def launch(self, f: list[Any], f_prev: list[Any], previous: bool) -> None:
         """The kernels of one update."""
-        ws, B, padded, max_iter, has_previous = (
-            self.ws,
-            self.ws.layout.B,
-            self.padded,
-            self.ws.stopping.max_iter,
-            int(previous),
-        )
-        iterates = [part.iterates[ws.cur] for part in self.parts]
+        B, padded, max_iter, has_previous = self.ws.layout.B, self.padded, self.ws.stopping.max_iter, int(previous)
+        iterates = [part.iterates[self.ws.cur] for part in self.parts]
         if self.alone:
             self.sample(
                 f[0], f_prev[0], iterates[0], self.history[0], self.small, self.statistics, self.stopping,

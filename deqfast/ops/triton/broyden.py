@@ -36,7 +36,7 @@ class BroydenStep(TritonStep):
             torch.empty(B, 3, dtype=acc, device=self.device),
         )
         M, tile = self.shapes.power_of_two(method.memory), self.shapes.chunk_tile(self.total, method.memory)
-        walk = {"method": method, "GRAM": gram, "BLOCK": 1024, "PRODUCTS_BLOCK": 256 * 4 // self.itemsize}
+        walk = {"method": method, "form": kernels.Form(gram, 1024, 256 * 4 // self.itemsize)}
         self.gather = [bound(kernels.gather_kernel, B * part.own, 4, **walk) for part in self.chunks]
         self.decide = bound(
             kernels.decide_kernel, B, 1 if gram else 8, **solve, GRAM=gram, M=M, CHUNKS=tile, BLOCK=2048
