@@ -68,9 +68,7 @@ class Columns:
         index = self.base + slot
         if own is None:
             assert self.pair is not None
-            self.wide.view(-1, self.pair.shape[2]).index_copy_(
-                0, index.view(-1), self.pair.view(-1, self.pair.shape[2])
-            )
+            self._flat.index_copy_(0, index.view(-1), self.pair.flatten(0, 1))
             return
         for target, column in ((self.wide[0], new[0]), (own, new[1])):
             target.view(-1, column.shape[1]).index_copy_(0, index[0], column)
