@@ -97,9 +97,13 @@ class Constants:
         self.growth = torch.tensor(GROWTH_LIMIT, dtype=acc, device=device)
         self.least, self.most = torch.finfo(acc).tiny, torch.finfo(acc).max
 
+        self._of: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
     def of(self, m: int) -> tuple[Tensor, Tensor, Tensor]:
         """Identity, ridges and slots for ``m`` columns."""
-        return self.eye[:m, :m], self.ridges[:, :m, :m], self.slots[:m]
+        if m not in self._of:
+            self._of[m] = (self.eye[:m, :m], self.ridges[:, :m, :m], self.slots[:m])
+        return self._of[m]
 
 
 class Step(NamedTuple):
