@@ -297,4 +297,4 @@ def test_any_state_goes_on_from_its_dict(backend, B, shape, dtype, solver, seed,
                 states[1] = state
                 at = -1
             state.step(any_map(state.z, *p.args))
-    assert alike(*states, backend)
+    assert alike(states[0], states[1], backend)

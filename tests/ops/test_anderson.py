@@ -130,7 +130,7 @@ def check_step(solver: dq.Anderson, state_dtype: torch.dtype, B: int, N: int, ba
 
 def assert_columns(state: SolverState, oracle: SolverState, going: Tensor) -> None:
     """The stored columns are the float64 ones rounded to the history dtype, to one unit in the last place."""
-    state.ws.settle()
+    state.ws.settle()  # type: ignore[attr-defined]
     dtype, acc = state.ws.history.dtype, EPS[state.layout.acc]
     ulp = {torch.int8: 2.0**-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}.get(dtype, 2 * acc)
     used = (untile(oracle.ws.norms, oracle.layout.B)[:, 0] > 0) & going[:, None]  # type: ignore[attr-defined]

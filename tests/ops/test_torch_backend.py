@@ -193,7 +193,7 @@ def test_count_is_read_late_where_the_device_has_events(monkeypatch):
     monkeypatch.setattr(lag, "_events", lambda device_type: Event)
     p = problem(3, 20, slowest=0.5)
     state = dq.Anderson().init(p.z0, rtol=1e-3, backend="torch")
-    state.bound.iterates.looks = False
+    state.bound.iterates.looks = False  # type: ignore[attr-defined]
     while not state.done:
         f = pull(state.z, *p.args)
         with Operations() as seen:
