@@ -17,7 +17,7 @@ import triton.language as tl
 from .arguments import RUN, chunk_of, has_status, iterates_of, row_of, sample_of
 from .columns import Points, Products, columns_of, mix, reduce
 from .constants import RUNNING
-from .measure import FULL, GOING, inverse, judge
+from .measure import EVICTED, GOING, inverse, judge
 from .small import all_products, decide, forget, new_column
 from .tiles import any_flag, damp, outcome_of, spill_and_rest, squared_norms, take_f, total, totals
 
@@ -25,11 +25,12 @@ HEAD = tl.constexpr(7)  # products that are not one for every column
 
 
 class Method(NamedTuple):
-    """What of Anderson's options is compiled in: columns, test space, eviction, whether it mixes."""
+    """What of Anderson's options is compiled in: columns, test space, eviction, evaluations a mix, whether it damps."""
 
     m: int
     C: float
     EVICT: int
+    MIX_EVERY: int
     MIXED: bool
 
 
@@ -40,7 +41,7 @@ RIDGE = tl.constexpr(1)
 
 def method_of(options: Any) -> tuple[Method, list[float]]:
     """An ``AndersonMethod`` as the kernels take it: compiled in, and as numbers."""
-    compiled = Method(options.m, options.test_space, int(options.evict), options.mixing != 1)
+    compiled = Method(options.m, options.test_space, int(options.evict), options.mix_every, options.mixing != 1)
     return compiled, [options.mixing, options.ridge]
 
 
@@ -93,18 +94,18 @@ def sample_kernel(
             if form.TILED:
                 is_new = tl.arange(0, M) == tl.where(new.adding, new.slot, -1)
                 matrices = all_products(columns, new.used | is_new, N, acc, C, BLOCK)
-            gamma, full = decide(
+            gamma, evicted = decide(
                 sample, small, products, matrices, outcome, steps, new.slot, has_previous,
                 tl.load(numbers + RIDGE).to(acc), M, form.TILED, method,
             )  # fmt: skip
             finite = mix(points, columns, gamma * inverse(unit), beta, 0, N, method.MIXED, form)
         else:
-            full = beta != beta
+            evicted = outcome * 0
             finite = damp(points.f, here.x, here.x_prev, beta, 0, N, acc, method.MIXED, BLOCK)
         if finite == 0:
             tl.debug_barrier()
             take_f(points.f, here.x_prev, N, BLOCK)
-            forget(sample, small.norms, full, m, M)
+            forget(sample, small.norms, evicted, m, M)
 
 
 @triton.jit
@@ -226,13 +227,13 @@ def decide_kernel(
         if (outcome & GOING) != 0:
             products = load_products(sums, ff, gg, new.used, chunks, acc, m, M, C, CHUNKS)
             tl.debug_barrier()
-            gamma, full = decide(
+            gamma, evicted = decide(
                 sample, small, products, None, outcome, steps, new.slot, has_previous,
                 tl.load(numbers + RIDGE).to(acc), M, False, method,
             )  # fmt: skip
             j = tl.arange(0, M)
             tl.store(gammas + b * m + j, gamma * inverse(unit), mask=j < m)
-            outcome |= tl.where(full, FULL, 0)
+            outcome += evicted * EVICTED
     tl.store(handed.outcomes + b, outcome)
 
 
@@ -293,4 +294,4 @@ def finish_kernel(
     if any_flag(handed.flags + b * chunks.total, chunks.total, BLOCK):
         take_f(row_of(f, b, chunks.n), iterates.x_prev + b * chunks.n, chunks.n, BLOCK)
         if LAST:
-            forget(sample_of(statistics, b, padded), small.norms, (outcome & FULL) != 0, method.m, M)
+            forget(sample_of(statistics, b, padded), small.norms, outcome // EVICTED, method.m, M)

@@ -41,8 +41,8 @@ RESET = tl.constexpr(2)  # the unit was set or changed: no history, no new colum
 SPILL = tl.constexpr(4)  # x_prev holds the best iterate and is about to be overwritten
 USE_SAVED = tl.constexpr(8)  # the answer of a stopped sample lies in `saved`, else in x
 GREW = tl.constexpr(16)  # the residual grew by more than GROWTH_LIMIT
-FULL = tl.constexpr(32)  # a column was marked for eviction
 BAD = tl.constexpr(64)  # Broyden: the denominator vanished, the step is a plain one
+EVICTED = tl.constexpr(128)  # times the columns given up
 JUDGED = tl.constexpr(128)  # the sample was running when the step began
 
 # Where the numbers of a solve lie in `settings`, float64: arguments of a launch would be rounded to float32.

@@ -70,14 +70,14 @@ def _enter(pointer, across, down, j, new, m: tl.constexpr, LOWER: tl.constexpr):
 
 
 @triton.jit
-def _victim(h, factors, diagonal, y, age, steps, ridge, n, m: tl.constexpr, M: tl.constexpr, C: tl.constexpr):
-    """The least useful column of a full history that is not among the newest."""
+def _use(h, factors, diagonal, y, age, steps, ridge, n, m: tl.constexpr, M: tl.constexpr, C: tl.constexpr):
+    """How useful each column is, the newest infinitely."""
     j = tl.arange(0, M)
     if C != 0:
         factors, diagonal = factor_ldl(tl.where(j[:, None] == j[None, :], h + ridge, h), n, M)
     loss = y * y / inverse_diagonal(factors, diagonal)
     NEWEST: tl.constexpr = m // 3 if m // 3 > 2 else 2
-    return tl.argmin(tl.where((j < m) & (age <= steps - NEWEST), loss, float("inf")), axis=0)
+    return tl.where((j < m) & (age <= steps - NEWEST), loss, float("inf"))
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def decide(
     """Enter the new column into the small matrices, solve them for gamma, choose the slot of the next column.
 
     ``products`` are those of the new column (see ``columns.Products``); of tiny samples (TILED) all products come in
-    the two ``matrices``. Returns gamma and whether a column will be evicted.
+    the two ``matrices``. Returns gamma and how many columns are evicted.
     """
     b, ints, padded, norms = sample.b, sample.ints, sample.padded, small.norms
     m: tl.constexpr = method.m
@@ -157,8 +157,9 @@ def decide(
     else:
         y = tl.where(valid, -rhs * rw, 0.0)
         y = solve_lu(tl.where(both, tl.where(row == col, ridge - e, -e), eye), y, n, M)
-    failed = tl.min((tl.abs(y) < float("inf")).to(tl.int32), axis=0) == 0
-    y = tl.where(failed, 0.0, y)
+    mixes = steps % method.MIX_EVERY == 0
+    failed = mixes & (tl.min((tl.abs(y) < float("inf")).to(tl.int32), axis=0) == 0)
+    y = tl.where(mixes & (failed == 0), y, 0.0)
     q = tl.where(failed, 0.0, q)
     gamma = tl.where(valid, y * rq, 0.0)
     age = tl.where(is_new, steps, age)
@@ -166,12 +167,22 @@ def decide(
     used = (q > 0) & inside
     count = tl.sum(used.to(tl.int32), axis=0)
     full = count == m
+    evicted = full.to(tl.int32)
     next_slot = tl.min(tl.where(inside & (used == 0), j, m), axis=0)
-    if full:
+    wanted = tl.where(mixes, method.MIX_EVERY, 1)  # columns for which the mix leaves room
+    if m - count < wanted:
         if method.EVICT == LEAST_USEFUL and m > 3:
-            next_slot = _victim(h, factors, diagonal, y, age, steps, ridge, n, m, M, C)
+            use = _use(h, factors, diagonal, y, age, steps, ridge, n, m, M, C)
         else:
-            next_slot = tl.argmin(tl.where(inside, age, 2147483647), axis=0)
+            use = age.to(acc)
+        if full:
+            next_slot = tl.argmin(tl.where(inside, use, float("inf")), axis=0)  # used until it is overwritten
+        for _ in tl.static_range(1, method.MIX_EVERY):
+            if m - count + full.to(tl.int32) < wanted:
+                gone = tl.argmin(tl.where((q > 0) & (j != next_slot), use, float("inf")), axis=0)
+                q = tl.where(j == gone, 0.0, q)
+                count -= 1
+                evicted += 1
 
     tl.debug_barrier()
     tl.store(place, q, mask=inside)
@@ -179,14 +190,14 @@ def decide(
     tl.store(small.ages + (b // TILE) * (m * TILE) + b % TILE + j * TILE, age, mask=inside)
     tl.store(ints + SLOT * padded, next_slot)
     tl.store(ints + COUNT * padded, count)
-    tl.store(ints + EVICTIONS * padded, evictions + full.to(tl.int32))
+    tl.store(ints + EVICTIONS * padded, evictions + evicted)
     tl.store(ints + SOLVE_FALLBACKS * padded, solve_fallbacks + failed.to(tl.int32))
     tl.store(ints + GROWTH_RESTARTS * padded, growth_restarts + (grew & (C == 0)).to(tl.int32))
-    return gamma, full
+    return gamma, evicted
 
 
 @triton.jit
-def forget(sample, norms, full, m: tl.constexpr, M: tl.constexpr):
+def forget(sample, norms, evicted, m: tl.constexpr, M: tl.constexpr):
     """The step did not stay finite: no column is kept, and none was evicted."""
     fallbacks = tl.load(sample.ints + STEP_FALLBACKS * sample.padded)
     evictions = tl.load(sample.ints + EVICTIONS * sample.padded)
@@ -195,7 +206,7 @@ def forget(sample, norms, full, m: tl.constexpr, M: tl.constexpr):
     if m > 0:
         j = tl.arange(0, M)
         tl.store(norms_of(norms, sample.b, j, m), tl.zeros((M,), norms.dtype.element_ty), mask=j < m)
-        tl.store(sample.ints + EVICTIONS * sample.padded, evictions - full.to(tl.int32))
+        tl.store(sample.ints + EVICTIONS * sample.padded, evictions - evicted)
         tl.store(sample.ints + SLOT * sample.padded, 0)
         tl.store(sample.ints + COUNT * sample.padded, 0)
 

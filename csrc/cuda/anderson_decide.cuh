@@ -66,11 +66,12 @@ class Decision {
 
     __device__ void run(int slot, int32_t outcome) {
         const int n = enter(slot, outcome);
-        const bool failed = WarpTeam::any(!solve(n));
+        const bool mixes = a.at(kSteps, b) % a.mix_every == 0;
+        const bool failed = mixes && WarpTeam::any(!solve(n));
         int used = 0, empty = m;
         for (int j = rank; j < m; j += kWarpSize) {
             if (failed) small.norms[j] = s.q[j] = 0;
-            s.gamma[j] = j < n && !failed && s.q[j] > 0 ? s.y[j] / s.q[j] : A(0);
+            s.gamma[j] = j < n && mixes && !failed && s.q[j] > 0 ? s.y[j] / s.q[j] : A(0);
             if (s.q[j] > 0)
                 ++used;
             else
@@ -79,11 +80,24 @@ class Decision {
         used = warp_sum(used);
         for (int step = kWarpSize / 2; step > 0; step /= 2) empty = min(empty, __shfl_xor_sync(kAll, empty, step));
         const bool full = used == m;
-        const int next = full ? victim() : empty;
+        const int wanted = mixes ? a.mix_every : 1;  // columns for which the mix leaves room
+        int next = empty, evicted = 0;
+        if (m - used < wanted) {
+            score(mixes);
+            if (full) {
+                next = victim(-1);  // used until it is overwritten
+                evicted = 1;
+            }
+            for (; m - used + full < wanted; --used, ++evicted) {
+                const int gone = victim(next);
+                if (gone % kWarpSize == rank) small.norms[gone] = s.q[gone] = 0;
+                __syncwarp();
+            }
+        }
         if (rank != 0) return;
         a.at(kSlot, b) = next;
         a.at(kCount, b) = used;
-        a.at(kEvictions, b) += full;
+        a.at(kEvictions, b) += evicted;
         a.at(kSolveFallbacks, b) += failed;
     }
 
@@ -176,9 +190,9 @@ class Decision {
         return solved;
     }
 
-    // Which column a full history gives up.
-    __device__ int victim() const {
-        const bool by_use = a.evict == Evict::least_useful && m > 3;
+    // How much each column is worth, into y: of a history that has to give some up.
+    __device__ void score(bool mixes) const {
+        const bool by_use = mixes && a.evict == Evict::least_useful && m > 3;
         if (by_use && !(type2 && in_registers)) {
             if (!type2) load_gram(m);
             if (in_registers) {
@@ -188,14 +202,20 @@ class Decision {
                 inverse_diagonal<WarpTeam>(system, diagonal, m, m);
             }
         }
-        const int newest = a.at(kSteps, b) - (m / 3 > 2 ? m / 3 : 2);
+        const int newest = a.at(kSteps, b) - newest_kept(m);
+        for (int j = rank; j < m; j += kWarpSize) {
+            const bool kept = by_use && small.ages[j] > newest;
+            s.y[j] = kept ? A(INFINITY) : by_use ? s.y[j] * s.y[j] / s.diagonal[j] : A(small.ages[j]);
+        }
+        __syncwarp();
+    }
+
+    // The column in use that is worth least, but for `not_this`.
+    __device__ int victim(int not_this) const {
         A best = A(INFINITY);
         int chosen = m;
-        for (int j = rank; j < m; j += kWarpSize) {
-            if (by_use && small.ages[j] > newest) continue;
-            const A loss = by_use ? s.y[j] * s.y[j] / s.diagonal[j] : A(small.ages[j]);
-            if (loss < best) best = loss, chosen = j;
-        }
+        for (int j = rank; j < m; j += kWarpSize)
+            if (s.q[j] > 0 && j != not_this && s.y[j] < best) best = s.y[j], chosen = j;
         A negative = -best;
         WarpTeam::largest(negative, chosen);
         return chosen < m ? chosen : 0;

@@ -63,8 +63,9 @@ class TinyStep {
                 old_column(j, !(outcome & kReset) && !grew);
             if (q[j] > 0) used = j + 1;
         }
-        choose_slot(used, solve(used));
-        mix(used);
+        const bool mixes = a.at(kSteps, b) % a.mix_every == 0;
+        choose_slot(used, mixes, !mixes || solve(used));
+        mix(mixes ? used : 0);
     }
 
    private:
@@ -184,7 +185,7 @@ class TinyStep {
         return solved;
     }
 
-    __device__ void choose_slot(int used, bool solved) const {
+    __device__ void choose_slot(int used, bool mixes, bool solved) const {
         int count = 0, next = m;
         for (int j = m - 1; j >= 0; --j) {
             if (!solved) norms[j] = q[j] = 0;
@@ -193,16 +194,26 @@ class TinyStep {
             else
                 next = j;
         }
-        if (next == m) next = victim(used);
+        const bool full = count == m;
+        const int wanted = mixes ? a.mix_every : 1;  // columns for which the mix leaves room
+        int evicted = 0;
+        if (m - count < wanted) {
+            score(used, mixes);
+            if (full) {
+                next = victim(-1);  // used until it is overwritten
+                evicted = 1;
+            }
+            for (; m - count + full < wanted; --count, ++evicted) norms[victim(next)] = 0;
+        }
         a.at(kSlot, b) = next;
         a.at(kCount, b) = count;
-        a.at(kEvictions, b) += count == m;
+        a.at(kEvictions, b) += evicted;
         a.at(kSolveFallbacks, b) += !solved;
     }
 
-    // Which column a full history gives up.
-    __device__ int victim(int used) const {
-        const bool by_use = a.evict == Evict::least_useful && m > 3;
+    // How much each column is worth, into the diagonal: of a history that has to give some up.
+    __device__ void score(int used, bool mixes) const {
+        const bool by_use = mixes && a.evict == Evict::least_useful && m > 3;
         if (by_use) {
             if (!type2) {
                 form_gram(used);
@@ -210,14 +221,19 @@ class TinyStep {
             }
             inverse_diagonal<LoneTeam>(system, diagonal, used, m);
         }
-        const int newest = a.at(kSteps, b) - (m / 3 > 2 ? m / 3 : 2);
+        const int newest = a.at(kSteps, b) - newest_kept(m);
+        for (int j = 0; j < m; ++j) {
+            const bool kept = by_use && ages[j] > newest;
+            diagonal[j] = kept ? A(INFINITY) : by_use ? y[j] * y[j] / diagonal[j] : A(ages[j]);
+        }
+    }
+
+    // The column in use that is worth least, but for `not_this`.
+    __device__ int victim(int not_this) const {
         A least = A(INFINITY);
         int chosen = 0;
-        for (int j = 0; j < m; ++j) {
-            if (by_use && ages[j] > newest) continue;
-            const A loss = by_use ? y[j] * y[j] / diagonal[j] : A(ages[j]);
-            if (loss < least) least = loss, chosen = j;
-        }
+        for (int j = 0; j < m; ++j)
+            if (norms[j] > 0 && j != not_this && diagonal[j] < least) least = diagonal[j], chosen = j;
         return chosen;
     }
 
