@@ -8,8 +8,9 @@ VENV_MIN ?= .venv-min
 PYTEST_ARGS ?=
 # Test processes: one a core.
 WORKERS ?= auto
-# Lines and branches of deqfast/ that `make test` must reach, in per cent; a part of the tests reaches what it reaches.
-COVERAGE ?= $(if $(strip $(PYTEST_ARGS)),0,93)
+# Lines and branches of deqfast/ that `make test` must reach, in per cent: those of devices that are not there count as
+# missed. A part of the tests reaches what it reaches.
+COVERAGE ?= $(if $(strip $(PYTEST_ARGS)),0,91)
 # CUDA kernels take minutes to compile: without a GPU to run them they are left to check-cuda.
 CUDA ?= $(if $(shell command -v nvidia-smi),auto,off)
 # Everything instrumented takes an hour: SANITIZE_TESTS="tests -k native".
@@ -80,7 +81,7 @@ lint: venv ## Formats, style, types, and which way imports point
 
 # Passive: threads that spin while they wait stall tests on machines with more threads than cores. What fails is named in
 # the last lines: pytest's own summary comes after the coverage table.
-PYTEST = OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(WORKERS) --dist worksteal
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(WORKERS) --dist worksteal -r fE
 
 test: lint build ## Lint, then run the tests with coverage
 	$(PYTEST) -m "not packaging and not triton" --cov --cov-report=term --cov-fail-under=$(COVERAGE) $(PYTEST_ARGS)
