@@ -1,5 +1,5 @@
 """The end of a joint step in Triton: `record`, a lane a sample, and for each tensor with rows to be copied `copy`, a
-program a chunk. The formulas are in deqfast/ops/joint_finish.py. Nothing is added up.
+program a chunk. The formulas are in deqfast/ops/formulas/joint.py. Nothing is added up.
 """
 
 from typing import Any, NamedTuple
