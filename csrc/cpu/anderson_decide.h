@@ -21,7 +21,7 @@ struct Tile {
 template <class A>
 struct Lanes {
     A going[kTile], slot[kTile], reset[kTile], grew[kTile], steps[kTile];  // slot -1: no new column
-    A next_slot[kTile], count[kTile], full[kTile], failed[kTile];
+    A next_slot[kTile], count[kTile], evicted[kTile], failed[kTile];
 };
 
 // Every product of the columns, row-major with stride m, where the small matrices are not kept: then nothing is
@@ -30,6 +30,14 @@ template <class A>
 struct AllProducts {
     const Vec<A>*matrix, *gram;  // W_i . dG_j; dG_i . dG_j, i >= j
 };
+
+// The lanes whose evaluation mixes; the others take the plain step.
+template <class A>
+auto mixes(const AndersonArgs& a, Vec<A> steps) {
+    Vec<A> rest = {};
+    for (int i = 0; a.mix_every > 1 && i < kLanes<A>; ++i) rest[i] = A(int64_t(steps[i]) % a.mix_every);
+    return rest == Vec<A>{};
+}
 
 // `products` is (products, 16), `gamma` (m, 16); `work` holds anderson_work(m) registers. Handles lanes [lane, lane +
 // L). With `all`, products (kRhs) covers the new column too.
@@ -125,17 +133,21 @@ __attribute__((noinline)) void decide(const AndersonArgs& a, const Tile<A>& t, L
         }
     }
 
-    auto solved = going;
+    const V steps = get(lanes.steps, 0);
+    const auto mixing = going & mixes<A>(a, steps);
+    auto solved = mixing;
     bool factored = false;
-    if (type2) {
-        solved &= factor_ldl<LaneOps>(h, n, m);
-        factored = true;
-        solve_ldl<LaneOps>(h, y, n, m);
-    } else {
-        solve_lu<LaneOps>(e, y, n, m);
+    if (any(mixing)) {
+        if (type2) {
+            solved &= factor_ldl<LaneOps>(h, n, m);
+            factored = true;
+            solve_ldl<LaneOps>(h, y, n, m);
+        } else {
+            solve_lu<LaneOps>(e, y, n, m);
+        }
+        for (int j = 0; j < n; ++j) solved &= absolute(y[j]) < infinity;
     }
-    for (int j = 0; j < n; ++j) solved &= absolute(y[j]) < infinity;
-    const auto failed = going & ~solved;
+    const auto failed = mixing & ~solved;
     put(lanes.failed, 0, select(failed, one, zero));
 
     auto has_empty = ~(zero == zero);
@@ -156,40 +168,57 @@ __attribute__((noinline)) void decide(const AndersonArgs& a, const Tile<A>& t, L
         count = select(empty, count, count + one);
     }
     V* age = row;
-    const V steps = get(lanes.steps, 0);
     for (int j = 0; j < m; ++j) {
         const auto is_new = adding & (slot == splat<A>(A(j)));
         int32_t* stored = t.ages + j * kTile + lane;
         age[j] = select(is_new, steps, __builtin_convertvector(read<Ints>(stored), V));
         write(stored, __builtin_convertvector(age[j], Ints));
     }
+    // The mix leaves room for the columns until the next one: the slot of the next column, and empty ones.
     const auto full = going & ~has_empty;
-    put(lanes.full, 0, select(full, one, zero));
-    put(lanes.count, 0, count);
-    if (any(full)) {
-        V victim = zero;
-        if (a.evict == Evict::least_useful && m > 3) {
-            V *diagonal = rw, *scratch = col;
-            if (!factored) factor_ldl<LaneOps>(h, n, m);
-            inverse_diagonal<LaneOps>(h, diagonal, scratch, n, m);
-            const V newest = steps - splat<A>(A(m / 3 > 2 ? m / 3 : 2));
-            V least = infinity;
-            for (int j = 0; j < m; ++j) {
-                const V loss = y[j] * y[j] / diagonal[j];
-                const auto better = (loss < least) & (age[j] <= newest);
-                least = select(better, loss, least);
-                victim = select(better, splat<A>(A(j)), victim);
-            }
-        } else {
-            V oldest = infinity;
-            for (int j = 0; j < m; ++j) {
-                const auto older = age[j] < oldest;
-                oldest = select(older, age[j], oldest);
-                victim = select(older, splat<A>(A(j)), victim);
+    V room = splat<A>(A(m)) - count, evicted = zero;
+    bool scored = false;
+    for (int wanted = 1; wanted <= a.mix_every; ++wanted) {
+        const auto short_of = (wanted == 1 ? full : mixing) & (room < splat<A>(A(wanted)));
+        if (!any(short_of)) continue;
+        V* score = rw;
+        if (!scored) {
+            scored = true;
+            if (a.evict == Evict::least_useful && m > 3) {
+                V *diagonal = rw, *scratch = col;
+                if (!factored) factor_ldl<LaneOps>(h, n, m);
+                factored = true;
+                inverse_diagonal<LaneOps>(h, diagonal, scratch, n, m);
+                const V newest = steps - splat<A>(A(newest_kept(m)));
+                for (int j = 0; j < m; ++j) {
+                    const V loss = y[j] * y[j] / diagonal[j];
+                    score[j] = select(age[j] <= newest, loss, infinity);
+                }
+            } else {
+                for (int j = 0; j < m; ++j) score[j] = age[j];
             }
         }
-        next_slot = select(full, victim, next_slot);
+        V victim = zero, least = infinity;
+        for (int j = 0; j < m; ++j) {
+            auto better = score[j] < least;
+            if (wanted > 1) better &= (q[j] > zero) & (next_slot != splat<A>(A(j)));
+            least = select(better, score[j], least);
+            victim = select(better, splat<A>(A(j)), victim);
+        }
+        room = select(short_of, room + one, room);
+        evicted = select(short_of, evicted + one, evicted);
+        if (wanted == 1) {
+            next_slot = select(full, victim, next_slot);  // used until it is overwritten
+            continue;
+        }
+        count = select(short_of, count - one, count);
+        for (int j = 0; j < m; ++j) {
+            q[j] = select(short_of & (victim == splat<A>(A(j))), zero, q[j]);
+            put(t.norms, j, q[j]);
+        }
     }
+    put(lanes.evicted, 0, evicted);
+    put(lanes.count, 0, count);
     put(lanes.next_slot, 0, next_slot);
 }
 

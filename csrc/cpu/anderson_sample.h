@@ -116,7 +116,7 @@ struct AndersonSample {
             const bool going = lanes.going[lane] > 0;
             a.at(kSlot, b) = going ? int32_t(lanes.next_slot[lane]) : a.at(kSlot, b);
             a.at(kCount, b) = going ? int32_t(lanes.count[lane]) : a.at(kCount, b);
-            a.at(kEvictions, b) += going && lanes.full[lane] > 0;
+            a.at(kEvictions, b) += going ? int32_t(lanes.evicted[lane]) : 0;
             a.at(kSolveFallbacks, b) += going && lanes.failed[lane] > 0;
         }
     }

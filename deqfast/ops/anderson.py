@@ -20,10 +20,21 @@ HISTORY_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, t
 SCALED_DTYPES = (torch.float16, torch.int8)
 
 
+def newest_kept(m: int) -> int:
+    """How many of m columns are the newest, which a full history does not give up as least useful."""
+    return max(2, m // 3)
+
+
+def most_given_up(m: int) -> int:
+    """How many of m columns may be given up at once, and so the largest ``mix_every``."""
+    return max(1, m - newest_kept(m))
+
+
 class AndersonMethod(NamedTuple):
     """The numbers of the method, handed on whole from the solver's options to every backend.
 
-    ``m``: columns. ``test_space``: W = dF - c dG with c = 1 (Type I) or 2 (mixed); 0: Type II, W = -dG.
+    ``m``: columns. ``test_space``: W = dF - c dG with c = 1 (Type I) or 2 (mixed); 0: Type II, W = -dG. ``mix_every``:
+    evaluations from one mix to the next; those between take the plain step.
     """
 
     m: int
@@ -31,6 +42,7 @@ class AndersonMethod(NamedTuple):
     mixing: float = 1.0
     ridge: float = 0.0
     evict: Evict = Evict.OLDEST
+    mix_every: int = 1
 
 
 class Loose(Protocol):

@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from ..ops.anderson import HISTORY_DTYPES, AndersonMethod, AndersonWorkspace
+from ..ops.anderson import HISTORY_DTYPES, AndersonMethod, AndersonWorkspace, most_given_up
 from ..ops.codes import Evict
 from ..ops.layout import Layout
 from ..ops.workspace import Stopping
@@ -44,6 +44,10 @@ class Anderson(Solver):
             last two with a power-of-two scale per 1024 numbers). Default: bfloat16 for states of 32 bits and less,
             float64 for float64. Iterates and residuals are never rounded, so this does not limit the answer.
         evict: which column a full history gives up: "least_useful" (default) or "oldest".
+        mix_every: p, at least 1 (default). Only every p-th evaluation of a sample solves for gamma and mixes; those
+            between take the plain step, with their columns recorded all the same. For large states whose steps are
+            bound by memory, with more columns (m=20): a step without a mix moves fewer bytes. At most m less the
+            max(2, m // 3) newest columns; for samples of so few numbers that m shrinks, as many as then fit.
 
     Source: Walker and Ni, SIAM J. Numer. Anal. 49 (2011); Fang and Saad, Numer. Linear Algebra Appl. 16 (2009).
     Not for: maps that plain iteration contracts in a few steps, where ``Picard`` is cheaper.
@@ -55,6 +59,7 @@ class Anderson(Solver):
     ridge: float | None = None
     history_dtype: torch.dtype | None = None
     evict: Literal["least_useful", "oldest"] = "least_useful"
+    mix_every: int = 1
 
     def __post_init__(self) -> None:
         check_int("m", self.m, hint="; for no history use dq.Picard()")
@@ -68,6 +73,12 @@ class Anderson(Solver):
         if self.history_dtype is not None and self.history_dtype not in HISTORY_DTYPES:
             raise ValueError(f"history_dtype must be None or one of {HISTORY_DTYPES}, got {self.history_dtype}")
         check_choice("evict", self.evict, ("least_useful", "oldest"))
+        check_int("mix_every", self.mix_every)
+        if self.mix_every > most_given_up(self.m):
+            raise ValueError(
+                f"mix_every must be at most {most_given_up(self.m)} with m={self.m}, got {self.mix_every}: "
+                "so many columns are given up between two mixes"
+            )
 
     @property
     def uses_previous(self) -> bool:
@@ -81,11 +92,13 @@ class Anderson(Solver):
         history_dtype = self.history_dtype or (torch.float64 if wide else torch.bfloat16)
         if history_dtype == torch.float64 and not wide:
             raise ValueError(f"history_dtype=torch.float64 needs a float64 state, got {layout.dtype}")
+        m = min(self.m, max(1, layout.N))  # more columns than numbers are linearly dependent
         method = AndersonMethod(
-            m=min(self.m, max(1, layout.N)),  # more columns than numbers are linearly dependent
+            m=m,
             test_space=_TEST_SPACE[self.type],
             mixing=self.mixing,
             ridge=default_ridge if self.ridge is None else self.ridge,
             evict=Evict[self.evict.upper()],
+            mix_every=min(self.mix_every, most_given_up(m)),
         )
         return AndersonWorkspace(layout, stopping, method, history_dtype)

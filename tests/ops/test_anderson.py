@@ -130,7 +130,8 @@ def check_step(solver: dq.Anderson, state_dtype: torch.dtype, B: int, N: int, ba
 
 def assert_columns(state: SolverState, oracle: SolverState, going: Tensor) -> None:
     """The stored columns are the float64 ones rounded to the history dtype, to one unit in the last place."""
-    state.ws.settle()  # type: ignore[attr-defined]
+    assert isinstance(state.ws, AndersonWorkspace)
+    state.ws.settle()
     dtype, acc = state.ws.history.dtype, EPS[state.layout.acc]
     ulp = {torch.int8: 2.0**-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}.get(dtype, 2 * acc)
     used = (untile(oracle.ws.norms, oracle.layout.B)[:, 0] > 0) & going[:, None]  # type: ignore[attr-defined]
@@ -280,7 +281,7 @@ def test_oldest_column_is_evicted_when_asked_and_newest_columns_never(backend):
             victim = ages[torch.arange(9), slot]
             assert bool(((victim <= state.steps - 2) | ~state.running).all())
             if evict == "oldest":
-                assert torch.equal(victim, ages.min(dim=1).values)
+                assert bool(((victim == ages.min(dim=1).values) | ~state.running).all())
         assert bool((state.ws.int_row(Int.EVICTIONS) > 0).all())
 
 

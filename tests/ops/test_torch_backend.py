@@ -21,6 +21,7 @@ from deqfast.ops import lag, layout, native, plain
 from deqfast.ops.codes import Int
 from deqfast.ops.plain import matrices
 from deqfast.ops.plain.elimination import forward_substitution, gauss_jordan
+from deqfast.ops.plain.portable import PortableStep
 
 MISSING = ("linalg", "cholesky", "frexp", "ldexp", "triangular", "lu_", "inverse", "scatter_reduce")
 
@@ -193,7 +194,8 @@ def test_count_is_read_late_where_the_device_has_events(monkeypatch):
     monkeypatch.setattr(lag, "_events", lambda device_type: Event)
     p = problem(3, 20, slowest=0.5)
     state = dq.Anderson().init(p.z0, rtol=1e-3, backend="torch")
-    state.bound.iterates.looks = False  # type: ignore[attr-defined]
+    assert isinstance(state.bound, PortableStep)
+    state.bound.iterates.looks = False
     while not state.done:
         f = pull(state.z, *p.args)
         with Operations() as seen:

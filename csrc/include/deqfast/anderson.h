@@ -12,6 +12,7 @@ struct AndersonMethod {
     double mixing = 1;
     double ridge = 0;
     Evict evict = Evict::least_useful;
+    int mix_every = 1;  // evaluations from one mix to the next; those between take the plain step
 };
 template <class Visit>
 void fields(AndersonMethod& method, Visit&& visit) {
@@ -20,6 +21,7 @@ void fields(AndersonMethod& method, Visit&& visit) {
     visit("mixing", method.mixing);
     visit("ridge", method.ridge);
     visit("evict", method.evict);
+    visit("mix_every", method.mix_every);
 }
 
 struct AndersonArgs : SolveArgs, AndersonMethod {
@@ -33,6 +35,9 @@ struct AndersonArgs : SolveArgs, AndersonMethod {
     void* norms = nullptr;    // (tiles, 2, m, 16): q_j = ||dG_j||, w_j = ||W_j||; q_j = 0: empty column
     int32_t* ages = nullptr;  // (tiles, m, 16)
 };
+
+// The newest columns, which a full history does not give up as least useful.
+DEQFAST_HD inline int newest_kept(int m) { return m / 3 > 2 ? m / 3 : 2; }
 
 // Products a sample: norms and products of the new column, then for every column j the four products with it.
 enum AndersonProduct { kFF, kGG, kQQ, kWW, kWG, kVG, kWV, kHeadProducts };

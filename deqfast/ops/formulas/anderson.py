@@ -9,6 +9,9 @@ Type II is W = -dG; both sides change sign, and E + lam I is dG's Gram matrix wi
 column that is least useful, argmin_j |y_j| / sqrt((H^-1)_jj) with H the Gram matrix of the normalised dG, or the
 oldest.
 
+With p = ``mix_every`` > 1 only every p-th evaluation mixes; the others take the plain step x + beta g, their columns
+are recorded all the same, and a mix leaves room for p columns.
+
 An empty column has infinite norms: whatever is divided by one is 0, so that its weight is 0 without a mask.
 """
 
@@ -20,7 +23,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..anderson import AndersonMethod
+from ..anderson import AndersonMethod, newest_kept
 from ..codes import GROWTH_LIMIT, Evict
 from .algebra import Algebra, Definite, but_not
 
@@ -94,9 +97,13 @@ class Constants:
         self.growth = torch.tensor(GROWTH_LIMIT, dtype=acc, device=device)
         self.least, self.most = torch.finfo(acc).tiny, torch.finfo(acc).max
 
+        self._of: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
     def of(self, m: int) -> tuple[Tensor, Tensor, Tensor]:
         """Identity, ridges and slots for ``m`` columns."""
-        return self.eye[:m, :m], self.ridges[:, :m, :m], self.slots[:m]
+        if m not in self._of:
+            self._of[m] = (self.eye[:m, :m], self.ridges[:, :m, :m], self.slots[:m])
+        return self._of[m]
 
 
 class Step(NamedTuple):
@@ -154,6 +161,8 @@ def step(
     elif added.size is not None:
         products = _add_products(products, added, onto_g, onto_w)
         known = known._replace(products=products)
+    if e.made % method.mix_every:
+        return Step(base, known, grew=added.grew)
     eye, ridges, _ = c.of(q.shape[1])
     used = q < c.empty
     both = used[:, None, :, None] & used[:, None, None, :]
@@ -235,7 +244,7 @@ def fallback(f: Tensor, answer: Tensor, going: Tensor) -> Tensor:
 
 
 class Chosen(NamedTuple):
-    """What is known after the step, how many columns are in use, and who gives one up."""
+    """What is known after the step, how many columns are in use, and how many are given up."""
 
     known: Known
     used: Tensor
@@ -254,15 +263,33 @@ def choose_slot(
     used = norms[:, 0] < c.empty
     count = used.sum(1, dtype=torch.int32)
     full = going & (count == method.m)
-    if made <= method.m or s.y is None:  # too early for a full history
+    if made <= method.m - method.mix_every + 1 or s.y is None:  # no need yet to give a column up
         slot = used.view(torch.uint8).argmin(1)
         return Chosen(known._replace(norms=norms, slot=slot), count, full)
     if method.evict is Evict.LEAST_USEFUL and method.m > 3:
         assert s.gram is not None
         gram = algebra.definite(s.gram) if isinstance(s.gram, Tensor) else s.gram
-        newest = known.ages > made - max(2, method.m // 3)
+        newest = known.ages > made - newest_kept(method.m)
         score = (s.y / gram.root_inverse_diagonal()).abs().masked_fill(newest, math.inf)
     else:
         score = known.ages.to(norms.dtype)
     slot = torch.where(used, score, c.free).argmin(1)
-    return Chosen(known._replace(norms=norms, slot=slot), count, full)
+    chosen = Chosen(known._replace(norms=norms, slot=slot), count, full)
+    return chosen if method.mix_every == 1 else _make_room(method, c, chosen, used, score, going)
+
+
+def _make_room(
+    method: AndersonMethod, c: Constants, chosen: Chosen, used: Tensor, score: Tensor, going: Tensor
+) -> Chosen:
+    """Empty the columns of least ``score`` until the next ``mix_every`` columns find a slot."""
+    known, count, evicted = chosen.known, chosen.used, chosen.evicting.int()
+    slots, norms = c.of(used.shape[1])[2], known.norms
+    room = method.m - count + evicted  # the chosen slot is room, full or not
+    used = used & (slots != known.slot[:, None])
+    for wanted in range(2, method.mix_every + 1):
+        short = going & (room < wanted)
+        least = torch.where(used, score, c.empty).argmin(1)
+        gone = used & short[:, None] & (slots == least[:, None])
+        norms, used = torch.where(gone[:, None], c.empty, norms), used & ~gone
+        room, count, evicted = room + short.int(), count - short.int(), evicted + short.int()
+    return Chosen(known._replace(norms=norms), count, evicted)

@@ -42,6 +42,8 @@ class Columns:
                 ws.own_columns[:, : self.count].masked_fill_(~used[:, :, None], 0)
         self.base = torch.arange(2 * B, device=layout.device).view(2, B) * m
         self.pair: Tensor | None = None
+        self._views = (-1, self.wide, self.wide)
+        self._flat = self.wide.view(2 * B * m, layout.N)
 
     def grow(self, count: int) -> None:
         """Make slots ready to be written to."""
@@ -66,9 +68,7 @@ class Columns:
         index = self.base + slot
         if own is None:
             assert self.pair is not None
-            self.wide.view(-1, self.pair.shape[2]).index_copy_(
-                0, index.view(-1), self.pair.view(-1, self.pair.shape[2])
-            )
+            self._flat.index_copy_(0, index.view(-1), self.pair.flatten(0, 1))
             return
         for target, column in ((self.wide[0], new[0]), (own, new[1])):
             target.view(-1, column.shape[1]).index_copy_(0, index[0], column)
@@ -98,9 +98,11 @@ class Columns:
 
     def _columns(self) -> tuple[Tensor, Tensor]:
         own = self.ws.own_columns
-        dF, dG = self.wide[0], self.wide[1] if own is None else own
-        m = self.method.m
-        return (dF, dG) if self.count == m else (dF[:, : self.count], dG[:, : self.count])
+        if own is not None:
+            return self.wide[0, :, : self.count], own[:, : self.count]
+        if self._views[0] != self.count:
+            self._views = (self.count, self.wide[0, :, : self.count], self.wide[1, :, : self.count])
+        return self._views[1:]
 
     def every(self) -> Tensor:
         """All products of the columns with each other."""

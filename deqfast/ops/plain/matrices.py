@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..formulas.algebra import Definite
-from ..formulas.sums import scaled_norm
+from ..formulas.sums import chunked_norm, scaled_norm
 from .elimination import forward_substitution, gauss_jordan
 
 
@@ -75,7 +75,7 @@ class Matrices:
 
     def norm(self, rows: Tensor) -> Tensor:
         """Of rows of magnitude about one."""
-        return torch.linalg.vector_norm(rows, dim=-1)
+        return chunked_norm(rows)
 
     def norm_of_any(self, rows: Tensor) -> Tensor:
         """Of rows of any magnitude."""

@@ -98,6 +98,7 @@ class Statistics:
         self.stats = Stats(*(ws.int_row(row) for row in STATS_INTS), *(ws.real_row(row) for row in STATS_REALS))
         B, ints = layout.B, len(STATS_INTS)
         self._ints, self._reals = ws.ints[:ints, :B], ws.reals[: len(STATS_REALS), :B]
+        self._views: dict[tuple[int, int], Tensor] = {}
         self._none = torch.zeros(B, dtype=torch.bool, device=layout.device)
         if ws.block_norms is not None:
             self._rules = ws.block_norms.new_tensor(ws.block_rules)
@@ -119,14 +120,21 @@ class Statistics:
         if not more:
             torch.where(run, torch.stack(ints), self._ints, out=self._ints)
             return
-        rows = list(Int)[len(STATS_INTS) : max(more) + 1]
+        last = max(more)
+        rows = list(Int)[len(STATS_INTS) : last + 1]
         values = [*ints, *(more[row] if row in more else self.ws.int_row(row) for row in rows)]
         masks = torch.stack([run] * len(ints) + [verdict.going] * len(rows))
-        target = self.ws.ints[: len(values), : self.ws.layout.B]
+        target = self._rows_of(0, last)
         torch.where(masks, torch.stack(values), target, out=target)
+
+    def _rows_of(self, first: int, last: int) -> Tensor:
+        """A view of rows of ``ints``, made once."""
+        if (first, last) not in self._views:
+            self._views[first, last] = self.ws.ints[first : last + 1, : self.ws.layout.B]
+        return self._views[first, last]
 
     def count(self, events: dict[Int, Tensor]) -> None:
         """Count what happened to samples."""
         first, last = min(events), max(events)
         masks = [events.get(row, self._none) for row in EVENTS[first - EVENTS[0] : last - EVENTS[0] + 1]]
-        self.ws.ints[first : last + 1, : self.ws.layout.B].add_(torch.stack(masks))
+        self._rows_of(first, last).add_(torch.stack(masks))
