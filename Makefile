@@ -46,7 +46,7 @@ $(VENV)/.torch:
 # The install is of the Python files only; `build` compiles, incrementally.
 $(VENV)/.deps: $(VENV)/.torch pyproject.toml setup.py
 	$(BIN)/python $(PIP_INSTALL) $(BUILD_DEPS)
-	DEQFAST_SKIP_BUILD=1 $(BIN)/python $(PIP_INSTALL) --no-build-isolation --check-build-dependencies -e ".[test,bench]"
+	DEQFAST_SKIP_BUILD=1 $(BIN)/python $(PIP_INSTALL) --no-build-isolation --check-build-dependencies -e ".[test,bench,triton]"
 	touch $@
 
 venv: $(VENV)/.deps ## Make .venv with torch, the tools and the package (editable)
@@ -98,7 +98,7 @@ $(VENV_MIN)/.deps: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV_MIN)
 	$(VENV_MIN)/bin/python $(PIP_INSTALL) "$(TORCH_MIN)" numpy
 	$(VENV_MIN)/bin/python $(PIP_INSTALL) $(BUILD_DEPS)
-	DEQFAST_SKIP_BUILD=1 $(VENV_MIN)/bin/python $(PIP_INSTALL) --no-build-isolation -e ".[test]"
+	DEQFAST_SKIP_BUILD=1 $(VENV_MIN)/bin/python $(PIP_INSTALL) --no-build-isolation -e ".[test]" "$(TORCH_MIN)"
 	touch $@
 
 test-min-torch: build $(VENV_MIN)/.deps ## Run the tests on the oldest supported torch (downloads 3 GB)
