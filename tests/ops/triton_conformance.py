@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import test_anderson
 import test_broyden
+import test_mix_every
 import torch
 from interpreter import patch_once
 from problems import problem, pull, run, same_bits, same_state, solve
@@ -59,6 +60,11 @@ def test_interpreter_serves_the_cpu_by_name_alone():
 )
 def test_anderson_step_agrees_with_float64_formulas(solver, B, N, steps):
     test_anderson.check_step(solver, F32, B, N, "triton", steps)
+
+
+@pytest.mark.parametrize(("name", "N"), [("mixed-2-5", 40), ("1-3-7", 11), ("2-2-5", 40), ("oldest", 63)])
+def test_anderson_mixes_every_few_evaluations(name, N):
+    test_mix_every.check_against_samples(test_mix_every.SOLVERS[name], 1, N, "triton", 9)
 
 
 @pytest.mark.parametrize(
