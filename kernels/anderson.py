@@ -9,8 +9,6 @@ Two schedules, chosen by the sizes of the state alone:
 Sums are added up in an order that depends on the sizes of a sample alone: the only atomic is an integer's.
 """
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
@@ -18,31 +16,12 @@ from .arguments import RUN, chunk_of, has_status, iterates_of, row_of, sample_of
 from .columns import Points, Products, columns_of, mix, reduce
 from .constants import RUNNING
 from .measure import EVICTED, GOING, inverse, judge
-from .small import all_products, decide, forget, new_column
+from .small import MIXING, all_products, decide, forget, method_of, new_column
 from .tiles import any_flag, damp, outcome_of, spill_and_rest, squared_norms, take_f, total, totals
 
+__all__ = ["decide_kernel", "finish_kernel", "method_of", "mix_kernel", "reduce_kernel", "sample_kernel"]
+
 HEAD = tl.constexpr(7)  # products that are not one for every column
-
-
-class Method(NamedTuple):
-    """What of Anderson's options is compiled in: columns, test space, eviction, evaluations a mix, whether it damps."""
-
-    m: int
-    C: float
-    EVICT: int
-    MIX_EVERY: int
-    MIXED: bool
-
-
-# Where the others lie in `numbers`, float64.
-MIXING = tl.constexpr(0)
-RIDGE = tl.constexpr(1)
-
-
-def method_of(options: Any) -> tuple[Method, list[float]]:
-    """An ``AndersonMethod`` as the kernels take it: compiled in, and as numbers."""
-    compiled = Method(options.m, options.test_space, int(options.evict), options.mix_every, options.mixing != 1)
-    return compiled, [options.mixing, options.ridge]
 
 
 @triton.jit(do_not_specialize=RUN)
@@ -96,7 +75,7 @@ def sample_kernel(
                 matrices = all_products(columns, new.used | is_new, N, acc, C, BLOCK)
             gamma, evicted = decide(
                 sample, small, products, matrices, outcome, steps, new.slot, has_previous,
-                tl.load(numbers + RIDGE).to(acc), M, form.TILED, method,
+                numbers, M, form.TILED, method,
             )  # fmt: skip
             finite = mix(points, columns, gamma * inverse(unit), beta, 0, N, method.MIXED, form)
         else:
@@ -229,7 +208,7 @@ def decide_kernel(
             tl.debug_barrier()
             gamma, evicted = decide(
                 sample, small, products, None, outcome, steps, new.slot, has_previous,
-                tl.load(numbers + RIDGE).to(acc), M, False, method,
+                numbers, M, False, method,
             )  # fmt: skip
             j = tl.arange(0, M)
             tl.store(gammas + b * m + j, gamma * inverse(unit), mask=j < m)

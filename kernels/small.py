@@ -24,6 +24,27 @@ from .measure import GREW, RESET
 from .tiles import widen
 
 
+class Method(NamedTuple):
+    """What of Anderson's options is compiled in: columns, test space, eviction, evaluations a mix, whether it damps."""
+
+    m: int
+    C: float
+    EVICT: int
+    MIX_EVERY: int
+    MIXED: bool
+
+
+# Where the others lie in `numbers`, float64.
+MIXING = tl.constexpr(0)
+RIDGE = tl.constexpr(1)
+
+
+def method_of(options: Any) -> tuple[Method, list[float]]:
+    """An ``AndersonMethod`` as the kernels take it: compiled in, and as numbers."""
+    compiled = Method(options.m, options.test_space, int(options.evict), options.mix_every, options.mixing != 1)
+    return compiled, [options.mixing, options.ridge]
+
+
 class Small(NamedTuple):
     """What Anderson keeps of every sample's columns: two matrices, two norms a column, the step that wrote it."""
 
@@ -90,7 +111,7 @@ def decide(
     steps,
     slot,
     has_previous,
-    ridge,
+    numbers,
     M: tl.constexpr,
     TILED: tl.constexpr,
     method: tl.constexpr,
@@ -104,6 +125,7 @@ def decide(
     m: tl.constexpr = method.m
     C: tl.constexpr = method.C
     acc = norms.dtype.element_ty
+    ridge = tl.load(numbers + RIDGE).to(acc)
     qq, ww = products.qq, products.ww
     j = tl.arange(0, M)
     row, col = j[:, None], j[None, :]

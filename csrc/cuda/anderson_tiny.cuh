@@ -149,7 +149,7 @@ class TinyStep {
     // dG^T dG, equilibrated, with the ridge: the lower triangle.
     __device__ void form_gram(int used) const {
         for (int i = 0; i < used; ++i) {
-            A row[kTinyN];
+            A row[kTinyN] = {};
             each([&](int n) { row[n] = d_g[i * N + n]; });
             for (int j = 0; j <= i; ++j) {
                 const bool valid = q[i] > 0 && q[j] > 0;
@@ -162,7 +162,7 @@ class TinyStep {
     // Fills y; true if every number is finite and, of Type II, every pivot positive.
     __device__ bool solve(int used) const {
         for (int i = 0; i < used; ++i) {
-            A row[kTinyN];
+            A row[kTinyN] = {};
             each([&](int n) { row[n] = test(d_f[i * N + n], d_g[i * N + n]); });
             A rhs = 0;
             each([&](int n) { rhs += row[n] * g[n]; });

@@ -38,6 +38,12 @@ def test_every_file_that_knows_the_example_is_on_its_page(page):
     assert not files_naming(pattern, *where) - on_page(page)
 
 
+@pytest.mark.parametrize("option", ["ridge", "mix_every"])
+def test_an_option_of_anderson_is_named_in_eight_files(option):
+    assert len(on_page("option")) == 8
+    assert files_naming(rf"(?i)\b{option}\b", *CODE) == on_page("option")
+
+
 @pytest.mark.parametrize("page", EXAMPLES)
 def test_no_file_of_the_code_is_on_a_page_without_knowing_the_example(page):
     name, pattern, where = EXAMPLES[page]

@@ -251,6 +251,11 @@ class Chosen(NamedTuple):
     evicting: Tensor
 
 
+def may_give_up(method: AndersonMethod, made: int) -> bool:
+    """Whether so many evaluations can have filled a history."""
+    return made > method.m - method.mix_every + 1
+
+
 def choose_slot(
     method: AndersonMethod, algebra: Algebra, c: Constants, s: Step, going: Tensor, lost: Tensor | None, made: int
 ) -> Chosen:
@@ -263,7 +268,7 @@ def choose_slot(
     used = norms[:, 0] < c.empty
     count = used.sum(1, dtype=torch.int32)
     full = going & (count == method.m)
-    if made <= method.m - method.mix_every + 1 or s.y is None:  # no need yet to give a column up
+    if s.y is None or not may_give_up(method, made):
         slot = used.view(torch.uint8).argmin(1)
         return Chosen(known._replace(norms=norms, slot=slot), count, full)
     if method.evict is Evict.LEAST_USEFUL and method.m > 3:

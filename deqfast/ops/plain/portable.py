@@ -135,7 +135,7 @@ class AndersonStep(PortableStep):
         if made > 1:
             events[Int.RESCALES] = verdict.reset
         chosen = anderson.choose_slot(method, self.algebra, self.constants, step, going, lost, made)
-        if made > method.m - method.mix_every:
+        if anderson.may_give_up(method, made):
             events[Int.EVICTIONS] = chosen.evicting
         loose.known = chosen.known
         statistics.write(verdict, {Int.SLOT: chosen.known.slot.int(), Int.COUNT: chosen.used})
