@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 WORKERS ?= auto
 # Lines and branches of deqfast/ that `make test` must reach, in per cent: those of devices that are not there count as
 # missed. A part of the tests reaches what it reaches.
-COVERAGE ?= $(if $(strip $(PYTEST_ARGS)),0,91)
+COVERAGE ?= $(if $(strip $(PYTEST_ARGS)),0,92)
 # CUDA kernels take minutes to compile: without a GPU to run them they are left to check-cuda.
 CUDA ?= $(if $(shell command -v nvidia-smi),auto,off)
 # Everything instrumented takes an hour: SANITIZE_TESTS="tests -k native".
