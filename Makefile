@@ -134,7 +134,7 @@ sanitize: venv ## Run the native tests under AddressSanitizer and UndefinedBehav
 	cp -R kernels $(SITE)/deqfast/kernels
 	$(BIN)/cmake --install build/sanitize --prefix $(SITE)
 	cxx=$$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' build/sanitize/CMakeCache.txt); \
-	export PYTHONPATH=$(abspath $(SITE)) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
+	export DEQFAST_TEST_NATIVE_ONLY=1 PYTHONPATH=$(abspath $(SITE)) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
 	export LD_PRELOAD="$$($$cxx -print-file-name=libasan.so) $$($$cxx -print-file-name=libubsan.so) $$($$cxx -print-file-name=libstdc++.so)"; \
 	for isa in $(SANITIZE_ISAS); do \
 	  DEQFAST_CPU_ISA=$$isa $(BIN)/python -c "import torch, deqfast._C as c; c.cpu_isa()" 2> /dev/null || { echo "$$isa does not run here"; continue; }; \
@@ -154,7 +154,7 @@ emulated: venv ## Run the tests of the backends on emulated CUDA kernels
 	rm -rf $(EMULATED)/deqfast/_C.* $(EMULATED)/deqfast/kernels
 	cp -R kernels $(EMULATED)/deqfast/kernels
 	$(BIN)/cmake --install build/emulated --prefix $(EMULATED)
-	PYTHONPATH=$(abspath $(EMULATED)) DEQFAST_TEST_LAG=2 $(PYTEST) -p no:cacheprovider -m "not triton" tests/ops
+	PYTHONPATH=$(abspath $(EMULATED)) DEQFAST_TEST_NATIVE_ONLY=1 DEQFAST_TEST_LAG=2 $(PYTEST) -p no:cacheprovider -m "not triton" tests/ops
 
 check-aarch64: ## Compile the CPU kernels for aarch64 (needs a cross compiler)
 	@command -v $(AARCH64_CXX) > /dev/null || { echo "$(AARCH64_CXX) not found; Debian: g++-aarch64-linux-gnu" >&2; exit 1; }

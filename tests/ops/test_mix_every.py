@@ -138,7 +138,8 @@ def test_one_is_the_default_bit_for_bit():
 
 def test_samples_of_few_numbers_mix_as_often_as_their_columns_allow():
     solver = dq.Anderson(m=10, mix_every=5)
-    assert [solver.init(torch.zeros(2, N)).ws.method.mix_every for N in (1, 3, 6, 9, 50)] == [1, 1, 4, 5, 5]
+    methods = [solver.init(torch.zeros(2, N)).ws.method for N in (1, 3, 6, 9, 50)]
+    assert [method.mix_every for method in methods] == [1, 1, 4, 5, 5]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

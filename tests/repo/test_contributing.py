@@ -11,7 +11,7 @@ CODE = ("deqfast", "csrc", "kernels", "CMakeLists.txt")
 EXAMPLES = {
     "op": ("broyden", r"(?i)broyden", CODE),
     "backend": ("triton", r"(?i)(?<![a-z])triton", ("deqfast",)),
-    "option": ("ridge", r"\bridge\b", CODE),
+    "option": ("mix_every", r"\bmix_every\b", CODE),
 }
 
 

@@ -34,6 +34,9 @@ def _backend(name: str) -> Any:
 
 # Triton's interpreter is too slow for every test; tests/ops/triton_conformance.py has those that it runs.
 BACKENDS = ["reference", "torch", _backend("native"), *([] if DEVICE.type == "cpu" else [_backend("triton")])]
+# What is instrumented or emulated is native alone: DEQFAST_TEST_NATIVE_ONLY=1.
+if os.environ.get("DEQFAST_TEST_NATIVE_ONLY"):
+    BACKENDS = [_backend("native")]
 # Those whose sums have an order of their own; torch's matrix products take another one with another batch.
 ORDERED = [backend for backend in BACKENDS if backend != "torch"]
 needs_native = pytest.mark.skipif(ops.why_not("native", DEVICE) is not None, reason="the native backend is not there")
