@@ -23,10 +23,12 @@
 
 namespace deqfast {
 
+using Arrays = std::vector<Array>;
+
 // The tensors of a state, leaf by leaf.
 struct Iterates {
-    std::vector<int64_t> numbers;  // a sample
-    std::vector<Array> x, x_prev, saved;
+    const std::vector<int64_t>& numbers;  // a sample
+    const Arrays &x, &x_prev, &saved;
 };
 
 // A state of several blocks: their norms, and (rtol, atol, weight) of each.
@@ -187,12 +189,12 @@ class Plan {
 
 class AndersonPlan final : public Plan<AndersonArgs, &cpu::KernelTable::anderson_step> {
    public:
-    AndersonPlan(int64_t B, DType dtype, const Iterates& state, const Array& ints, const Array& reals,
-                 const pybind11::tuple& stopping, int threads, const std::optional<Blocks>& blocks,
-                 const std::optional<Place>& place, const pybind11::tuple& method, DType history_dtype,
-                 const Array& history, const Array& scales, const Array& matrix, const Array& gram, const Array& norms,
-                 const Array& ages)
-        : Plan(B, dtype, state, ints, reals, stopping, threads, blocks) {
+    AndersonPlan(int64_t B, DType dtype, const std::vector<int64_t>& numbers, const Arrays& x, const Arrays& x_prev,
+                 const Arrays& saved, const Array& ints, const Array& reals, const pybind11::tuple& stopping,
+                 int threads, const std::optional<Blocks>& blocks, const std::optional<Place>& place,
+                 const pybind11::tuple& method, DType history_dtype, const Array& history, const Array& scales,
+                 const Array& matrix, const Array& gram, const Array& norms, const Array& ages)
+        : Plan(B, dtype, Iterates{numbers, x, x_prev, saved}, ints, reals, stopping, threads, blocks) {
         static_cast<AndersonMethod&>(args) = read_group<AndersonMethod>("method", method);
         const bool scaled = history_dtype == DType::f16 || history_dtype == DType::i8;
         const int64_t m = args.m, tiled = args.padded * number();
@@ -221,14 +223,17 @@ class AndersonPlan final : public Plan<AndersonArgs, &cpu::KernelTable::anderson
 
 class BroydenPlan final : public Plan<BroydenArgs, &cpu::KernelTable::broyden_step> {
    public:
-    BroydenPlan(int64_t B, DType dtype, const Iterates& state, const Array& ints, const Array& reals,
-                const pybind11::tuple& stopping, int threads, const std::optional<Blocks>& blocks,
-                const std::optional<Place>& place, const pybind11::tuple& method, const Array& history,
-                const Array& norms, const Array& gram)
-        : Plan(B, dtype, state, ints, reals, stopping, threads, blocks) {
+    BroydenPlan(int64_t B, DType dtype, const std::vector<int64_t>& numbers, const Arrays& x, const Arrays& x_prev,
+                const Arrays& saved, const Array& ints, const Array& reals, const pybind11::tuple& stopping,
+                int threads, const std::optional<Blocks>& blocks, const std::optional<Place>& place,
+                const pybind11::tuple& method, DType history_dtype, const Array& history, const Array& norms,
+                const Array& gram)
+        : Plan(B, dtype, Iterates{numbers, x, x_prev, saved}, ints, reals, stopping, threads, blocks) {
         static_cast<BroydenMethod&>(args) = read_group<BroydenMethod>("method", method);
         const int64_t memory = args.memory;
         const bool streams = args.N >= kGramMinN;
+        if (history_dtype != (dtype == DType::f64 ? DType::f64 : DType::f32))
+            throw std::invalid_argument("history_dtype: steps are kept in the accumulation dtype");
         args.history = checked("history", history, B * memory * args.N * number());
         args.norms = checked("norms", norms, B * memory * number());
         args.gram = checked("gram", gram, streams ? B * memory * memory * number() : 0);
@@ -258,11 +263,6 @@ void declare_steps(pybind11::class_<P>& plan) {
 inline void declare_plans(pybind11::module_& m) {
     namespace py = pybind11;
     using namespace py::literals;
-    using Leaves = std::vector<Array>;
-    py::class_<Iterates>(m, "Iterates", "The tensors of a state, leaf by leaf.")
-        .def(py::init([](const std::vector<int64_t>& numbers, const Leaves& x, const Leaves& x_prev,
-                         const Leaves& saved) { return Iterates{numbers, x, x_prev, saved}; }),
-             py::kw_only(), "numbers"_a, "x"_a, "x_prev"_a, "saved"_a);
     py::class_<Blocks>(m, "Blocks", "Norms and stopping rules of a state of several blocks.")
         .def(py::init([](const Array& norms, const std::vector<std::array<double, 3>>& rules) {
                  return Blocks{norms, rules};
@@ -275,19 +275,21 @@ inline void declare_plans(pybind11::module_& m) {
              }),
              py::kw_only(), "index"_a, "evaluations"_a, "lag"_a, "halves"_a, "allocate"_a);
     py::class_<AndersonPlan> anderson(m, "AndersonPlan", "One Anderson solve on a workspace; see deqfast.ops.native.");
-    anderson.def(py::init<int64_t, DType, const Iterates&, const Array&, const Array&, const py::tuple&, int,
-                          const std::optional<Blocks>&, const std::optional<Place>&, const py::tuple&, DType,
-                          const Array&, const Array&, const Array&, const Array&, const Array&, const Array&>(),
-                 py::kw_only(), "B"_a, "dtype"_a, "state"_a, "ints"_a, "reals"_a, "stopping"_a, "threads"_a, "blocks"_a,
-                 "place"_a, "method"_a, "history_dtype"_a, "history"_a, "scales"_a, "matrix"_a, "gram"_a, "norms"_a,
-                 "ages"_a);
+    anderson.def(py::init<int64_t, DType, const std::vector<int64_t>&, const Arrays&, const Arrays&, const Arrays&,
+                          const Array&, const Array&, const py::tuple&, int, const std::optional<Blocks>&,
+                          const std::optional<Place>&, const py::tuple&, DType, const Array&, const Array&,
+                          const Array&, const Array&, const Array&, const Array&>(),
+                 py::kw_only(), "B"_a, "dtype"_a, "numbers"_a, "x"_a, "x_prev"_a, "saved"_a, "ints"_a, "reals"_a,
+                 "stopping"_a, "threads"_a, "blocks"_a, "place"_a, "method"_a, "history_dtype"_a, "history"_a,
+                 "scales"_a, "matrix"_a, "gram"_a, "norms"_a, "ages"_a);
     declare_steps(anderson);
     py::class_<BroydenPlan> broyden(m, "BroydenPlan", "One Broyden solve on a workspace; see deqfast.ops.native.");
-    broyden.def(py::init<int64_t, DType, const Iterates&, const Array&, const Array&, const py::tuple&, int,
-                         const std::optional<Blocks>&, const std::optional<Place>&, const py::tuple&, const Array&,
-                         const Array&, const Array&>(),
-                py::kw_only(), "B"_a, "dtype"_a, "state"_a, "ints"_a, "reals"_a, "stopping"_a, "threads"_a, "blocks"_a,
-                "place"_a, "method"_a, "history"_a, "norms"_a, "gram"_a);
+    broyden.def(
+        py::init<int64_t, DType, const std::vector<int64_t>&, const Arrays&, const Arrays&, const Arrays&, const Array&,
+                 const Array&, const py::tuple&, int, const std::optional<Blocks>&, const std::optional<Place>&,
+                 const py::tuple&, DType, const Array&, const Array&, const Array&>(),
+        py::kw_only(), "B"_a, "dtype"_a, "numbers"_a, "x"_a, "x_prev"_a, "saved"_a, "ints"_a, "reals"_a, "stopping"_a,
+        "threads"_a, "blocks"_a, "place"_a, "method"_a, "history_dtype"_a, "history"_a, "norms"_a, "gram"_a);
     declare_steps(broyden);
 }
 

@@ -48,7 +48,7 @@ def test_an_iterate_of_another_size_is_refused():
 
 def test_addresses_are_not_taken_by_position():
     with pytest.raises(TypeError, match="incompatible constructor arguments"):
-        extension._C.Iterates([40], [(0, 800)], [(0, 800)], [(0, 800)])
+        extension._C.BroydenPlan(5, extension.CODES[torch.float32], [40], [(0, 800)], [(0, 800)], [(0, 800)])
 
 
 class Fewer(NamedTuple):

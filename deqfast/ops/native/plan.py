@@ -159,37 +159,30 @@ def make_plan(ws: Workspace, evaluations: int = 0, halves: bool = False) -> tupl
     memory = DeviceMemory(ws, evaluations) if on_device else None
     if own["history"].nbytes >= HUGE_PAGE_MIN_BYTES and not on_device:
         advise(own)
-    plan = PLANS[type(ws)](
-        ws,
+    # Written out, without helpers: a small solve is felt to take as long as what is paid for it once.
+    plan = _PLANS[type(ws)](
         B=layout.B,
         dtype=CODES[layout.dtype],
-        state=_C.Iterates(
-            numbers=[leaf.n for leaf in layout.leaves],
-            x=[(t.data_ptr(), t.nbytes) for t in ws.x[0]],
-            x_prev=[(t.data_ptr(), t.nbytes) for t in ws.x[1]],
-            saved=[(t.data_ptr(), t.nbytes) for t in ws.saved],
-        ),
-        ints=array(ws.ints),
-        reals=array(ws.reals),
+        numbers=[leaf.n for leaf in layout.leaves],
+        x=[(t.data_ptr(), t.nbytes) for t in ws.x[0]],
+        x_prev=[(t.data_ptr(), t.nbytes) for t in ws.x[1]],
+        saved=[(t.data_ptr(), t.nbytes) for t in ws.saved],
+        ints=(ws.ints.data_ptr(), ws.ints.nbytes),
+        reals=(ws.reals.data_ptr(), ws.reals.nbytes),
         stopping=ws.stopping,
         threads=torch.get_num_threads(),
         blocks=None if ws.block_norms is None else _C.Blocks(norms=array(ws.block_norms), rules=ws.block_rules),
         place=None if memory is None else memory.place(halves),
         method=ws.method,
+        history_dtype=CODES[ws.history.dtype],
         **{name: (t.data_ptr(), t.nbytes) for name, t in own.items()},
     )
     return plan, None if memory is None else memory.tensor
 
 
-def _anderson_plan(ws: AndersonWorkspace, **given: Any) -> Any:
-    return _C.AndersonPlan(history_dtype=CODES[ws.history.dtype], **given)
-
-
-def _broyden_plan(ws: BroydenWorkspace, **given: Any) -> Any:
-    return _C.BroydenPlan(**given)
-
-
-PLANS: dict[type[Workspace], Callable[..., Any]] = {AndersonWorkspace: _anderson_plan, BroydenWorkspace: _broyden_plan}
+_PLANS: dict[type[Workspace], Any] = {}
+if _C is not None:
+    _PLANS = {AndersonWorkspace: _C.AndersonPlan, BroydenWorkspace: _C.BroydenPlan}
 
 
 class DeviceMemory:
