@@ -216,12 +216,16 @@ def _look_on(f: Callable[..., Any], args: tuple[Any, ...], state: SolverState, o
     return rows
 
 
+_STATUS_AND_STEPS = int(Int.STATUS), int(Int.STEPS)
+_CONVERGED = int(Status.CONVERGED)  # comparing a tensor with an enum takes half as long again
+
+
 def conclude(state: SolverState, returns: str, rows: list[Tensor] | None, shared: bool) -> Solution:
     """The solution a state has reached; ``shared``: somebody else may step the state further."""
     leaves, residual = state.answer(returns)
     ws, layout = state.ws, state.layout
     counters = ws.ints.clone() if shared else ws.ints
-    status, steps = counters[Int.STATUS, : layout.B], counters[Int.STEPS, : layout.B]
+    status, steps = (counters[row, : layout.B] for row in _STATUS_AND_STEPS)
     if layout.N == 0:
         status.fill_(Status.CONVERGED)
         residual = torch.zeros_like(residual)
@@ -230,7 +234,7 @@ def conclude(state: SolverState, returns: str, rows: list[Tensor] | None, shared
     trace = None if rows is None else torch.stack(rows) if rows else residual.new_empty(0, layout.B)
     return Solution(
         z=layout.unflatten(leaves),
-        converged=status == Status.CONVERGED,
+        converged=status == _CONVERGED,
         steps=steps,
         residual=residual,
         evaluations=state.nfe,

@@ -120,7 +120,7 @@ class SolverState:
     @compiled.skip
     def running(self) -> Tensor:
         """(B,) bool: samples that have not stopped."""
-        return self.ws.int_row(Int.STATUS) == Status.RUNNING
+        return self.ws.int_row(Int.STATUS) == int(Status.RUNNING)
 
     @property
     @compiled.skip

@@ -94,7 +94,7 @@ class Workspace:
 
     def begin(self) -> None:
         """What no zero says of a solve that has made no evaluation."""
-        self.reals[Real.BEST].fill_(math.inf)
+        self.reals[int(Real.BEST)].fill_(math.inf)
 
     def reset(self) -> None:
         """As new: no evaluation made, no column kept."""
@@ -136,11 +136,11 @@ class Workspace:
 
     def int_row(self, row: Int) -> Tensor:
         """(B,) int32 view."""
-        return self.ints[row, : self.layout.B]
+        return self.ints[int(row), : self.layout.B]  # torch takes twice as long to read an enum
 
     def real_row(self, row: Real) -> Tensor:
         """(B,) view in the accumulation dtype."""
-        return self.reals[row, : self.layout.B]
+        return self.reals[int(row), : self.layout.B]
 
 
 def tile(t: Tensor, tiles: int) -> Tensor:
