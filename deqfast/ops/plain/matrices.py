@@ -92,8 +92,9 @@ class Matrices:
     def solve(self, matrix: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """By LU with partial pivoting."""
         if self.linalg:
-            y, info = torch.linalg.solve_ex(matrix, rhs)
-            return y, info == self._good
+            # As a column: of vectors it returns a layout that sends the mix into a loop over samples.
+            y, info = torch.linalg.solve_ex(matrix, rhs[..., None])
+            return y[..., 0], info == self._good
         solution, regular = gauss_jordan(matrix, rhs[..., None])
         return solution[..., 0], regular
 
