@@ -41,5 +41,7 @@ def own(backend: str = "native", quick: bool = False) -> list[Peer]:
         label = str(dtype).removeprefix("torch.")
         for m in (10, 20):
             options[f"mixed m={m}, least useful, {label}"] = dq.Anderson(m=m, type="mixed", history_dtype=dtype)
+    for m in (10,) if quick else (10, 20):
+        options[f"mixed m={m}, least useful, every second mixes"] = dq.Anderson(m=m, history_dtype=f32, mix_every=2)
     options["deqfast Picard()"] = dq.Picard()
     return [peers.deqfast(solver, name, backend) for name, solver in options.items()]

@@ -8,6 +8,7 @@ numbers, gamma and the norms that scale it included, are. History is never round
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,12 @@ class Unroll(Gradient):
         return solution
 
 
+_MEMORIES: dict[type[Workspace], Callable[[Any], AndersonMemory | BroydenMemory]] = {
+    AndersonWorkspace: AndersonMemory,
+    BroydenWorkspace: BroydenMemory,
+}
+
+
 class _Unrolled:
     """One differentiable solve."""
 
@@ -80,12 +87,7 @@ class _Unrolled:
     def run(self, returns: str, trace: bool) -> Solution:
         """Iterate until every sample has stopped."""
         layout, problem, ws = self.layout, self.problem, self.ws
-        memory: AndersonMemory | BroydenMemory
-        if isinstance(ws, AndersonWorkspace):
-            memory = AndersonMemory(ws)
-        else:
-            assert isinstance(ws, BroydenWorkspace)
-            memory = BroydenMemory(ws)
+        memory = _MEMORIES[type(ws)](ws)
         rows: list[Tensor] = []
         while layout.N and bool((self.stats.status == Status.RUNNING).any()):
             z = layout.unflatten(unpack(layout, self.x))
