@@ -141,7 +141,7 @@ class Options:
         self._check_tolerances()
 
     def _check_tolerances(self) -> None:
-        if self.rtol is not None or self.atol != 0:
+        if self.rtol is not None or type(self.atol) is not float or self.atol:
             self.stopping(torch.float32)
 
     def _check_mode(self) -> None:

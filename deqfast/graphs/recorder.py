@@ -30,7 +30,7 @@ class Recorder:
             return f"device {device} has no graphs"
         replay = state.bound.replay
         if replay is None:
-            return f"the {state.backend} backend waits for the device at every step"
+            return f"steps of the {state.backend} backend cannot be captured"
         if mode == "device" and (reason := replay.why_no_loop()) is not None:
             return f"there is no loop on the device for backend {state.backend!r}: {reason}"
         return None

@@ -13,7 +13,7 @@ from .. import compiled
 from ..gradients.choose import choose_gradient
 from ..options import Options, check_callable
 from ..solution import Solution
-from ..solve import fixed_point, solve
+from ..solve import fixed_point
 from ..solvers.choose import choose_solver
 
 __all__ = ["DEQ"]
@@ -53,7 +53,7 @@ class DEQ(nn.Module):
             raise TypeError(f"unknown option {unknown[0]!r}; DEQ takes those of fixed_point: {', '.join(_OPTIONS)}")
         merged = {**_OPTIONS, **options}
         chosen = {"solver": choose_solver(merged["solver"]), "backward": choose_gradient(merged["backward"])}
-        self._options = Options(**{**merged, **chosen})
+        Options(**{**merged, **chosen})  # checks them
         self.cell = cell
         self.options = options
 
@@ -73,14 +73,11 @@ class DEQ(nn.Module):
         """
         if z0 is None:
             z0 = _start(getattr(self.cell, "init", None), x)
-        return _solve(self.cell, z0, (x, *args), self._options)
+        return fixed_point(self.cell, z0, (x, *args), **self.options)
 
     def extra_repr(self) -> str:
         """The options that were given."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
-
-_solve = compiled.entry("f")(solve)
 
 
 @compiled.entry("init")

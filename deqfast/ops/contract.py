@@ -1,7 +1,7 @@
 """What a solver asks of a backend, and what a backend may offer besides.
 
 A backend is one folder (or module) that makes a ``Backend`` and ``register``s it; the package's own are in ``native/``,
-``triton/`` and ``plain.py``, and one from outside is registered the same way. Solvers ``choose`` one by name and device
+``triton/`` and ``plain/``, and one from outside is registered the same way. Solvers ``choose`` one by name and device
 and ``bind`` a workspace to it once a solve; from then on they call the ``BoundStep`` and never ask whose it is.
 """
 
@@ -156,11 +156,13 @@ class Backend(ABC):
     Attributes:
         name: what users call it.
         own_residual: whether its Anderson step takes a residual of the caller's own (``ws.own_residual``).
+        counts_on_host: whether ``bind`` must be told exactly how many evaluations the workspace has seen.
         steps: for each kind of workspace it serves, what binds one: (workspace, evaluations made so far) -> the step.
     """
 
     name: str
     own_residual: bool = False
+    counts_on_host: bool = False
     steps: Mapping[type[Workspace], Binder]
 
     @abstractmethod
@@ -173,7 +175,10 @@ class Backend(ABC):
 
     def bind(self, ws: Workspace, evaluations: int = 0) -> BoundStep:
         """The update of this workspace's solver, after so many evaluations."""
-        return self.steps[type(ws)](ws, evaluations)
+        binder = self.steps.get(type(ws))
+        if binder is None:
+            raise ValueError(f"backend {self.name!r} has no step for a {type(ws).__name__}")
+        return binder(ws, evaluations)
 
     @abstractmethod
     def joint(self, ws: JointWorkspace) -> JointEnds:
@@ -189,19 +194,20 @@ def register(backend: Backend, before: str | None = None) -> None:
     Raises:
         ValueError: the name is taken, or ``before`` names none.
     """
+    global _backends  # replaced, not changed: another thread may be looking through it
     if backend.name in _backends or backend.name == "auto":
         raise ValueError(f"a backend named {backend.name!r} is registered already")
     if before is not None and before not in _backends:
         raise ValueError(f"before must be one of {', '.join(map(repr, _backends))}, got {before!r}")
     others = list(_backends.items())
     at = len(others) if before is None else list(_backends).index(before)
-    _backends.clear()
-    _backends.update([*others[:at], (backend.name, backend), *others[at:]])
+    _backends = dict([*others[:at], (backend.name, backend), *others[at:]])
 
 
 def unregister(name: str) -> None:
     """Forget a backend; solves that it serves go on."""
-    del _backends[name]
+    global _backends
+    _backends = {known: backend for known, backend in _backends.items() if known != name}
 
 
 def backends() -> Iterator[Backend]:

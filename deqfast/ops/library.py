@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..status import Status
-from .anderson import HISTORY_DTYPES, AndersonMethod, AndersonWorkspace
+from .anderson import HISTORY_DTYPES, AndersonMethod, AndersonWorkspace, most_given_up
 from .broyden import BroydenMethod, BroydenWorkspace
 from .codes import Evict, Int
 from .contract import choose
@@ -101,6 +101,8 @@ def _anderson_step(
         raise ValueError(f"history: torch.float64 needs a float64 state, got {layout.dtype}")
     method, stopping = _split(AndersonMethod, history.shape[2], numbers)
     method = method._replace(evict=Evict(method.evict))
+    if not 1 <= method.mix_every <= most_given_up(max(1, method.m)):
+        raise ValueError(f"mix_every: expected 1 to {most_given_up(max(1, method.m))}, got {method.mix_every}")
     return _run(AndersonWorkspace(layout, stopping, method, history.dtype, memory), f, f_prev, f_rows, f_prev_rows)
 
 
@@ -176,7 +178,10 @@ def _run(
         _check_sources(layout, f, f_rows, "f", running_samples)
         if f_prev is not None:
             _check_sources(layout, f_prev, f_prev_rows, "f_prev", running_samples)
-        running = choose("auto", layout.device).bind(ws, evaluations=1)(f, f_prev, f_rows, f_prev_rows)
+        backend = choose("auto", layout.device)
+        made = int(ws.int_row(Int.STEPS).max()) if backend.counts_on_host else 1
+        running = backend.bind(ws, made)(f, f_prev, f_rows, f_prev_rows)
+        ws.own()  # what a step keeps elsewhere goes into the caller's memory
         if layout.device.type != "cpu":  # there the step does not wait for the device, and knows less
             return (ws.int_row(Int.STATUS) == Status.RUNNING).sum().view(1)
     else:

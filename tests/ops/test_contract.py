@@ -1,5 +1,7 @@
 """The contract between solvers and backends, by a backend from outside of the package."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -131,3 +133,32 @@ def test_a_step_that_says_no_more_counts_failures_by_the_statistics(recording):
             state.step(f(state.z))
     assert state.failed() == int((state.ws.int_row(Int.STATUS) > Status.CONVERGED).sum()) == 4
     assert state.bound.quick is None and state.bound.replay is None
+
+
+def test_a_backend_without_a_step_says_so():
+    class Empty(Recording):
+        name, steps = "empty", {}
+
+        def __init__(self):
+            pass
+
+    ws = dq.Picard().init(torch.zeros(2, 3)).ws
+    with pytest.raises(ValueError, match="backend 'empty' has no step for a AndersonWorkspace"):
+        Empty().bind(ws)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
+def test_a_state_that_nobody_keeps_is_freed_at_once(backend):
+    if ops.why_not(backend, CPU) is not None:
+        pytest.skip(f"the {backend} backend is not there")
+    gc.collect()
+    gc.disable()
+    try:
+        state = dq.Anderson(m=3).init(torch.zeros(4, 8), backend=backend)
+        for _ in range(4):
+            state.step(f(state.z))
+        kept = weakref.ref(state.ws)
+        del state
+        assert kept() is None
+    finally:
+        gc.enable()

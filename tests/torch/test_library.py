@@ -273,3 +273,37 @@ def test_rows_of_samples_that_have_stopped_may_be_dropped():
 def test_memory_on_another_device_is_refused_by_name():
     with pytest.raises(ValueError, match="ints: expected a tensor on cpu, where x is, got one on meta"):
         library._expect("ints", torch.zeros(16, 16, device="meta"), (16, 16), torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
+@pytest.mark.parametrize(
+    "solver", [dq.Anderson(m=4), dq.Anderson(m=4, type=2), dq.Broyden(memory=4), dq.Picard()], ids=str
+)
+def test_op_makes_the_steps_of_a_solve_on_every_backend(solver, backend, monkeypatch):
+    if ops.why_not(backend, torch.device("cpu")) is not None:
+        pytest.skip(f"the {backend} backend is not there")
+    monkeypatch.setenv("DEQFAST_BACKEND", backend)
+    x = torch.randn(4, 12)
+    cell = lambda z: torch.tanh(0.9 * z.roll(1, -1) + x)  # noqa: E731
+    state = solver.init(torch.zeros(4, 12), rtol=1e-6, max_iter=9)
+    ws = solver.init(torch.zeros(4, 12), rtol=1e-6, max_iter=9).ws
+    previous, running = None, torch.tensor([4])
+    while not state.done:
+        fx = cell(ws.x[ws.cur][0])
+        running = op_of(ws)(*library.arguments(ws, [fx], previous))
+        previous, ws.cur = [fx] if solver.uses_previous else None, 1 - ws.cur
+        state.step(cell(state.z))
+        assert torch.allclose(ws.x[ws.cur][0], state.z, rtol=1e-4, atol=1e-5)
+    assert int(running) == 0
+    assert torch.equal(ws.int_row(Int.STEPS), state.steps)
+    assert torch.equal(ws.int_row(Int.COUNT), state.ws.int_row(Int.COUNT))
+
+
+def test_op_refuses_a_mix_that_the_columns_do_not_allow():
+    ws, previous = begin(dq.Anderson(m=4), [(3, 20)], torch.float32)
+    arguments = list(library.arguments(ws, f(ws.x[ws.cur]), previous))
+    at = len(arguments) - len(ws.stopping) - 1
+    for mix_every in (0, -1, 4):
+        arguments[at] = mix_every
+        with pytest.raises(ValueError, match=f"mix_every: expected 1 to 2, got {mix_every}"):
+            op_of(ws)(*arguments)

@@ -195,3 +195,11 @@ def test_wrong_options_raise_before_any_work(make, error, message):
 def test_choices_are_checked_when_the_module_is_built(options, error, message):
     with pytest.raises(error, match=message):
         dq.DEQ(lambda z, x: z, **options)
+
+
+def test_options_that_change_afterwards_are_those_of_the_next_call():
+    layer = dq.DEQ(lambda z, x: torch.tanh(0.9 * z + x), rtol=1e-6)
+    x = torch.randn(3, 5)
+    assert layer.solve(x).nfe > 3
+    layer.options["max_iter"] = 3
+    assert layer.solve(x).nfe == 3

@@ -1,8 +1,8 @@
 """C++ kernels on CPU tensors and CUDA kernels on CUDA tensors, called through the extension module ``deqfast._C``.
 
 A plan holds the workspace's addresses for one solve; a step passes only where f's output lies. The module never sees
-a tensor, so one wheel serves every torch version; addresses are taken here and in the state's short step only, always
-of tensors that somebody keeps alive.
+a tensor, so one wheel serves every torch version; addresses are taken in this folder and in the quick way of
+``loop/outputs.py`` only, always of tensors that somebody keeps alive.
 
 A step on a GPU is launched on torch's current stream and not waited for. What it returns is the count of running
 samples ``LAG`` steps before, which the device has left in host memory by then or will in a moment: the host stays ahead

@@ -24,6 +24,7 @@ class Torch(Backend):
 
     name = "torch"
     own_residual = True
+    counts_on_host = True
     steps: Mapping[type[Workspace], Binder] = {
         AndersonWorkspace: portable.AndersonStep,
         BroydenWorkspace: portable_broyden.BroydenStep,
@@ -48,6 +49,7 @@ class Reference(Backend):
 
     name = "reference"
     own_residual = True
+    counts_on_host = True
     steps: Mapping[type[Workspace], Binder] = {
         AndersonWorkspace: reference.AndersonStep,
         BroydenWorkspace: reference.BroydenStep,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,9 @@ class Columns:
 
     def __init__(self, ws: AndersonWorkspace, used: Tensor | None) -> None:
         """``used``: (B, count) columns that are in use already, None: none."""
-        self.ws, self.method = ws, ws.method
+        # The workspace keeps this object, and whoever steps keeps the workspace.
+        self.ws: AndersonWorkspace = weakref.proxy(ws)
+        self.method = ws.method
         layout = ws.layout
         B, m = layout.B, ws.method.m
         self.own = ws.keeps_products and ws.history.dtype == layout.acc
