@@ -55,6 +55,13 @@ class Loose(Protocol):
         """The columns of some of the (B,) samples no longer count."""
 
 
+def check_numbers(method: AndersonMethod) -> None:
+    """Raise ValueError for numbers that a kernel cannot work with."""
+    most = most_given_up(max(1, method.m))
+    if not 1 <= method.mix_every <= most:
+        raise ValueError(f"mix_every: expected 1 to {most}, got {method.mix_every}")
+
+
 class AndersonWorkspace(Workspace):
     """History (2, B, m, N) of differences of f and of the residual, and their small matrices.
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..status import Status
-from .anderson import HISTORY_DTYPES, AndersonMethod, AndersonWorkspace, most_given_up
+from .anderson import HISTORY_DTYPES, AndersonMethod, AndersonWorkspace, check_numbers
 from .broyden import BroydenMethod, BroydenWorkspace
 from .codes import Evict, Int
 from .contract import choose
@@ -101,8 +101,7 @@ def _anderson_step(
         raise ValueError(f"history: torch.float64 needs a float64 state, got {layout.dtype}")
     method, stopping = _split(AndersonMethod, history.shape[2], numbers)
     method = method._replace(evict=Evict(method.evict))
-    if not 1 <= method.mix_every <= most_given_up(max(1, method.m)):
-        raise ValueError(f"mix_every: expected 1 to {most_given_up(max(1, method.m))}, got {method.mix_every}")
+    check_numbers(method)
     return _run(AndersonWorkspace(layout, stopping, method, history.dtype, memory), f, f_prev, f_rows, f_prev_rows)
 
 
