@@ -269,8 +269,9 @@ class TinyStep {
     }
 };
 
+// One block a multiprocessor is enough to ask for: left to itself the compiler aims at more, and spills.
 template <class A, class S, class H>
-__global__ void __launch_bounds__(kTinyThreads<A>) tiny_kernel(const __grid_constant__ Params<1> p) {
+__global__ void __launch_bounds__(kTinyThreads<A>, 1) tiny_kernel(const __grid_constant__ Params<1> p) {
     DEQFAST_SHARED(memory);
     const int64_t b = int64_t(blockIdx.x) * kTinyThreads<A> + threadIdx.x;
     if (b < p.a.B && p.a.at(kStatus, b) == kRunning) TinyStep<A, S, H>(p, b, memory).run();
