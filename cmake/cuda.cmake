@@ -91,6 +91,6 @@ if(NOT DEQFAST_CUDA STREQUAL "emulate")
   target_link_libraries(_C PRIVATE CUDA::cudart_static)
 endif()
 set_property(
-  SOURCE csrc/bindings.cpp APPEND PROPERTY COMPILE_DEFINITIONS DEQFAST_HAS_CUDA DEQFAST_CUDA_TOOLKIT="${cuda_toolkit}"
+  SOURCE csrc/bindings/module.cpp APPEND PROPERTY COMPILE_DEFINITIONS DEQFAST_HAS_CUDA DEQFAST_CUDA_TOOLKIT="${cuda_toolkit}"
                                            DEQFAST_CUDA_ARCHS="${cuda_archs}")
 message(STATUS "CUDA kernels: ${cuda_toolkit}, architectures ${cuda_archs}")
