@@ -82,7 +82,7 @@ class Device {
         const OnDevice on(index_);
         if (capturing(stream)) throw std::logic_error("a report cannot be captured");
         point_ring(stream);
-        report(work_);
+        cuda::report(work_);
         if (++counted_ > lag) take_note(counts_->read(lag));
         return known_;
     }
