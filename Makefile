@@ -154,7 +154,7 @@ emulated: venv ## Run the tests of the backends on emulated CUDA kernels
 	rm -rf $(EMULATED)/deqfast/_C.* $(EMULATED)/deqfast/kernels
 	cp -R kernels $(EMULATED)/deqfast/kernels
 	$(BIN)/cmake --install build/emulated --prefix $(EMULATED)
-	PYTHONPATH=$(abspath $(EMULATED)) DEQFAST_TEST_NATIVE_ONLY=1 DEQFAST_TEST_LAG=2 $(PYTEST) -p no:cacheprovider -m "not triton" tests/ops --ignore=tests/ops/test_contract.py --ignore=tests/ops/test_bindings.py --ignore=tests/ops/test_constants.py --ignore=tests/ops/test_mix_every.py
+	PYTHONPATH=$(abspath $(EMULATED)) DEQFAST_TEST_NATIVE_ONLY=1 DEQFAST_TEST_LAG=2 $(PYTEST) -p no:cacheprovider -m "not triton and not host" tests/ops $(PYTEST_ARGS)
 
 check-aarch64: ## Compile the CPU kernels for aarch64 (needs a cross compiler)
 	@command -v $(AARCH64_CXX) > /dev/null || { echo "$(AARCH64_CXX) not found; Debian: g++-aarch64-linux-gnu" >&2; exit 1; }

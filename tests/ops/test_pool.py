@@ -8,6 +8,8 @@ import torch
 import deqfast as dq
 from deqfast.ops import pool
 
+pytestmark = pytest.mark.host
+
 SHAPE = (8, 40_000)  # an Anderson history of 15 MB
 
 

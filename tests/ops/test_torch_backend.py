@@ -23,6 +23,8 @@ from deqfast.ops.plain import matrices
 from deqfast.ops.plain.elimination import forward_substitution, gauss_jordan
 from deqfast.ops.plain.portable import PortableStep
 
+pytestmark = pytest.mark.host
+
 MISSING = ("linalg", "cholesky", "frexp", "ldexp", "triangular", "lu_", "inverse", "scatter_reduce")
 
 
