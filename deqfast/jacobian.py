@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from . import compiled
 from .ops.layout import Layout
@@ -166,7 +165,7 @@ class _Vjp:
             # Views: hooks on a caller's tensor are none of this function's business.
             self.z = [
                 t.view_as(t) if create_graph and t.requires_grad else t.detach().requires_grad_()
-                for t in pytree.tree_leaves(z)
+                for t in layout.tensors(z)
             ]
             self.fz = layout.flatten(f(layout.unflatten(self.z), *args), "f(z)")
 

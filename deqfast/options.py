@@ -84,6 +84,16 @@ def check_limit(max_iter: object) -> int:
     return limit
 
 
+def check_samples(batch_dims: object, segments: object) -> None:
+    """TypeError or ValueError unless ``batch_dims`` is an int from 0 up, and 1 where ``segments`` are given."""
+    if isinstance(batch_dims, bool) or not isinstance(batch_dims, int):
+        raise TypeError(f"batch_dims must be an int, got {type(batch_dims).__name__}")
+    if batch_dims < 0:
+        raise ValueError(f"batch_dims must be at least 0, got {batch_dims}")
+    if segments is not None and batch_dims != 1:
+        raise ValueError(f"segments say what a sample is; leave out batch_dims, got {batch_dims}")
+
+
 def check_backend(backend: object) -> None:
     """Raise ValueError unless a backend has that name."""
     if backend != "auto":
@@ -112,6 +122,9 @@ class Options:
     max_iter: int = 100
     backward: Any = None
     returns: str = "best"
+    stop: str = "each"
+    batch_dims: int = 1
+    segments: Any = None
     compact: Any = False
     trace: bool = False
     callback: Callable[[int, Any], bool | None] | None = None
@@ -120,13 +133,19 @@ class Options:
     mode: str = "loop"
     progress: bool = False
 
-    RETURNS: ClassVar[tuple[str, ...]] = ("best", "last")
+    RETURNS: ClassVar[tuple[str, ...]] = ("best", "last", "image", "next")
 
     def __post_init__(self) -> None:
         if self.max_iter is None:
             raise TypeError("max_iter must be an int, got None")
-        check_limit(self.max_iter)
+        limit: Any = self.max_iter
+        if isinstance(limit, float) and limit.is_integer():  # as scripts read it from a file or a flag
+            object.__setattr__(self, "max_iter", int(limit))
+        if type(self.max_iter) is not int or self.max_iter:
+            check_limit(self.max_iter)
         check_choice("returns", self.returns, self.RETURNS)
+        check_choice("stop", self.stop, ("each", "all"))
+        self._check_samples()
         if self.callback is not None:
             check_callable("callback", self.callback)
         if self.compact is not True and self.compact is not False:
@@ -139,6 +158,17 @@ class Options:
         check_flag("progress", self.progress)
         self._check_mode()
         self._check_tolerances()
+
+    def _check_samples(self) -> None:
+        check_samples(self.batch_dims, self.segments)
+        if self.compact is False:
+            return
+        if self.batch_dims == 0:
+            raise ValueError("compact leaves out samples of dim 0; with batch_dims=0 the whole state is one sample")
+        if self.segments is not None:
+            raise ValueError("compact leaves out rows of dim 0, which cannot be combined with segments")
+        if self.stop == "all":
+            raise ValueError('compact leaves out samples that have stopped; with stop="all" they stop together')
 
     def _check_tolerances(self) -> None:
         if self.rtol is not None or type(self.atol) is not float or self.atol:
@@ -156,13 +186,14 @@ class Options:
     @property
     def keep_best(self) -> bool:
         """Whether the iterate with the least residual is the answer."""
-        return self.returns == "best"
+        return self.returns in ("best", "image")
 
     @property
     def looks(self) -> bool:
         """Whether something has to be done between evaluations beside stepping."""
-        return self.trace or self.progress or self.callback is not None or self.compact is not False
+        watched = self.trace or self.progress or self.callback is not None or self.compact is not False
+        return watched or self.returns in ("image", "next")
 
     def stopping(self, dtype: torch.dtype) -> Stopping:
         """The stopping rule for states of this real dtype."""
-        return stopping(self.rtol, self.atol, self.max_iter, dtype, self.keep_best)
+        return stopping(self.rtol, self.atol, self.max_iter or None, dtype, self.keep_best)

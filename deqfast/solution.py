@@ -22,6 +22,7 @@ EVENTS = {
     "evictions": Int.EVICTIONS,
     "full_restarts": Int.FULL_RESTARTS,
     "denominator_restarts": Int.DENOMINATOR_RESTARTS,
+    "woken": Int.WOKEN,
 }
 
 
@@ -62,11 +63,11 @@ class Solution:
     @property
     def events(self) -> dict[str, Tensor]:
         """Fallbacks and restarts by cause, (B,) int32 each."""
-        return {name: self.counters[row, : self.steps.shape[0]] for name, row in EVENTS.items()}
+        return {name: self.counters[row, : self.steps.numel()].view(self.steps.shape) for name, row in EVENTS.items()}
 
     def summary(self) -> str:
         """One line: how many samples ended how, and the evaluations they took."""
-        counts = torch.bincount(self.status.long().cpu(), minlength=len(Status)).tolist()
+        counts = torch.bincount(self.status.flatten().long().cpu(), minlength=len(Status)).tolist()
         parts = [f"{n} {Status(i).name.lower()}" for i, n in enumerate(counts) if n]
         worst = float(self.residual.max()) if self.residual.numel() else 0.0
         return f"{', '.join(parts) or 'no samples'}; {self.nfe} evaluations, largest residual {worst:.2e}"

@@ -14,16 +14,16 @@ from . import compiled, graphs, transforms
 from .gradients.base import Gradient
 from .gradients.choose import choose_gradient
 from .loop.compaction import Compactor
+from .loop.conclude import conclude, out_of_evaluations, take_images, unsolved
+from .loop.images import Images
 from .loop.progress import progress_bar
 from .loop.state import SolverState
-from .ops.codes import Int
-from .ops.layout import Layout
+from .ops.layout import layout_of
 from .options import Options, check_args, check_callable
 from .problem import Problem
 from .solution import ConvergenceError, Solution
 from .solvers.base import Solver
 from .solvers.choose import choose_solver
-from .status import Status
 
 
 @compiled.entry("f")
@@ -38,6 +38,9 @@ def fixed_point(
     max_iter: int = 100,
     backward: Gradient | str | None = None,
     returns: str = "best",
+    stop: str = "each",
+    batch_dims: int = 1,
+    segments: Any = None,
     compact: Any = False,
     trace: bool = False,
     callback: Callable[[int, SolverState], bool | None] | None = None,
@@ -50,19 +53,31 @@ def fixed_point(
 
     Args:
         f: callable (z, *args) -> same structure, shapes and dtypes as z. The z it receives is valid during the call.
-        z0: start: tensor (B, ...) or a tuple, list or dict of tensors that share dim 0. float64, float32, bfloat16,
-            float16 or complex.
+        z0: start: tensor (B, ...) or a tuple, list or dict of tensors that share dim 0 (see ``batch_dims``). float64,
+            float32, bfloat16, float16 or complex.
         args: tensors or pytrees handed to f after z. Gradients reach them, and whatever f closes over.
         solver: "anderson" (default), "broyden", "picard", or an ``Anderson``, ``Broyden`` or ``Picard`` with options.
         rtol: a sample stops when ||f(z) - z|| <= atol + rtol ||f(z)||. Default by dtype: 1e-8 float64, 1e-4 float32,
             4e-3 float16, 2e-2 bfloat16.
         atol: absolute part of the same, default 0. With rtol = atol = 0 exactly max_iter evaluations are made, unless
             f(z) == z.
-        max_iter: evaluations of f at most, default 100.
+        max_iter: evaluations of f at most, default 100. 0 makes none: z0 comes back, its residual unknown (NaN).
         backward: how gradients are made: ``Implicit()`` (None), ``Phantom``, ``OneStep``, ``Unroll``, or "none".
-        returns: "best" (default), the iterate with the least residual of each sample, or "last".
+        returns: which z: "best" (default), the iterate with the least residual of each sample; "last", the newest;
+            "image", f at the best one, for a masked copy an evaluation and no evaluation more; "next", where the solver
+            would step from the newest (of a converged sample f there). ``Solution.residual`` is that of the iterate
+            that f was evaluated at.
+        stop: "each" (default): a sample that is within tolerance is frozen, and judged again when the last one stops;
+            where f couples samples it may have to go on. "all": nothing is frozen before the evaluation at which every
+            finite sample is within tolerance.
+        batch_dims: how many leading dims count samples: 1 (default), 0 (the whole state is one: a vector of unknowns,
+            the nodes of a graph), 2 (every token of (B, T, ...)), and so on. ``converged``, ``steps`` and ``residual``
+            have their shape.
+        segments: samples of unequal length as rows of dim 0, one after the other: (rows,) int sample numbers, sorted,
+            or offsets (samples + 1,). In place of ``batch_dims``.
         compact: True when f treats samples independently: converged ones are dropped from what f sees, with every
-            tensor in args whose dim 0 is B; or a pytree of bools shaped like args that says which tensors follow.
+            tensor in args whose dim 0 is that of z0, and one evaluation of all of them at the end confirms it; or a
+            pytree of bools shaped like args that says which tensors follow, and is believed.
         trace: record the (nfe, B) residuals.
         callback: called after every evaluation as callback(k, state) with a ``SolverState`` to look at; True stops.
         throw: raise ``ConvergenceError`` unless every sample converged.
@@ -89,6 +104,9 @@ def fixed_point(
         max_iter=max_iter,
         backward=choose_gradient(backward),
         returns=returns,
+        stop=stop,
+        batch_dims=batch_dims,
+        segments=segments,
         compact=compact,
         trace=trace,
         callback=callback,
@@ -109,24 +127,20 @@ def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Option
     if transformed:
         f = compiled.eager(f)
     start = transforms.values(z0) if transformed else z0
-    layout = Layout(start)
+    layout = layout_of(start, options.batch_dims, options.segments)
     problem = Problem(f, args, layout, options, options.stopping(layout.dtype), transformed)
     if gradient is not None and gradient.solves and problem.differentiated:
         return gradient.solve(problem, z0)
     solution = None
-    if options.mode != "loop" and layout.B and layout.N:
+    if options.max_iter == 0:
+        solution = unsolved(layout, [t.detach().clone() for t in layout.tensors(start)], options.backend)
+    elif options.mode != "loop" and layout.B and layout.N:
         solution = _replayed(problem, start)
-    if solution is None:
-        if not transformed:
-            state, rows = _run(f, args, problem, start)
-        else:
-            with transforms.Outside() as outside:
-                state, rows = _run(outside.inside(f), transforms.values(args), problem, start)
-        shared = options.callback is not None  # it may have kept the state
-        solution = conclude(state, options.returns, rows, shared)
-        problem.copy_z = state.copies_z
-        if not shared:
-            state.release()
+    if solution is None and not transformed:
+        solution = _run(f, args, problem, start)
+    elif solution is None:
+        with transforms.Outside() as outside:
+            solution = _run(outside.inside(f), transforms.values(args), problem, start)
     if gradient is not None and problem.differentiated:
         solution.z = gradient.attach(problem, solution.z)
     if options.throw and not bool(solution.converged.all()):
@@ -172,74 +186,67 @@ def _replayed(problem: Problem, start: Any) -> Solution | None:
         solution.evaluations, solution.mode = evaluations, options.mode
         return solution
 
-    leaves = [start.detach()] if layout.single else [t.detach() for t in pytree.tree_leaves(start)]
-    return graphs.replayed(program, leaves, finish)
+    return graphs.replayed(program, [t.detach() for t in layout.tensors(start)], finish)
 
 
-def _run(
-    f: Callable[..., Any], args: tuple[Any, ...], problem: Problem, start: Any
-) -> tuple[SolverState, list[Tensor] | None]:
-    """Evaluate and step until every sample has stopped; the state, and the recorded residuals."""
+def _run(f: Callable[..., Any], args: tuple[Any, ...], problem: Problem, start: Any) -> Solution:
+    """Evaluate and step until every sample has stopped."""
     options = problem.options
-    state = SolverState(options.solver, start, problem.stopping, backend=options.backend, layout=problem.layout)
-    if options.looks:
-        return state, _look_on(f, args, state, options)
+    rule = problem.stopping
+    if options.returns == "next":  # the kernels are to step from the last evaluation too
+        rule = rule._replace(max_iter=rule.max_iter + 1)
+    state = SolverState(
+        options.solver, start, rule, backend=options.backend, layout=problem.layout, together=options.stop == "all"
+    )
+    rows = images = None
     with torch.no_grad():
-        while not state.done:
-            state.step(f(state.z, *args))
-    return state, None
+        if options.looks:
+            rows, images = _look_on(f, args, state, options)
+        else:
+            while not state.done:
+                state.step(f(state.z, *args))
+    shared = options.callback is not None  # it may have kept the state
+    solution = conclude(state, options.returns, rows, shared, images)
+    problem.copy_z = state.copies_z
+    if not shared:
+        state.release()
+    return solution
 
 
-def _look_on(f: Callable[..., Any], args: tuple[Any, ...], state: SolverState, options: Options) -> list[Tensor] | None:
-    """The loop with what somebody wants to see or do between evaluations; the recorded residuals."""
+def _look_on(
+    f: Callable[..., Any], args: tuple[Any, ...], state: SolverState, options: Options
+) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+    """The loop with what somebody wants to see or do between evaluations: recorded residuals, images."""
     compactor = Compactor(state, args, options.compact) if options.compact is not False else None
+    images = Images(state) if options.returns == "image" else None
     rows: list[Tensor] | None = [] if options.trace else None
     bar = progress_bar(options.max_iter) if options.progress else None
+    leaves: list[Tensor] = []
+    which: Tensor | None = None
     try:
-        with torch.no_grad():
-            while not state.done:
-                if compactor is None:
-                    state.step(f(state.z, *args))
-                else:
-                    z, some = compactor.inputs()
-                    compactor.step(f(z, *some))
-                if rows is not None:
-                    rows.append(torch.where(state.steps == state.nfe, state.residual, float("nan")))
-                if bar is not None:
-                    bar.update()
-                    bar.set_postfix_str(f"{state.known_running} running", refresh=False)
-                if options.callback is not None and state.show(options.callback):
-                    break
+        while not (state.done or state.nfe == options.max_iter) or (compactor is not None and compactor.unsure):
+            if compactor is None:
+                leaves = state.layout.flatten(f(state.z, *args), "f(z)")
+                state.advance(leaves, None)
+            else:
+                leaves, which = compactor.evaluate(f)
+            if images is not None:
+                images.keep(leaves, which)
+            if rows is not None:
+                rows.append(torch.where(state.steps == state.nfe, state.residual, float("nan")))
+            if bar is not None:
+                bar.update()
+                bar.set_postfix_str(f"{state.known_running} running", refresh=False)
+            if options.callback is not None and state.show(options.callback):
+                state.judge(which)
+                break
+        else:
+            if not state.done:  # only with returns="next"
+                state.judge(which)
+                out_of_evaluations(state)
     finally:
         if bar is not None:
             bar.close()
-    return rows
-
-
-_STATUS_AND_STEPS = int(Int.STATUS), int(Int.STEPS)
-_CONVERGED = int(Status.CONVERGED)  # comparing a tensor with an enum takes half as long again
-
-
-def conclude(state: SolverState, returns: str, rows: list[Tensor] | None, shared: bool) -> Solution:
-    """The solution a state has reached; ``shared``: somebody else may step the state further."""
-    leaves, residual = state.answer(returns)
-    ws, layout = state.ws, state.layout
-    counters = ws.ints.clone() if shared else ws.ints
-    status, steps = (counters[row, : layout.B] for row in _STATUS_AND_STEPS)
-    if layout.N == 0:
-        status.fill_(Status.CONVERGED)
-        residual = torch.zeros_like(residual)
-    elif not state.done:
-        status.masked_fill_(status == Status.RUNNING, Status.STOPPED)
-    trace = None if rows is None else torch.stack(rows) if rows else residual.new_empty(0, layout.B)
-    return Solution(
-        z=layout.unflatten(leaves),
-        converged=status == _CONVERGED,
-        steps=steps,
-        residual=residual,
-        evaluations=state.nfe,
-        status=status,
-        trace=trace,
-        backend=state.backend,
-        counters=counters,
-    )
+    if options.returns == "next":
+        take_images(state, leaves, which)
+    return rows, None if images is None else images.leaves

@@ -21,6 +21,7 @@ RESCALES = tl.constexpr(9)
 EVICTIONS = tl.constexpr(10)
 FULL_RESTARTS = tl.constexpr(11)
 DENOMINATOR_RESTARTS = tl.constexpr(12)
+WOKEN = tl.constexpr(13)
 
 # Rows of those in the accumulation dtype.
 RESIDUAL = tl.constexpr(0)

@@ -122,6 +122,15 @@ class Plan {
         return running_;
     }
 
+    // How many samples that converged before evaluation `made` are not within their tolerance at its f, told by source.
+    int64_t recheck(int cur, Address f_rows, int made, double slack, double noise, double same) {
+        args.f_rows = pointer<int32_t>(f_rows);
+        for (size_t i = 0; i < leaves_.size(); ++i) leaves_[i].x = x_[i][cur];
+        const auto& table = cpu::kernels();
+        pybind11::gil_scoped_release release;
+        return table.recheck(args, Recheck{made, slack, noise, same});
+    }
+
 #ifdef DEQFAST_HAS_CUDA
     int64_t failed() const {
         pybind11::gil_scoped_release release;
@@ -253,6 +262,8 @@ void declare_steps(pybind11::class_<P>& plan) {
     plan.def("step_dense", &P::step_dense, "cur"_a, "f"_a, "f_prev"_a, "stream"_a = 0);
     plan.def("step", &P::step, pybind11::kw_only(), "cur"_a, "has_previous"_a, "f_rows"_a, "f_prev_rows"_a, "phase"_a,
              "stream"_a);
+    plan.def("recheck", &P::recheck, pybind11::kw_only(), "cur"_a, "f_rows"_a, "made"_a, "slack"_a, "noise"_a,
+             "same"_a);
 #ifdef DEQFAST_HAS_CUDA
     plan.def("failed", &P::failed);
     plan.def("rewind", &P::rewind);

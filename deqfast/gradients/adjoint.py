@@ -178,7 +178,7 @@ class _AdjointMap:
         with torch.enable_grad():
             with autocast_as(layout.device.type, self.autocast):
                 graph = Graph(evaluate(self.f, z, args, layout, self.copy_z))
-            vs = graph.vjp([u] if layout.single else pytree.tree_leaves(u), z, create_graph=True)
+            vs = graph.vjp(layout.tensors(u), z, create_graph=True)
         return layout.unflatten([b if v is None else v + b for v, b in zip(vs, g, strict=True)])
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
 from .. import compiled
 from ..ops.layout import Layout
@@ -68,7 +67,7 @@ def _solve_tangent(
     known = [None if t is None else t.detach() for t in found]
 
     def step(z: Any) -> Any:
-        found, _ = tangent_map(pytree.tree_leaves(z))
+        found, _ = tangent_map(layout.tensors(z))
         return layout.unflatten([torch.zeros_like(z) if t is None else t for t, z in zip(found, leaves, strict=True)])
 
     with Outside() as outside:
@@ -100,8 +99,8 @@ class _Pullback:
             vjp = outside.inside(lambda u: self.vjp(u)[0])
 
             def step(z: Any) -> Any:
-                u = [t.to(p.dtype) for t, p in zip(pytree.tree_leaves(z), self.plain, strict=True)]
-                vs = pytree.tree_leaves(vjp(layout.unflatten(u)))
+                u = [t.to(p.dtype) for t, p in zip(layout.tensors(z), self.plain, strict=True)]
+                vs = layout.tensors(vjp(layout.unflatten(u)))
                 return layout.unflatten([v + b for v, b in zip(vs, g, strict=True)])
 
             return solve_linear(step, adjoint_start(g, layout, options), g, layout, options)

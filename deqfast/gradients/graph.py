@@ -14,6 +14,7 @@ from torch.autograd.variable import Variable
 from torch.utils import _pytree as pytree
 
 from ..ops.layout import Layout
+from ..ops.samples import FIRST_DIM
 from .linear import LinearOptions
 
 with torch.inference_mode(False), torch.enable_grad():  # whatever mode surrounds the import
@@ -89,7 +90,7 @@ def autocast_as(device: str, state: tuple[bool, torch.dtype]) -> contextlib.Abst
 
 def adjoint_map(graph: Graph, z: Sequence[Tensor], g: list[Tensor], layout: Layout) -> Callable[[Any], Any]:
     """The function u -> J^T u + g."""
-    if layout.single:
+    if layout.single and layout.samples is FIRST_DIM:
         g0 = g[0]
 
         def of_one(u: Any) -> Any:
@@ -99,7 +100,7 @@ def adjoint_map(graph: Graph, z: Sequence[Tensor], g: list[Tensor], layout: Layo
         return of_one
 
     def of_tree(u: Any) -> Any:
-        vs = graph.vjp(pytree.tree_leaves(u), z)
+        vs = graph.vjp(layout.tensors(u), z)
         return layout.unflatten([b if v is None else v + b for v, b in zip(vs, g, strict=True)])
 
     return of_tree

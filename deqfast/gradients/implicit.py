@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from .. import compiled
 from ..ops.workspace import Stopping
@@ -54,7 +53,7 @@ class Implicit(Gradient):
     def attach(self, problem: Problem, z: Any) -> Any:
         """``z`` as a fresh tensor whose backward solves for its gradient."""
         layout = problem.layout
-        leaves = [z] if layout.single else pytree.tree_leaves(z)
+        leaves = layout.tensors(z)
         options = self._options(problem)
         if problem.transformed:
             return layout.unflatten(functional.attach(problem.f, problem.args, layout, leaves, options))

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..options import check_fraction, check_int
 from ..problem import Problem
@@ -36,12 +34,12 @@ class Phantom(Gradient):
     def attach(self, problem: Problem, z: Any) -> Any:
         """The iterate after the applications, with their graph."""
         layout = problem.layout
-        z = layout.unflatten([t.detach() for t in pytree.tree_leaves(z)])
+        leaves = [t.detach() for t in layout.tensors(z)]
         for _ in range(self.steps):
-            given = pytree.tree_map(torch.clone, z) if problem.copy_z else z
+            given = layout.unflatten([t.clone() for t in leaves] if problem.copy_z else leaves)
             fz = layout.flatten(problem.f(given, *problem.args), "f(z)")
-            z = layout.unflatten([self._mix(a, b) for a, b in zip(pytree.tree_leaves(z), fz, strict=True)])
-        return z
+            leaves = [self._mix(a, b) for a, b in zip(leaves, fz, strict=True)]
+        return layout.unflatten(leaves)
 
     def _mix(self, z: Tensor, fz: Tensor) -> Tensor:
         fz = fz.to(z.dtype)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .. import graphs
 from ..graphs import identity
@@ -53,4 +52,4 @@ def replayed_adjoint(attachment: Attachment, z: Sequence[Tensor], g: list[Tensor
         alive=(f, others),
     )
     start = adjoint_start(g, layout, options)
-    return graphs.replayed(program, [t.detach() for t in pytree.tree_leaves(start)], finish)
+    return graphs.replayed(program, [t.detach() for t in layout.tensors(start)], finish)

@@ -8,15 +8,19 @@ numbers, gamma and the norms that scale it included, are. History is never round
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .. import transforms
+from ..loop.again import CouplingWarning
+from ..loop.conclude import unsolved
+from ..loop.together import never
+from ..ops import recheck
 from ..ops.anderson import AndersonWorkspace
 from ..ops.broyden import BroydenWorkspace
 from ..ops.codes import Int
@@ -57,7 +61,12 @@ class Unroll(Gradient):
         for name, asked in refused.items():
             if asked:
                 raise ValueError(f"{name} does not go together with backward=dq.Unroll()")
-        ws = options.solver.workspace(problem.layout, problem.stopping)
+        if options.returns == "next":
+            raise ValueError('returns="next" does not go together with backward=dq.Unroll()')
+        if options.max_iter == 0:
+            return unsolved(problem.layout, problem.layout.tensors(z0), "unrolled")
+        rule = problem.stopping
+        ws = options.solver.workspace(problem.layout, never(rule) if options.stop == "all" else rule)
         solution = _Unrolled(problem, ws, z0).run(options.returns, options.trace)
         if options.throw and not bool(solution.converged.all()):
             raise ConvergenceError(solution)
@@ -75,7 +84,7 @@ class _Unrolled:
 
     def __init__(self, problem: Problem, ws: Workspace, z0: Any) -> None:
         self.problem, self.ws, self.layout = problem, ws, problem.layout
-        self.x = self.best_x = pack(self.layout, pytree.tree_leaves(z0))
+        self.x = self.best_x = self.best_f = pack(self.layout, self.layout.tensors(z0))
         B, device = self.layout.B, self.x.device
         none = torch.zeros(B, dtype=torch.int32, device=device)
         new = torch.zeros(B, dtype=self.layout.acc, device=device)
@@ -99,30 +108,72 @@ class _Unrolled:
             last_norm = self.stats.norm
             verdict = self._measure(f)
             if trace:
-                rows.append(torch.where(verdict.run, self.stats.residual, math.nan))
+                rows.append(layout.counted(torch.where(verdict.run, self.stats.residual, math.nan)))
+            if problem.options.stop == "all" and self._all_within(verdict.run):
+                break
             if bool(verdict.going.any()):
                 f = torch.where(verdict.going[:, None], f, self.x)  # what a stopped sample's f may be has no gradient
                 moved = memory(verdict, self.x, f, self.nfe, last_norm)
                 self.x = moved.x
                 for row, where in moved.events.items():
                     self.counters[row] += where.int()
+            self._judge_again(f)
         return self._conclude(returns, rows if trace else None)
+
+    def _within(self, moved: Tensor, size: Tensor) -> Tensor:
+        rule = self.problem.stopping
+        return moved <= rule.atol + rule.rtol * size
+
+    def _all_within(self, run: Tensor) -> bool:
+        """With ``stop="all"``: whether it is time; then everybody has converged here."""
+        stats = self.stats
+        going = run & (stats.status != Status.NON_FINITE)
+        if not bool((self._within(self._sizes[0], self._sizes[1]) | ~going).all()):
+            return False
+        status = stats.status.masked_fill(going, int(Status.CONVERGED))
+        best_step = stats.best_step.masked_fill(going, self.nfe)
+        best = torch.where(going, stats.residual, stats.best)
+        self.stats = stats._replace(status=status, best_step=best_step, best=best)
+        self.best_x = torch.where(going[:, None], self.x, self.best_x)
+        self.best_f = torch.where(going[:, None], self._f, self.best_f)
+        return True
+
+    def _judge_again(self, f: Tensor) -> None:
+        """At the last evaluation: whoever had converged before and is not within tolerance there has not."""
+        stats = self.stats
+        if bool((stats.status == Status.RUNNING).any()):
+            return
+        moved, size = self._sizes
+        margin = recheck.SLACK * (self.problem.stopping.atol + self.problem.stopping.rtol * size)
+        within = self._within(moved - margin - recheck.noise(self.ws) * size, size)
+        outside = (stats.status == Status.CONVERGED) & (stats.steps < self.nfe) & ~within
+        if bool(outside.any()):
+            self.counters[Int.WOKEN] += outside.int()
+            self.stats = stats._replace(status=stats.status.masked_fill(outside, int(Status.MAX_ITER)))
+            warnings.warn(
+                f"f couples samples: {int(outside.sum())} of {self.layout.B} are no longer within tolerance, and "
+                'dq.Unroll() cannot let them go on; give batch_dims=0, segments= or stop="all"',
+                CouplingWarning,
+                stacklevel=2,
+            )
 
     def _measure(self, f: Tensor) -> Verdict:
         """The verdict on a new evaluation, with what is known of samples that had stopped unchanged."""
         g_norm, f_norm = ALGEBRA.norm_of_any(f - self.x), ALGEBRA.norm_of_any(f)
+        self._sizes, self._f = (g_norm, f_norm), f
         verdict = measure(self.ws.stopping, self.codes, self.stats, g_norm, f_norm, self.nfe)
         run = verdict.run
         self.stats = Stats(*(torch.where(run, new, old) for new, old in zip(verdict.stats, self.stats, strict=True)))
         better = run & (self.stats.best_step == self.nfe)
         self.best_x = torch.where(better[:, None], self.x, self.best_x)
+        self.best_f = torch.where(better[:, None], f, self.best_f)
         return verdict
 
     def _conclude(self, returns: str, rows: list[Tensor] | None) -> Solution:
         layout, stats = self.layout, self.stats
         status = stats.status
         residual = stats.best
-        x = self.best_x
+        x = self.best_f if returns == "image" else self.best_x
         if returns == "last":
             lost = (status == Status.NON_FINITE) & (stats.best_step > 0)
             x = torch.where(lost[:, None], self.best_x, self.x)
@@ -131,12 +182,12 @@ class _Unrolled:
             status, residual = torch.full_like(status, Status.CONVERGED), torch.zeros_like(residual)
         return Solution(
             z=layout.unflatten(unpack(layout, x)),
-            converged=status == Status.CONVERGED,
-            steps=stats.steps,
-            residual=residual,
+            converged=layout.counted(status == Status.CONVERGED),
+            steps=layout.counted(stats.steps),
+            residual=layout.counted(residual),
             evaluations=self.nfe,
-            status=status,
-            trace=None if rows is None else torch.stack(rows) if rows else residual.new_empty(0, layout.B),
+            status=layout.counted(status),
+            trace=None if rows is None else torch.stack(rows) if rows else residual.new_empty(0, *layout.batch_shape),
             backend="unrolled",
             counters=self.counters,
         )

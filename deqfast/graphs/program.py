@@ -60,6 +60,11 @@ def forward_program(problem: Problem) -> Program:
     """The program of a solve of z = f(z, *args)."""
     if problem.transformed:
         raise CannotRecord("a torch.func transform or forward mode surrounds the call")
+    options = problem.options
+    if options.stop == "all":
+        raise CannotRecord('with stop="all" every evaluation is looked at')
+    if options.returns in ("image", "next"):
+        raise CannotRecord(f"returns={options.returns!r} looks at every evaluation")
     f, device = problem.f, problem.layout.device
     tensors, rebuild, rest, others = split(problem.args, device)
 

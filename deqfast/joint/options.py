@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..options import DEFAULT_RTOL, Options, check_flag, check_fraction, check_not_negative, check_number
+from ..options import DEFAULT_RTOL, Options, check_flag, check_fraction, check_limit, check_not_negative, check_number
 from ..solvers.anderson import Anderson
 from ..solvers.base import Solver
 from ..solvers.choose import choose_solver
@@ -30,6 +30,7 @@ class JointOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_limit(self.max_iter)  # a joint solve of no evaluation has no cost to report
         object.__setattr__(self, "damping", _pair(self.damping))
         check_flag("normalize", self.normalize)
         check_flag("safeguard", self.safeguard)

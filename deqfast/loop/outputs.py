@@ -38,6 +38,7 @@ class Outputs:
         copies_z: whether f was seen to write into the iterate it is given, so that it gets copies.
         copies_f: whether f was seen to use its output again, so that outputs are copied.
         previous, previous_rows: f at the previous iterate as the next step will read it, and its rows.
+        newest: what the last careful step read, in memory that holds it still.
         plain: whether the next step may take the quick way.
     """
 
@@ -46,12 +47,13 @@ class Outputs:
         self.uses_previous = uses_previous
         self.start = start
         self.copies_z = self.copies_f = False
+        self.newest: list[Tensor] = []
         self._copies: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._forget()
         layout = ws.layout
         first = layout.leaves[0]
-        self._single = layout.single
-        self._shape, self._dtype = first.shape, first.dtype
+        self._single = layout.single and layout.samples.views
+        self._shape, self._dtype = layout.shapes[0], first.dtype
         self._device_index = -1 if layout.device.type == "cpu" else layout.device.index
         self.bind(bound)
 
@@ -145,6 +147,7 @@ class Outputs:
         elif any(s in self._x_storages for s in storages(leaves)):
             leaves = [t.clone() for t in leaves]  # a view of z: rows that stop are overwritten while others read it
         running = self._bound(leaves, previous, rows, self.previous_rows)
+        self.newest = leaves
         if self.uses_previous:
             self.previous, self.previous_rows = leaves, rows
         if self._bound.counts_writes:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..ops import contract
 from ..ops.anderson import AndersonWorkspace
@@ -21,16 +20,34 @@ def takes_residual(ws: Workspace) -> AndersonWorkspace | None:
     return None
 
 
+def taken(
+    ws: Workspace, method: Any, residual: Any, in_turn: bool, current: contract.Backend, asked: str
+) -> tuple[contract.Backend, AndersonWorkspace, Tensor]:
+    """The backend that takes the residual, the workspace, and the residual as rows.
+
+    ``in_turn``: this is the first step of the solve, or the steps before were given one.
+
+    Raises:
+        TypeError, ValueError: the method or the backend takes none, or something is wrong with it.
+    """
+    anderson = takes_residual(ws)
+    if anderson is None:
+        raise ValueError(f"residual needs dq.Anderson(type=2) with mixing=1, got {method}")
+    if residual is None or not in_turn:
+        raise ValueError("residual must be given at every step of a solve or at none")
+    return backend_for(current, asked, ws.layout.device), anderson, rows_of(residual, anderson)
+
+
 def rows_of(residual: Any, ws: AndersonWorkspace) -> Tensor:
     """The residual as (B, any) numbers of the accumulation dtype, in memory of its own.
 
     Raises:
         TypeError, ValueError: naming what is wrong with it.
     """
-    layout = Layout(residual, "residual")
+    layout = Layout(residual, "residual", ws.layout.samples)
     if layout.B != ws.layout.B:
         raise ValueError(f"residual must have the batch of z0, expected dim 0 to be {ws.layout.B}, got {layout.B}")
-    rows = torch.cat(layout.rows(pytree.tree_leaves(residual)), dim=1).detach().to(ws.layout.acc, copy=True)
+    rows = torch.cat(layout.rows(layout.tensors(residual)), dim=1).detach().to(ws.layout.acc, copy=True)
     if ws.own_residual is not None and rows.shape != ws.own_residual.shape:
         raise ValueError(f"residual must keep its size, expected {ws.own_residual.shape[1]}, got {rows.shape[1]}")
     return rows

@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .. import compiled
-from ..ops import contract
-from ..ops.codes import At, Int, Real
+from ..ops import contract, recheck
+from ..ops.codes import Int, Real
 from ..ops.layout import Layout
+from ..ops.samples import Samples
 from ..ops.workspace import Stopping, Workspace
 from ..status import Status
-from . import own_residual, saving
+from . import again, own_residual, saving
+from .answer import answer
 from .outputs import Outputs
+from .together import Together, never
 
 _NOTHING = contextlib.nullcontext()
 
@@ -34,6 +36,7 @@ class SolverState:
 
     Attributes:
         nfe: evaluations of f that have been fed to ``step``.
+        wakings: how often samples that had converged had to go on, because f couples samples.
         options: the solver.
         layout: structure and sizes of the state.
     """
@@ -46,14 +49,16 @@ class SolverState:
         *,
         backend: str = "auto",
         layout: Layout | None = None,
+        together: bool = False,
     ) -> None:
         self.options = options
         self.layout = Layout(z0) if layout is None else layout
         self._asked_for = backend
         self._backend = contract.choose(backend, self.layout.device)
+        rule = never(stopping) if together else stopping
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING:
             try:
-                self.ws: Workspace = options.workspace(self.layout, stopping)
+                self.ws: Workspace = options.workspace(self.layout, rule)
             except torch.OutOfMemoryError as error:
                 raise torch.OutOfMemoryError(
                     f"no room for the history of {options} for {self.layout.B} samples of {self.layout.N} numbers: "
@@ -61,10 +66,14 @@ class SolverState:
                 ) from error
         self.nfe = 0
         self._running = self.layout.B if self.layout.N else 0
-        start = [z0.detach()] if self.layout.single else [t.detach() for t in pytree.tree_leaves(z0)]
+        start = [t.detach() for t in self.layout.tensors(z0)]
         for x, t in zip(self.ws.x[0], start, strict=True):
             x.copy_(t)
         self._own_residual = False
+        self.wakings = 0
+        self._stopping, self._together = stopping, Together(self.ws, stopping, 0) if together else None
+        # Views in the caller's shape, of a state of one tensor.
+        self._shown = [self.layout.unflatten(x) for x in self.ws.x] if self.layout.single else []
         self._showing = False  # while a callback looks, every iterate it asks for is a copy
         self.bound = self._backend.bind(self.ws)
         self._outputs = Outputs(self.ws, self.bound, options.uses_previous, start)
@@ -83,9 +92,9 @@ class SolverState:
     def z(self) -> Any:
         """The iterate to evaluate f at, structured like z0; valid until the next step."""
         ws, outputs = self.ws, self._outputs
-        x = ws.x[ws.cur]
         if outputs.plain and not self._showing:
-            return x[0]
+            return self._shown[ws.cur]
+        x = ws.x[ws.cur]
         if outputs.start and outputs.z_changed():  # by a call of f that did not end in a step
             outputs.restore_z()
         return self.layout.unflatten([t.clone() for t in x] if outputs.copies_z or self._showing else x)
@@ -120,29 +129,32 @@ class SolverState:
     @compiled.skip
     def running(self) -> Tensor:
         """(B,) bool: samples that have not stopped."""
-        return self.ws.int_row(Int.STATUS) == int(Status.RUNNING)
+        return self.status == int(Status.RUNNING)
 
     @property
     @compiled.skip
     def status(self) -> Tensor:
         """(B,) int32 of ``Status``."""
-        return self.ws.int_row(Int.STATUS)
+        return self.layout.counted(self.ws.int_row(Int.STATUS))
 
     @property
     @compiled.skip
     def steps(self) -> Tensor:
         """(B,) int32: evaluations each sample has used."""
-        return self.ws.int_row(Int.STEPS)
+        return self.layout.counted(self.ws.int_row(Int.STEPS))
 
     @property
     @compiled.skip
     def residual(self) -> Tensor:
         """(B,) relative residual ||f(z) - z|| / ||f(z)|| at each sample's newest evaluation."""
-        return self.ws.real_row(Real.RESIDUAL)
+        return self.layout.counted(self.ws.real_row(Real.RESIDUAL))
 
     @compiled.skip
     def step(self, fz: Any, residual: Any = None) -> bool:
         """Take f at ``z``, move to the next iterate; returns ``done``.
+
+        When the last sample stops, those that had converged before are judged at this evaluation too: where f couples
+        samples, some may have to go on.
 
         Args:
             fz: f(state.z), structured like z0. It is read in place and kept until the next step.
@@ -160,11 +172,33 @@ class SolverState:
         if self._outputs.plain and fz.__class__ is Tensor and self._running:
             running = self._outputs.quick(fz)
             if running is not None:
-                self._running = running
                 self.ws.cur ^= 1
                 self.nfe += 1
+                if self._together is not None:
+                    running = self._together.look()
+                elif running == 0:
+                    running = self._again([fz], None)
+                self._running = running
                 return running == 0
         return self.advance(self.layout.flatten(fz, "f(z)"), None)
+
+    @compiled.skip
+    def verify(self, fz: Any) -> bool:
+        """Take f at ``z`` once more after the solve has ended, and judge every converged sample by it.
+
+        Those that are not within tolerance go on; beyond ``max_iter`` they end as MAX_ITER. ``step`` has looked at the
+        samples that f saw; this is for an f that did not see all of them, or that has changed since. Counts as an
+        evaluation. Returns ``done``.
+        """
+        if self._running:
+            return self.step(fz)
+        self.ws.cur ^= 1  # both iterates of a sample that has stopped are the same
+        self.nfe += 1
+        leaves = self.layout.flatten(fz, "f(z)")
+        if self.options.uses_previous:
+            self._outputs.hold([t.clone() for t in leaves], settled=False)
+        self._running = self._again(leaves, None)
+        return self._running == 0
 
     @compiled.skip
     def advance(self, leaves: list[Tensor], rows: Tensor | None) -> bool:
@@ -174,16 +208,38 @@ class SolverState:
         self._running = self._outputs.careful(leaves, rows, self.nfe)
         self.ws.cur ^= 1
         self.nfe += 1
+        if self._together is not None:
+            self._running = self._together.look()
+        elif self._running == 0:
+            self._running = self._again(self._outputs.newest, rows)
         return self._running == 0
 
+    def _again(self, leaves: list[Tensor], rows: Tensor | None) -> int:
+        """The last sample has stopped: how many of those that had converged before go on from this evaluation."""
+        ws = self.ws
+        which = again.judge(self.bound, ws, leaves, rows, self.nfe)
+        if which is None:
+            return 0
+        recheck.wake(ws, which, self.nfe)
+        ws.cur ^= 1  # the same step once more, for them
+        self.bound = self._backend.bind(ws, self.nfe - 1)
+        running = self.bound(leaves, None, rows, None)  # they did not move, which is no column
+        ws.cur ^= 1
+        self._outputs.bind(self.bound)
+        self.wakings += 1
+        if self.wakings == 2:
+            again.warn_if_again(ws)
+        return running
+
+    @compiled.skip
+    def judge(self, rows: Tensor | None = None) -> None:
+        """After ``advance``: whoever converged and is no longer within tolerance at the newest f ends as MAX_ITER; does not wait."""
+        if self._together is None:
+            again.refuse(self.bound, self.ws, self._outputs.newest, rows, self.nfe)
+
     def _step_with_residual(self, fz: Any, residual: Any) -> bool:
-        ws = own_residual.takes_residual(self.ws)
-        if ws is None:
-            raise ValueError(f"residual needs dq.Anderson(type=2) with mixing=1, got {self.options}")
-        if residual is None or (self.nfe and not self._own_residual):
-            raise ValueError("residual must be given at every step of a solve or at none")
-        backend = own_residual.backend_for(self._backend, self._asked_for, self.layout.device)
-        rows = own_residual.rows_of(residual, ws)
+        first = self.nfe == 0 or self._own_residual
+        backend, ws, rows = own_residual.taken(self.ws, self.options, residual, first, self._backend, self._asked_for)
         leaves = self.layout.flatten(fz, "f(z)")
         self._serve_residual(backend)
         ws.set_residual(rows)
@@ -198,19 +254,7 @@ class SolverState:
     @compiled.skip
     def answer(self, returns: str = "best") -> tuple[list[Tensor], Tensor]:
         """Leaves of the returned iterate and its (B,) relative residual; samples still running are read, not moved."""
-        ws = self.ws
-        residual = best = self.ws.real_row(Real.BEST)
-        if returns == "last":
-            residual = torch.where(self.status == Status.NON_FINITE, best, self.ws.real_row(Real.RESIDUAL))
-        leaves = ws.x[ws.cur]
-        if self._running and self.nfe:
-            running = self.running
-            from_saved = running & (ws.int_row(Int.BEST_AT) == At.SAVED) & (returns == "best")
-            leaves = [
-                _where(from_saved, saved, _where(running, previous, current))
-                for current, previous, saved in zip(leaves, ws.x[1 - ws.cur], ws.saved, strict=True)
-            ]
-        return leaves, residual.clone()
+        return answer(self.ws, returns, bool(self._running and self.nfe))
 
     @property
     def previous(self) -> list[Tensor] | None:
@@ -295,8 +339,10 @@ class SolverState:
         self._bind()
 
     def __reduce__(self) -> Any:
-        settings = {"stopping": self.ws.stopping, "backend": self._asked_for}
-        return _rebuild, (type(self), self.options, self.evaluated(), settings, self.state_dict())
+        together = self._together is not None
+        settings = {"stopping": self._stopping, "backend": self._asked_for, "together": together}
+        given = self.options, self.evaluated(), self.layout.samples, settings
+        return _rebuild, (type(self), *given, self.state_dict())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SolverState:
         function, args = self.__reduce__()
@@ -304,9 +350,9 @@ class SolverState:
 
 
 def _rebuild(
-    cls: type[SolverState], options: Any, z: Any, settings: dict[str, Any], saved: dict[str, Any]
+    cls: type[SolverState], options: Any, z: Any, samples: Samples, settings: dict[str, Any], saved: dict[str, Any]
 ) -> SolverState:
-    state = cls(options, z, **settings)
+    state = cls(options, z, layout=Layout(z, samples=samples), **settings)
     state.load_state_dict(saved)
     return state
 
@@ -316,7 +362,3 @@ class _Released(contract.BoundStep):
 
     def __call__(self, *_: object) -> int:
         raise RuntimeError("this solve has ended and its history was given back")
-
-
-def _where(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(mask.view(-1, *([1] * (a.dim() - 1))), a, b)

@@ -43,6 +43,7 @@ class Int(IntEnum):
     EVICTIONS = 10
     FULL_RESTARTS = 11  # Broyden: memory full
     DENOMINATOR_RESTARTS = 12  # Broyden: |1 - c/||s||^2| too small, or not finite
+    WOKEN = 13  # converged, and no longer within tolerance at a later evaluation
 
 
 class Real(IntEnum):

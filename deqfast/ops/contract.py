@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..status import Status
+from . import recheck
 from .codes import Int
 from .joint import JointWorkspace
 from .layout import Layout
@@ -72,6 +73,19 @@ class BoundStep(ABC):
         Returns:
             How many samples still run, as far as the host knows: on a device the count may be an earlier one.
         """
+
+    def outside(self, f: Leaves, f_rows: Rows, made: int) -> Tensor | None:
+        """Samples that converged before evaluation ``made`` and are not within tolerance at its output ``f``.
+
+        The residuals of those that are become those of this evaluation (``recheck.outside``). None where the backend
+        knows on the host that there is no such sample. Called after the step, with ``cur`` as it was in it.
+        """
+        ws = self.ws
+        if ws.layout.device.type == "cpu":
+            earlier = (ws.int_row(Int.STATUS) == int(Status.CONVERGED)) & (ws.int_row(Int.STEPS) < made)
+            if not bool(earlier.any()):
+                return None
+        return recheck.outside(ws, f, f_rows, made)
 
     def failed(self) -> int:
         """Samples that stopped without having converged; may wait for the device, and knows nothing under capture."""

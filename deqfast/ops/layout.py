@@ -1,8 +1,10 @@
 """How a batched state lies in memory: leaves, order of their dimensions, rows.
 
-A state is a pytree of tensors ("leaves") that share dim 0, the batch. Each leaf is kept batch-outermost and dense, with
-its inner dimensions in the order in which ``z0`` stores them, so that a channels_last state stays channels_last. A
-sample is then one dense row per leaf; nothing is ever concatenated.
+A state is a pytree of tensors that share what counts samples (``samples.py``: dim 0, several leading dims, none, or
+segments of rows). Inside, each tensor is a "leaf" (B, ...): batch-outermost and dense, with its inner dimensions in the
+order in which ``z0`` stores them, so that a channels_last state stays channels_last. A sample is then one dense row per
+leaf; nothing is ever concatenated. Trees have the caller's shapes, lists of leaves those of the samples, and
+``flatten`` and ``unflatten`` are the only way between them.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from .samples import FIRST_DIM, Samples, samples_of
 
 REAL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _REAL_OF_COMPLEX = {torch.complex128: torch.float64, torch.complex64: torch.float32, torch.complex32: torch.float16}
@@ -100,14 +104,22 @@ class Leaf:
         return t.reshape(t.shape[0], self.n)
 
 
+def layout_of(z0: Any, batch_dims: int, segments: Any) -> Layout:
+    """The layout of a state whose samples are counted by options that have been checked."""
+    if batch_dims == 1 and segments is None:
+        return Layout(z0)
+    first = z0 if isinstance(z0, Tensor) else next(iter(pytree.tree_leaves(z0)), None)
+    return Layout(z0, samples=samples_of(batch_dims, segments, first if isinstance(first, Tensor) else None))
+
+
 class Layout:
     """Structure and memory layout of a batched state.
 
-    ``B`` samples of ``N`` real numbers each; ``dtype`` is the real dtype they are stored in, ``acc`` the one in which
-    dot products and small solves run.
+    ``B`` samples of ``N`` real numbers each, counted by ``batch_shape``; ``dtype`` is the real dtype they are stored
+    in, ``acc`` the one in which dot products and small solves run.
     """
 
-    def __init__(self, z0: Any, name: str = "z0") -> None:
+    def __init__(self, z0: Any, name: str = "z0", samples: Samples = FIRST_DIM) -> None:
         self.name = name
         self.single = isinstance(z0, Tensor)
         leaves, self.spec = ([z0], _LEAF) if self.single else pytree.tree_flatten(z0)
@@ -123,35 +135,34 @@ class Layout:
                 )
             if t.layout != torch.strided:
                 raise TypeError(f"{name} must be a dense (strided) tensor, got layout {t.layout}")
-            if t.dim() == 0:
-                raise ValueError(f"{name} must have a batch dimension (dim 0), got a 0-dimensional tensor")
         first = leaves[0]
+        samples.check(leaves, name)
         for t in leaves[1:]:
-            if t.shape[0] != first.shape[0]:
-                raise ValueError(
-                    f"tensors of {name} must share dim 0 (the batch), got {first.shape[0]} and {t.shape[0]}"
-                )
             if real_dtype(t.dtype) != real_dtype(first.dtype):
                 raise TypeError(f"tensors of {name} must share one precision, got {first.dtype} and {t.dtype}")
             if t.device != first.device:
                 raise ValueError(f"tensors of {name} must be on one device, got {first.device} and {t.device}")
         if first.is_meta:
             raise ValueError(f"{name} must hold data, got a tensor on device meta")
-        self.leaves = [Leaf(t) for t in leaves]
-        self.B = int(first.shape[0])
+        self.samples = samples.of(first)
+        self.shapes = [t.shape for t in leaves]
+        self.leaves = [Leaf(self.samples.split(t)) for t in leaves]
+        self.B = self.leaves[0].shape[0]
+        self.batch_shape = (self.B,) if self.samples is FIRST_DIM else self.samples.shape
         self.N = sum(leaf.n for leaf in self.leaves)
         self.dtype = real_dtype(first.dtype)
         self.acc = accumulation_dtype(self.dtype)
         self.device = first.device
 
     def __repr__(self) -> str:
+        samples = "" if self.samples is FIRST_DIM else f", {self.samples!r}"
         leaves = ", ".join(f"{tuple(leaf.shape)} {leaf.dtype} in order {leaf.order}" for leaf in self.leaves)
-        return f"{self._describe()}: {leaves}"
+        return f"{self._describe()}: {leaves}{samples}"
 
     def flatten(self, tree: Any, name: str, batch: int | None = None) -> list[Tensor]:
         """The leaves of ``tree``, checked against this layout; under autocast a narrower float is accepted.
 
-        ``batch`` replaces B when converged samples have been dropped.
+        ``batch`` replaces the size of dim 0 when converged samples have been dropped.
 
         Raises:
             TypeError, ValueError: naming ``name``, what was expected and what came.
@@ -161,10 +172,10 @@ class Layout:
             hint = f"; the keys of a dict must come in {self.name}'s order" if isinstance(tree, dict) else ""
             got = _kind(tree) + hint
             raise TypeError(f"{name} must have the structure of {self.name}, expected {self._describe()}, got {got}")
-        for t, leaf in zip(tensors, self.leaves, strict=True):
+        for t, leaf, own in zip(tensors, self.leaves, self.shapes, strict=True):
             if not isinstance(t, Tensor):
                 raise TypeError(f"{name} must hold tensors, got a {type(t).__name__}")
-            shape = leaf.shape if batch is None else (batch, *leaf.shape[1:])
+            shape = own if batch is None else (batch, *own[1:])
             if t.shape != shape:
                 sizes = f"expected {tuple(shape)}, got {tuple(t.shape)}"
                 raise ValueError(f"{name} must have the shape of {self.name}, {sizes}")
@@ -174,11 +185,22 @@ class Layout:
                 raise ValueError(f"{name} must be on the device of {self.name}, expected {self.device}, got {t.device}")
             if t.layout != torch.strided:
                 raise TypeError(f"{name} must be a dense (strided) tensor, got layout {t.layout}")
-        return tensors
+        return tensors if self.samples is FIRST_DIM else [self.samples.split(t) for t in tensors]
+
+    def tensors(self, tree: Any) -> list[Tensor]:
+        """The leaves of a tree that is known to be like z0."""
+        tensors = [tree] if self.single else pytree.tree_leaves(tree)
+        return tensors if self.samples is FIRST_DIM else [self.samples.split(t) for t in tensors]
 
     def unflatten(self, leaves: list[Tensor]) -> Any:
         """The tree of z0 with these leaves."""
+        if self.samples is not FIRST_DIM:
+            leaves = [self.samples.join(t) for t in leaves]
         return leaves[0] if self.single else pytree.tree_unflatten(leaves, self.spec)
+
+    def counted(self, t: Tensor) -> Tensor:
+        """(..., B) numbers, one a sample, in the shape that counts samples."""
+        return t if self.samples is FIRST_DIM else t.view(*t.shape[:-1], *self.batch_shape)
 
     def empty(self, batch: int | None = None) -> list[Tensor]:
         """Uninitialised leaves in this layout."""

@@ -6,9 +6,9 @@ from typing import Any
 
 from .. import compiled
 from ..loop.state import SolverState
-from ..ops.layout import Layout
+from ..ops.layout import Layout, layout_of
 from ..ops.workspace import Stopping, Workspace
-from ..options import stopping
+from ..options import check_choice, check_samples, stopping
 
 
 class Solver:
@@ -31,6 +31,9 @@ class Solver:
         rtol: float | None = None,
         atol: float = 0.0,
         max_iter: int | None = None,
+        stop: str = "each",
+        batch_dims: int = 1,
+        segments: Any = None,
         backend: str = "auto",
     ) -> SolverState:
         """A state for a loop of your own, starting at a copy of ``z0``; see ``SolverState``.
@@ -41,7 +44,13 @@ class Solver:
                 4e-3 float16, 2e-2 bfloat16.
             atol: absolute part of the same, default 0.
             max_iter: evaluations at most; None: no limit.
+            stop: "each" or "all", as in ``fixed_point``.
+            batch_dims: leading dims that count samples, as there.
+            segments: samples of unequal length, as there.
             backend: "auto", "native", "triton", "torch" or "reference".
         """
-        layout = Layout(z0)
-        return SolverState(self, z0, stopping(rtol, atol, max_iter, layout.dtype), backend=backend, layout=layout)
+        check_choice("stop", stop, ("each", "all"))
+        check_samples(batch_dims, segments)
+        layout = layout_of(z0, batch_dims, segments)
+        rule = stopping(rtol, atol, max_iter, layout.dtype)
+        return SolverState(self, z0, rule, backend=backend, layout=layout, together=stop == "all")

@@ -170,7 +170,7 @@ def test_threads_share_a_module():
         (lambda: dq.DEQ(Cell(), solver="newton"), ValueError, "solver must be one of"),
         (lambda: dq.DEQ(Cell(), rtol=-1.0), ValueError, "rtol"),
         (lambda: dq.DEQ(Cell(), atol="x"), TypeError, "atol"),
-        (lambda: dq.DEQ(Cell(), max_iter=0), ValueError, "max_iter"),
+        (lambda: dq.DEQ(Cell(), max_iter=-1), ValueError, "max_iter"),
         (lambda: dq.DEQ(Cell(), max_iter=None), TypeError, "max_iter"),
         (lambda: dq.DEQ(Cell(), backward="ift"), ValueError, "backward"),
         (lambda: dq.DEQ(Cell(), returns="first"), ValueError, "returns"),

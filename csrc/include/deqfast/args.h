@@ -88,6 +88,13 @@ struct SolveArgs : Stopping {
     }
 };
 
+// When a sample that converged before evaluation `made` is still within its tolerance: slack, of the tolerance, and
+// noise, of ||f||, are allowed for f's own rounding; residuals that differ by `same` are one; see ops/recheck.py.
+struct Recheck {
+    int made;
+    double slack, noise, same;
+};
+
 DEQFAST_HD inline int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
 DEQFAST_HD inline int64_t chunks_of(int64_t n) { return (n + kChunk - 1) / kChunk; }
 

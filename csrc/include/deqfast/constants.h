@@ -42,7 +42,8 @@ enum IntRow {
     kRescales,
     kEvictions,
     kFullRestarts,
-    kDenominatorRestarts
+    kDenominatorRestarts,
+    kWoken
 };
 enum RealRow { kResidual, kNorm, kBest, kFirst, kUnit, kScale };
 
@@ -92,6 +93,7 @@ constexpr Named kConstants[] = {
     {"Int.EVICTIONS", kEvictions},
     {"Int.FULL_RESTARTS", kFullRestarts},
     {"Int.DENOMINATOR_RESTARTS", kDenominatorRestarts},
+    {"Int.WOKEN", kWoken},
     {"Real.RESIDUAL", kResidual},
     {"Real.NORM", kNorm},
     {"Real.BEST", kBest},

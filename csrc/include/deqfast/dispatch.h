@@ -1,11 +1,14 @@
 // Which build of the CPU kernels runs on this processor.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
 namespace deqfast {
 
+struct SolveArgs;     // args.h
+struct Recheck;       // args.h
 struct AndersonArgs;  // anderson.h
 struct BroydenArgs;   // broyden.h
 struct JointArgs;     // joint.h
@@ -18,6 +21,8 @@ struct KernelTable {
     const char* name;
     void (*anderson_step)(const AndersonArgs& args, int phase);
     void (*broyden_step)(const BroydenArgs& args, int phase);
+    // How many samples that converged earlier are outside their tolerance; the residuals of the others become new.
+    int64_t (*recheck)(const SolveArgs& args, const Recheck& rule);
     void (*joint_map)(const JointArgs& args);
     void (*joint_finish)(const FinishArgs& args);
 };

@@ -113,7 +113,7 @@ def measure(
     status = torch.where(finite, within, c.non_finite)  # as numbers: RUNNING is 0 and CONVERGED 1
     going = but_not(run, status)
     if made == stopping.max_iter:
-        status = torch.where(going, _label(relative, first, made - best_step, made).int(), status)
+        status = torch.where(going, label(relative, first, made - best_step, made).int(), status)
         going = torch.zeros_like(going)
     worse = spill = from_saved = None
     elsewhere = old.best_at
@@ -124,13 +124,13 @@ def measure(
         if not stopping.keep_best:
             from_saved = but_not(from_saved, finite)
     best_at = torch.where(better, torch.where(going, c.previous, c.current), elsewhere)
-    reset, unit = _unit(c, largest / c.root, old.unit, going, made, judged is not None)
+    reset, unit = _unit(c, largest / c.root, old.unit, going, made, judged is not None or atol < 0)
     best = torch.where(better, relative, old.best)
     stats = Stats(status, old.steps + c.step, best_at, best_step, relative, g_norm.to(acc), best, first, unit)
     return Verdict(stats, run, going, reset, worse, spill, from_saved)
 
 
-def _label(relative: Tensor, first: Tensor, idle: Tensor, made: int) -> Tensor:
+def label(relative: Tensor, first: Tensor, idle: Tensor, made: int) -> Tensor:
     """What a sample that used up its evaluations is called."""
     stalled = (idle >= STALL_MIN_STEPS) & (idle * STALL_FRACTION >= made)
     label = torch.where(stalled, int(Status.STALLED), int(Status.MAX_ITER))

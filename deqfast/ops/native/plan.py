@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...status import Status
+from .. import recheck
 from ..anderson import AndersonWorkspace
 from ..broyden import BroydenWorkspace
 from ..codes import Int
@@ -63,6 +64,26 @@ class NativeStep(BoundStep):
             return True
         t = leaves[0]
         return rows is None and t.dtype is self._dtype and t.is_contiguous() and not t.is_neg()
+
+    def outside(self, f: Leaves, f_rows: Rows, made: int) -> Tensor | None:
+        """Samples that converged earlier and are not within tolerance; on a CPU a kernel says whether any."""
+        if self.replay is None and not EMULATED and self.ws.own_residual is None:
+            alive = [
+                place(functools.partial(self.plan.source, i, 0), t, leaf)
+                for i, (t, leaf) in enumerate(zip(f, self.ws.layout.leaves, strict=True))
+            ]
+            count = self.plan.recheck(
+                cur=self.ws.cur,
+                f_rows=0 if f_rows is None else f_rows.data_ptr(),
+                made=made,
+                slack=recheck.SLACK,
+                noise=recheck.noise(self.ws),
+                same=recheck.SAME,
+            )
+            del alive
+            if not count:
+                return None
+        return super().outside(f, f_rows, made)
 
     def failed(self) -> int:
         """Samples that stopped without having converged, known once none runs."""

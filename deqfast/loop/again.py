@@ -1,0 +1,60 @@
+"""The end of a solve: every sample that converged earlier is judged at the newest evaluation, and may have to go on."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor
+
+from ..ops import recheck
+from ..ops.codes import Int
+from ..ops.contract import BoundStep, Leaves, Rows
+from ..ops.lag import capturing
+from ..ops.workspace import Workspace
+
+
+class CouplingWarning(RuntimeWarning):
+    """f gives a sample another value when other samples move, so that samples which had converged had to go on."""
+
+
+_MESSAGE = (
+    "f couples samples: {count} of {B} were within tolerance, and no longer once others had moved, twice or more. "
+    "They went on, which takes more evaluations than to solve for all of them as one sample: give batch_dims=0 if dim "
+    "0 does not count independent samples (nodes of a graph, unknowns of a vector), segments= for several graphs in "
+    'one tensor, or stop="all" where samples are to stop together'
+)
+
+
+def _outside(bound: BoundStep, ws: Workspace, f: Leaves, f_rows: Rows, made: int) -> Tensor | None:
+    if ws.layout.B < 2:  # a sample alone was judged at the newest evaluation
+        return None
+    ws.cur ^= 1  # as it was in the step
+    which = bound.outside(f, f_rows, made)
+    ws.cur ^= 1
+    return which
+
+
+def judge(bound: BoundStep, ws: Workspace, f: Leaves, f_rows: Rows, made: int) -> Tensor | None:
+    """Which samples have to go on; None: no sample, as is known on the host. Waits for a device."""
+    which = _outside(bound, ws, f, f_rows, made)
+    if which is None:
+        return None
+    limit = ws.stopping.max_iter
+    if capturing(ws.layout.device) or (limit and made > limit):
+        recheck.refuse(ws, which)
+        return None
+    return which if bool(which.any()) else None
+
+
+def refuse(bound: BoundStep, ws: Workspace, f: Leaves, f_rows: Rows, made: int) -> None:
+    """Those who would have to go on, and cannot, have not converged."""
+    which = _outside(bound, ws, f, f_rows, made)
+    if which is not None:
+        recheck.refuse(ws, which)
+
+
+def warn_if_again(ws: Workspace) -> None:
+    """Say what to do about an f that couples samples, where one was woken twice."""
+    count = int((ws.int_row(Int.WOKEN) > 1).sum())
+    if count:
+        warnings.warn(_MESSAGE.format(count=count, B=ws.layout.B), CouplingWarning, stacklevel=2)

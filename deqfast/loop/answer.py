@@ -1,0 +1,35 @@
+"""Which of the iterates in memory a solve returns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops.codes import At, Int, Real
+from ..ops.workspace import Workspace
+from ..status import Status
+
+
+def answer(ws: Workspace, returns: str, some_run: bool) -> tuple[list[Tensor], Tensor]:
+    """Leaves of the returned iterate and its (B,) relative residual.
+
+    Of a sample that has stopped they lie in both iterates; one that runs (``some_run``: there may be one) has moved on
+    from the iterate that was evaluated last, and is read, not moved.
+    """
+    residual = best = ws.real_row(Real.BEST)
+    status = ws.int_row(Int.STATUS)
+    if returns == "last":
+        residual = torch.where(status == int(Status.NON_FINITE), best, ws.real_row(Real.RESIDUAL))
+    leaves = ws.x[ws.cur]
+    if some_run:
+        running = status == int(Status.RUNNING)
+        from_saved = running & (ws.int_row(Int.BEST_AT) == int(At.SAVED)) & (returns != "last")
+        leaves = [
+            _where(from_saved, saved, _where(running, previous, current))
+            for current, previous, saved in zip(leaves, ws.x[1 - ws.cur], ws.saved, strict=True)
+        ]
+    return leaves, residual.clone()
+
+
+def _where(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(mask.view(-1, *([1] * (a.dim() - 1))), a, b)

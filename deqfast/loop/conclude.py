@@ -1,0 +1,97 @@
+"""From a state to a ``Solution``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops.codes import Int, Real
+from ..ops.formulas.measure import label
+from ..ops.layout import Layout
+from ..solution import Solution
+from ..status import Status
+from .state import SolverState
+
+_STATUS_AND_STEPS = int(Int.STATUS), int(Int.STEPS)
+_CONVERGED = int(Status.CONVERGED)  # comparing a tensor with an enum takes half as long again
+
+
+def conclude(
+    state: SolverState, returns: str, rows: list[Tensor] | None, shared: bool, images: list[Tensor] | None = None
+) -> Solution:
+    """The solution a state has reached.
+
+    Args:
+        state: of the solve.
+        returns: as in ``fixed_point``.
+        rows: recorded residuals, one tensor an evaluation.
+        shared: somebody else may step the state further.
+        images: f at the iterates, for ``returns="image"``.
+    """
+    ws, layout = state.ws, state.layout
+    if returns == "next":
+        leaves, residual = ws.x[ws.cur], ws.real_row(Real.RESIDUAL).clone()
+        leaves = [t.clone() for t in leaves] if shared else leaves
+    else:
+        leaves, residual = state.answer(returns)
+    counters = ws.ints.clone() if shared else ws.ints
+    status, steps = (counters[row, : layout.B] for row in _STATUS_AND_STEPS)
+    if layout.N == 0:
+        status.fill_(Status.CONVERGED)
+        residual = torch.zeros_like(residual)
+    elif not state.done:
+        status.masked_fill_(status == Status.RUNNING, Status.STOPPED)
+    trace = None
+    if rows is not None:
+        trace = torch.stack(rows) if rows else residual.new_empty(0, *layout.batch_shape)
+    return Solution(
+        z=layout.unflatten(leaves if images is None else images),
+        converged=layout.counted(status == _CONVERGED),
+        steps=layout.counted(steps),
+        residual=layout.counted(residual),
+        evaluations=state.nfe,
+        status=layout.counted(status),
+        trace=trace,
+        backend=state.backend,
+        counters=counters,
+    )
+
+
+def take_images(state: SolverState, leaves: list[Tensor], rows: Tensor | None) -> None:
+    """Move samples that have converged to the newest f, where it saw them; ``rows`` says where."""
+    ws, layout = state.ws, state.layout
+    moves = ws.int_row(Int.STATUS) == _CONVERGED
+    values = layout.rows(leaves)
+    if rows is not None:
+        moves = moves & (rows >= 0)
+        values = [value.index_select(0, rows.clamp(min=0)) for value in values]
+    for x, value in zip(layout.rows(ws.x[ws.cur]), values, strict=True):
+        x.copy_(torch.where(moves[:, None], value.to(x.dtype), x))
+
+
+def out_of_evaluations(state: SolverState) -> None:
+    """The label of samples that run on, where the loop ended at its limit and not the kernels."""
+    ws, made = state.ws, state.nfe
+    status = ws.int_row(Int.STATUS)
+    found = label(ws.real_row(Real.RESIDUAL), ws.real_row(Real.FIRST), made - ws.int_row(Int.BEST_STEP), made)
+    status.copy_(torch.where(status == Status.RUNNING, found.to(status.dtype), status))
+    state.finish(made)
+
+
+def unsolved(layout: Layout, start: list[Tensor], backend: str) -> Solution:
+    """The solution that no evaluation was spent on, ``max_iter=0``: the start, and nothing is known of it."""
+    B, device = layout.B, layout.device
+    counters = torch.zeros(16, B, dtype=torch.int32, device=device)
+    status, steps = (counters[row] for row in _STATUS_AND_STEPS)
+    status.fill_(Status.MAX_ITER if layout.N else Status.CONVERGED)
+    return Solution(
+        z=layout.unflatten(start),
+        converged=layout.counted(status == _CONVERGED),
+        steps=layout.counted(steps),
+        residual=layout.counted(torch.full((B,), torch.nan if layout.N else 0.0, dtype=layout.acc, device=device)),
+        evaluations=0,
+        status=layout.counted(status),
+        trace=None,
+        backend=backend,
+        counters=counters,
+    )

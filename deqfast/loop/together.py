@@ -1,0 +1,63 @@
+"""``stop="all"``: samples stop together, at the first evaluation at which every finite one is within its tolerance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops.codes import At, Int, Real
+from ..ops.lag import Lag
+from ..ops.workspace import Stopping, Workspace
+from ..status import Status
+
+
+def never(rule: Stopping) -> Stopping:
+    """The rule by which no sample stops before the limit, not even one with f(z) == z."""
+    return rule._replace(rtol=0.0, atol=-1.0)
+
+
+class Together:
+    """Looks at every evaluation of a workspace whose kernels stop nobody.
+
+    Args:
+        ws: made with ``never(rule)``.
+        rule: when a sample is within tolerance.
+        made: evaluations made so far.
+    """
+
+    def __init__(self, ws: Workspace, rule: Stopping, made: int) -> None:
+        self.ws, self.rule = ws, rule
+        layout = ws.layout
+        self._lag = Lag(layout.B, layout.device, rule.max_iter, made)
+        self._waits = layout.device.type == "cpu"
+
+    def look(self) -> int:
+        """Stop everybody if it is time; the samples still running, as far as the host knows. After ``cur`` flipped."""
+        with torch.no_grad():
+            running = self.ws.int_row(Int.STATUS) == int(Status.RUNNING)
+            short = running & ~self.within()
+            count = torch.where(short.any(), running.sum(), 0).to(torch.int32)
+            if not self._waits or int(count) == 0:
+                self._stop(running & (count == 0))
+            return self._lag.read(count)
+
+    def within(self) -> Tensor:
+        """(B,) bool: samples within tolerance at the newest evaluation."""
+        relative, moved = self.ws.real_row(Real.RESIDUAL), self.ws.real_row(Real.NORM)
+        if not self.rule.atol:
+            return relative <= self.rule.rtol
+        size = torch.where(relative > 0, moved / relative, 0.0)
+        return (moved <= self.rule.atol + self.rule.rtol * size) & torch.isfinite(relative)
+
+    def _stop(self, which: Tensor) -> None:
+        """These have converged at the iterate that was evaluated last; and those that had to stop there, if within."""
+        ws = self.ws
+        late = (ws.int_row(Int.STATUS) > int(Status.CONVERGED)) & (ws.int_row(Int.BEST_AT) == int(At.CURRENT))
+        late = late & self.within()  # out of evaluations: their answer is that iterate already
+        layout = ws.layout
+        for now, before in zip(layout.rows(ws.x[ws.cur]), layout.rows(ws.x[1 - ws.cur]), strict=True):
+            now.copy_(torch.where(which[:, None], before, now))
+        ws.int_row(Int.STATUS).masked_fill_(which | late, int(Status.CONVERGED))
+        ws.int_row(Int.BEST_AT).masked_fill_(which, int(At.CURRENT))
+        best = ws.real_row(Real.BEST)
+        best.copy_(torch.where(which, ws.real_row(Real.RESIDUAL), best))

@@ -1,0 +1,81 @@
+"""Looking again at samples that have stopped: does what f gives them now still say that they have converged?
+
+A sample that converged is frozen, and f goes on being evaluated at it. Where f treats samples independently its output
+there is the same as before. Where f couples them it is not: what was a solution given the others of that evaluation
+need not be one given those of the newest.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..status import Status
+from .codes import At, Int, Real
+from .formulas.sums import norm_of_parts
+from .workspace import Workspace
+
+SLACK = 0.125  # of the tolerance, for f's own rounding,
+NOISE = 2.0  # and so many units in the last place of ||f(z)||
+SAME = 1e-5  # relative difference of two residuals that comes of the order of their sums
+
+
+def noise(ws: Workspace) -> float:
+    """What f's own rounding may make of a residual, relative to ||f(z)||."""
+    return NOISE * torch.finfo(ws.layout.dtype).eps
+
+
+def outside(ws: Workspace, f: list[Tensor], f_rows: Tensor | None, made: int) -> Tensor:
+    """(B,) bool: samples that converged before evaluation ``made`` and are not within their tolerance at its output.
+
+    The residuals of those that are within become those of this evaluation. Samples that f did not see are left alone.
+
+    Args:
+        ws: before ``cur`` is flipped.
+        f: f at ``x[cur]``.
+        f_rows: where the samples are in ``f``, -1: not there.
+        made: evaluations made, this one included.
+    """
+    layout, stopping = ws.layout, ws.stopping
+    earlier = (ws.int_row(Int.STATUS) == int(Status.CONVERGED)) & (ws.int_row(Int.STEPS) < made)
+    values = layout.rows(f)
+    if f_rows is not None:
+        earlier = earlier & (f_rows >= 0)
+        values = [rows.index_select(0, f_rows.clamp(min=0)) for rows in values]
+    values = [v.to(layout.acc) for v in values]
+    if ws.own_residual is None:
+        moved = [v - x.to(layout.acc) for v, x in zip(values, layout.rows(ws.x[ws.cur]), strict=True)]
+    else:
+        moved = [ws.own_residual]
+    largest = torch.stack([v.abs().amax(1) for v in values if v.shape[1]]).amax(0)
+    largest = torch.where(largest > 0, largest, 1.0)  # divided by it, no square overflows or vanishes
+    g_norm, f_norm = (norm_of_parts([v / largest[:, None] for v in parts], layout.acc) for parts in (moved, values))
+    allowed = (stopping.atol / largest + stopping.rtol * f_norm) * (1 + SLACK) + noise(ws) * f_norm
+    within = (g_norm <= allowed) & torch.isfinite(g_norm + f_norm)
+    relative = (g_norm / f_norm).nan_to_num(nan=0.0, posinf=math.inf)
+    known = ws.real_row(Real.RESIDUAL)
+    new = earlier & within & ~((relative - known).abs() <= SAME * known)
+    for row, value in ((Real.RESIDUAL, relative), (Real.BEST, relative), (Real.NORM, g_norm * largest)):
+        target = ws.real_row(row)
+        target.copy_(torch.where(new, value, target))
+    return earlier & ~within
+
+
+def wake(ws: Workspace, which: Tensor, made: int) -> None:
+    """Let samples run again, as if evaluation ``made`` were yet to be judged: what they found no longer counts."""
+    _overwrite(ws.int_row(Int.STATUS), which, int(Status.RUNNING))
+    _overwrite(ws.int_row(Int.STEPS), which, made - 1)
+    _overwrite(ws.int_row(Int.BEST_AT), which, int(At.NOWHERE))
+    _overwrite(ws.real_row(Real.BEST), which, math.inf)
+    ws.int_row(Int.WOKEN).add_(which)
+
+
+def refuse(ws: Workspace, which: Tensor) -> None:
+    """What was called converged, and cannot run on, is not."""
+    _overwrite(ws.int_row(Int.STATUS), which, int(Status.MAX_ITER))
+
+
+def _overwrite(row: Tensor, where: Tensor, value: float) -> None:
+    row.masked_fill_(where, value)
