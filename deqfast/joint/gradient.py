@@ -62,13 +62,13 @@ def attach_envelope(problem: Problem, solution: JointSolution, envelope: Envelop
     def f(z: Any, *args: Any) -> Any:
         return evaluate(z, x, *args)
 
-    leaves = pytree.tree_leaves(solution.z)
+    leaves = problem.z_layout.tensors(solution.z)
     return problem.z_layout.unflatten(adjoint.attach(f, problem.args, problem.z_layout, leaves, options))
 
 
 def _scaled_adjoint(problem: Problem, solution: JointSolution) -> Callable[[list[Tensor]], Any]:
-    mu, loss = pytree.tree_leaves(solution.mu), compiled.eager(problem.loss)
-    z = [t.detach() for t in pytree.tree_leaves(solution.z)]
+    mu, loss = problem.z_layout.tensors(solution.mu), compiled.eager(problem.loss)
+    z = [t.detach() for t in problem.z_layout.tensors(solution.z)]
     x = pytree.tree_map(torch.Tensor.detach, solution.x)
 
     def inner_gradient() -> list[Tensor]:
@@ -114,14 +114,16 @@ def attach_implicit(problem: Problem, solution: JointSolution, gradient: Implici
             v = [t if t.requires_grad else t.detach().requires_grad_() for t in v]
             z, mu, x = v[:many], v[many : 2 * many], v[2 * many :]
             trees = problem.z_layout.unflatten(z), problem.x_tree(x)
-            fz = pytree.tree_leaves(f(*trees, *args))
+            fz = problem.z_layout.tensors(f(*trees, *args))
             cost = loss(*trees, *args)
             p_q = gradients(fz, mu, cost, [*z, *x], create_graph=True)
             rates: list[Any] = [rate] * len(x) if problem._rates is None else problem._rates
             stepped = [t - r * q for t, r, q in zip(x, rates, p_q[many:], strict=True)]
             return [*fz, *p_q[:many], *problem.feasible(stepped)]
 
-    leaves = [*pytree.tree_leaves(solution.z), *pytree.tree_leaves(solution.mu), *pytree.tree_leaves(solution.x)]
+    of_z = problem.z_layout
+    leaves = [*of_z.tensors(solution.z), *of_z.tensors(solution.mu)]
+    leaves += problem.x_layout.tensors(solution.x) if problem.has_x else []
     options = _options(problem, gradient, min(rule[0] for rule in problem.rules), gradient.u0)
     found = adjoint.attach(joint_map, problem.args, problem.layout, leaves, options)
     return (

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from ..ops.codes import BLOCKS
 from ..ops.joint import MapOptions
 from ..ops.lag import Later, capturing
-from ..ops.layout import Layout, Leaf
+from ..ops.layout import Layout, Leaf, layout_of
 from ..options import check_args, check_callable
 from ..project import Box, L2Ball, LinfBall, Projection
 from .options import JointOptions, check_positive
@@ -38,19 +38,19 @@ class Problem:
         check_callable("loss", loss)
         check_args(args, example="a")
         self.f, self.loss, self.args, self.options = f, loss, args, options
-        self.z_layout = Layout(z0, "z0")
+        self.z_layout = layout_of(z0, options.batch_dims, name="z0")
         self.has_x = bool(pytree.tree_leaves(x0))
         self.x_layout: Any = None  # of an absent x
         self.x_leaves: list[Leaf] = []
         self.x_tree: Callable[[list[Tensor]], Any] = lambda leaves: x0
         if self.has_x:
-            self.x_layout = Layout(x0, "x0")
+            self.x_layout = layout_of(x0, options.batch_dims, name="x0")
             self.x_leaves, self.x_tree = self.x_layout.leaves, self.x_layout.unflatten
             check_alike(self.z_layout, self.x_layout)
         self.blocks = BLOCKS if self.has_x else BLOCKS[:2]
-        z_leaves = self._detached(z0)
+        z_leaves = [t.detach() for t in self.z_layout.tensors(z0)]
         mu_leaves = [torch.zeros_like(t) for t in z_leaves] if mu0 is None else self.z_layout.flatten(mu0, "mu0")
-        x_leaves = self._detached(x0)
+        x_leaves = [t.detach() for t in self.x_layout.tensors(x0)] if self.has_x else []
         self.start = [*z_leaves, *(t.detach() for t in mu_leaves), *x_leaves]
         self.layout = Layout(self.start, "z0 and x0")
         self.accelerate = options.accelerated(self.blocks)
@@ -60,10 +60,6 @@ class Problem:
         self._late: list[tuple[Later, str]] = []
         self._schedule = self._step_sizes(step_size)
         self.projection = self._projection(project)
-
-    @staticmethod
-    def _detached(tree: Any) -> list[Tensor]:
-        return [t.detach() for t in pytree.tree_leaves(tree)]
 
     def _step_sizes(self, step_size: Any) -> Callable[[int], float]:
         if not self.has_x:
@@ -89,15 +85,17 @@ class Problem:
             raise TypeError(f"step_size must be a number, a function of the step or tensors like x0, got {got}")
         if len(leaves) != len(self.x_leaves):
             raise ValueError(f"step_size: expected {len(self.x_leaves)} tensors as in x0, got {len(leaves)}")
-        for t, leaf in zip(leaves, self.x_leaves, strict=True):
+        for t, shape in zip(leaves, self.x_layout.shapes, strict=True):
             if t.is_complex() or t.dtype == torch.bool:
                 raise TypeError(f"step_size must hold real numbers, got {t.dtype}")
             if t.device != self.layout.device:
                 where = f"expected {self.layout.device}, got {t.device}"
                 raise ValueError(f"step_size must be on the device of x0, {where}")
-            if not _broadcasts(t, leaf.shape):
-                raise ValueError(f"step_size must broadcast to x0, expected {tuple(leaf.shape)}, got {tuple(t.shape)}")
+            if not _broadcasts(t, shape):
+                raise ValueError(f"step_size must broadcast to x0, expected {tuple(shape)}, got {tuple(t.shape)}")
         rates = [t.detach().to(self.layout.dtype) for t in leaves]
+        if self.options.batch_dims != 1:
+            rates = [self.x_layout.samples.split(t.expand(s)) for t, s in zip(rates, self.x_layout.shapes, strict=True)]
         for t in rates:
             within = f"step_size must be positive and finite throughout, as {self.layout.dtype} too"
             self._refuse_where(~((t > 0) & t.isfinite()).all(), within)
@@ -196,10 +194,10 @@ class Problem:
         if self._rates is not None:
             first_x = len(values) - len(self._rates)
             values[first_x:] = [q * rate for q, rate in zip(values[first_x:], self._rates, strict=True)]
-        return values, cost.detach().to(self.layout.acc)
+        return values, cost.detach().to(self.layout.acc).reshape(self.layout.B)
 
     def _check_first(self, fz: list[Tensor], cost: Any, z: list[Tensor], x: list[Tensor]) -> None:
-        check_cost(cost, self.layout.B)
+        check_cost(cost, self.z_layout.batch_shape)
         if not _depends([cost], [*z, *x]):
             raise ValueError("loss(z, x) must depend on z or x, got one that depends on neither through autograd")
         if x and not _depends(fz, x):
@@ -222,16 +220,18 @@ def gradients(
 
 def check_alike(z: Layout, x: Layout) -> None:
     """Raise ValueError unless x0 has the batch, precision and device of z0."""
-    for what, a, b in (("batch", z.B, x.B), ("precision", z.dtype, x.dtype), ("device", z.device, x.device)):
+    batch = (z.B, x.B) if len(z.batch_shape) == len(x.batch_shape) == 1 else (z.batch_shape, x.batch_shape)
+    for what, (a, b) in {"batch": batch, "precision": (z.dtype, x.dtype), "device": (z.device, x.device)}.items():
         if a != b:
             raise ValueError(f"x0 must have the {what} of z0, expected {a}, got {b}")
 
 
-def check_cost(cost: Any, B: int) -> None:
+def check_cost(cost: Any, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless the loss gave one real number a sample."""
-    if not isinstance(cost, Tensor) or cost.shape != (B,) or not cost.is_floating_point():
+    if not isinstance(cost, Tensor) or cost.shape != shape or not cost.is_floating_point():
         got = f"{tuple(cost.shape)} {cost.dtype}" if isinstance(cost, Tensor) else type(cost).__name__
-        raise ValueError(f"loss(z, x) must return one number a sample, expected ({B},) of a floating dtype, got {got}")
+        expected = f"expected {tuple(shape)} of a floating dtype"
+        raise ValueError(f"loss(z, x) must return one number a sample, {expected}, got {got}")
 
 
 def ordinary(tree: Any) -> Any:

@@ -41,7 +41,7 @@ class JointSolution:
 
     def summary(self) -> str:
         """One line: how many samples ended how, evaluations, mean cost."""
-        counts = torch.bincount(self.status.long().cpu(), minlength=len(Status)).tolist()
+        counts = torch.bincount(self.status.flatten().long().cpu(), minlength=len(Status)).tolist()
         parts = [f"{n} {Status(i).name.lower()}" for i, n in enumerate(counts) if n]
         cost = float(self.cost.mean()) if self.cost.numel() else 0.0
         return f"{', '.join(parts) or 'no samples'}; {self.nfe} evaluations, mean cost {cost:.4g}"

@@ -53,6 +53,7 @@ def joint_solve(
     max_iter: int = 100,
     returns: str = "best",
     safeguard: bool = False,
+    batch_dims: int = 1,
     mu0: Any = None,
     backward: str | Envelope | Implicit = "envelope",
     trace: bool = False,
@@ -88,6 +89,7 @@ def joint_solve(
             "cost", the one accepted last, where a lower cost is accepted at up to 1.3 times the best residual.
         safeguard: forget a sample's history when its residual grows beyond twice the best since it last did; for maps
             that walk to saddles.
+        batch_dims: how many leading dims of z0 and x0 count samples, as in ``fixed_point``; loss returns their shape.
         mu0: start of the adjoint, default zeros.
         backward: "envelope" (default) or an ``Envelope``: gradients reach z, and through it parameters and args, with x
             as a constant, which is right where the outer loss is the inner one; the backward solve starts at mu.
@@ -120,6 +122,7 @@ def joint_solve(
         max_iter=max_iter,
         backward=gradient,
         returns=returns,
+        batch_dims=batch_dims,
         trace=trace,
         callback=callback,
         throw=throw,
@@ -171,6 +174,7 @@ def _loop(state: JointState, options: JointOptions) -> list[dict[str, Tensor]] |
                     bar.update()
                     bar.set_postfix_str(f"{state.known_running} running", refresh=False)
                 if options.callback is not None and options.callback(state.nfe, state):
+                    state.judge()
                     break
     finally:
         if bar is not None:

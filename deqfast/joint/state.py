@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..loop.again import warn_if_again
 from ..ops import contract
 from ..ops.anderson import AndersonWorkspace
 from ..ops.codes import BLOCKS, At, Int
@@ -14,6 +15,7 @@ from ..ops.joint import JointWorkspace, Part
 from ..ops.joint_step import JointStep
 from ..ops.lag import LAG
 from ..ops.layout import Layout
+from ..ops.recheck import refuse
 from ..ops.workspace import Stopping
 from ..status import Status
 from .problem import Problem
@@ -58,6 +60,11 @@ class JointState:
         self._running = layout.B if layout.N else 0
         self.nfe = 0
         self.cost: Tensor | None = None
+        self._newest: tuple[list[Tensor], Tensor] = [], torch.empty(0)
+        self._warned = False
+
+    def _counted(self, t: Tensor) -> Tensor:
+        return self.problem.z_layout.counted(t)
 
     def _block(self, kind: int) -> list[Tensor]:
         return [self.ws.value(i) for i, part in enumerate(self.ws.parts) if part.block == kind]
@@ -90,12 +97,12 @@ class JointState:
     @property
     def status(self) -> Tensor:
         """(B,) int32 of ``Status``."""
-        return self.ws.core.int_row(Int.STATUS)
+        return self._counted(self.ws.core.int_row(Int.STATUS))
 
     @property
     def steps(self) -> Tensor:
         """(B,) int32: evaluations each sample has used."""
-        return self.ws.core.int_row(Int.STEPS)
+        return self._counted(self.ws.core.int_row(Int.STEPS))
 
     @property
     def residual(self) -> dict[str, Tensor]:
@@ -111,22 +118,38 @@ class JointState:
     @property
     def best_cost(self) -> Tensor:
         """(B,) loss at the iterate that would be returned now, NaN before there is one."""
-        return self.ws.record.best_cost
+        return self._counted(self.ws.record.best_cost)
 
     def _by_block(self, norms: Tensor) -> dict[str, Tensor]:
         moved, size = norms[:, :, : self.problem.layout.B].unbind(1)
         relative = torch.where(moved == 0, 0.0, moved / size)  # beyond all measure where a block has no size
-        return {name: relative[i] for i, name in enumerate(self.problem.blocks)}
+        return {name: self._counted(relative[i]) for i, name in enumerate(self.problem.blocks)}
 
     def advance(self) -> bool:
         """Evaluate f, loss and their gradients, and step; returns ``done``."""
         at = [self.ws.value(i) for i in range(len(self.ws.parts))]
-        values, self.cost = self.problem.evaluate(at, first=self.nfe == 0)
-        self._running = self._step(values, self.problem.step_size(self.nfe), self.cost)
+        values, cost = self.problem.evaluate(at, first=self.nfe == 0)
+        self.cost = self._counted(cost)
+        self._running = self._step(values, self.problem.step_size(self.nfe), cost)
+        if self.problem.options.callback is not None:  # which may end the solve here
+            self._newest = values, cost
+        if self._step.wakings == 2 and not self._warned:
+            self._warned = True
+            warn_if_again(self.ws.core)
         self.nfe += 1
         if self.nfe > LAG or not self._running:  # the host has heard of later things by now
             self.problem.check_late()
         return self._running == 0
+
+    def judge(self) -> None:
+        """The solve ends here: whoever converged and is not within tolerance at the newest evaluation has not."""
+        if self.problem.layout.B < 2:
+            return
+        self.ws.core.cur ^= 1
+        which = self._step.judge(*self._newest)
+        self.ws.core.cur ^= 1
+        if which is not None:
+            refuse(self.ws.core, which)
 
     def answer(self) -> list[Tensor]:
         """Every tensor of the returned iterate, in memory of its own."""

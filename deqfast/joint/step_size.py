@@ -132,7 +132,7 @@ def _gradient(
         warnings.warn(f"{text}; the curvature there is a guess", GradientWarning, stacklevel=4)
     z = solution.z
     cost = loss(z, x_tree, *args)
-    check_cost(cost, x[0].shape[0])
+    check_cost(cost, (x[0].shape[0],))
     found = torch.autograd.grad(cost.sum(), x, create_graph=True, allow_unused=True) if cost.requires_grad else [None]
     if all(g is None for g in found):
         raise ValueError("loss(z*(x), x) must depend on x through autograd, got one that does not")

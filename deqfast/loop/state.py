@@ -233,7 +233,7 @@ class SolverState:
 
     @compiled.skip
     def judge(self, rows: Tensor | None = None) -> None:
-        """After ``advance``: whoever converged and is no longer within tolerance at the newest f ends as MAX_ITER; does not wait."""
+        """After ``advance``: converged samples that are not within tolerance at the newest f end as MAX_ITER."""
         if self._together is None:
             again.refuse(self.bound, self.ws, self._outputs.newest, rows, self.nfe)
 

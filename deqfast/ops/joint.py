@@ -160,3 +160,11 @@ def store_norms(norms: Tensor, block: int, where: Tensor, step: list[Tensor], si
         target = norms[block, row, :B]
         norm = norm_of_parts(rows, norms.dtype) if rows else torch.zeros_like(target)
         target.copy_(torch.where(where, norm, target))
+
+
+def note(to_cost: Tensor, to_norms: Tensor, where: Tensor, cost: Tensor | None, norms: Tensor) -> None:
+    """Record cost and block norms of an evaluation, of some samples."""
+    B = where.shape[0]
+    if cost is not None:
+        to_cost.copy_(torch.where(where, cost, to_cost))
+    to_norms[:, :, :B] = torch.where(where, norms[:, :, :B], to_norms[:, :, :B])

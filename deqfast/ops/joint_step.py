@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .codes import BLOCKS
+from ..status import Status
+from . import recheck
+from .codes import BLOCKS, Int
 from .contract import Backend
-from .joint import JointWorkspace, measure_block
+from .joint import JointWorkspace, measure_block, note
+from .lag import capturing
 
 Project = Callable[[list[Tensor]], list[Tensor]]
 
@@ -21,11 +25,12 @@ class JointStep:
     """
 
     def __init__(self, ws: JointWorkspace, backend: Backend, project: Project | None = None) -> None:
-        self.ws, self.project = ws, project
+        self.ws, self.project, self.backend = ws, project, backend
         self.ends, self.bound = backend.joint(ws), backend.bind(ws.core)
         self.inputs = [i for i, part in enumerate(ws.parts) if BLOCKS[part.block] == "x"]
         self.accelerated = tuple(ws.accelerated(mapped) for mapped in ws.mapped)
-        self.made = 0
+        self.made = self.wakings = 0
+        self._least_step = math.inf
 
     def __call__(self, values: list[Tensor], step_size: float, cost: Tensor | None = None) -> int:
         """One step; how many samples still run.
@@ -40,15 +45,63 @@ class JointStep:
             return 0
         cost = None if cost is None else cost.resolve_neg().contiguous()  # kernels read its memory
         with torch.no_grad():
-            self.ends.map(values, step_size, cost)
-            if self.project is not None:
-                mapped = self.ws.mapped[core.cur]
-                for i, t in zip(self.inputs, self.project([mapped[i] for i in self.inputs]), strict=True):
-                    mapped[i].copy_(t)
-                measure_block(self.ws, self.inputs)
+            self._map(values, step_size, cost)
             previous = self.accelerated[1 - core.cur] if self.made else None
             running = self.bound(self.accelerated[core.cur], previous, None, None)
             self.made += 1
             self.ends.finish(cost, self.made)
+            if not running and core.layout.B > 1:
+                running = self._again(values, cost)
         core.cur ^= 1
+        return running
+
+    def _map(self, values: list[Tensor], step_size: float, cost: Tensor | None) -> None:
+        self._least_step = min(self._least_step, step_size)
+        self.ends.map(values, step_size, cost)
+        if self.project is not None:
+            mapped = self.ws.mapped[self.ws.core.cur]
+            for i, t in zip(self.inputs, self.project([mapped[i] for i in self.inputs]), strict=True):
+                mapped[i].copy_(t)
+            measure_block(self.ws, self.inputs)
+
+    def judge(self, values: list[Tensor], cost: Tensor | None) -> Tensor | None:
+        """Which of the samples that converged before the newest evaluation are not within tolerance at it.
+
+        What is recorded of the others becomes that of this evaluation. None: nobody, as the host knows. With ``cur`` as
+        it was in the step. The x block is measured by the least step that was made: a schedule that grows would find
+        everybody outside.
+        """
+        core, record = self.ws.core, self.ws.record
+        status, B = core.int_row(Int.STATUS), core.layout.B
+        earlier = (status == int(Status.CONVERGED)) & (core.int_row(Int.STEPS) < self.made)
+        if core.layout.device.type == "cpu" and not bool(earlier.any()):
+            return None
+        norms = core.block_norms
+        assert norms is not None
+        status.masked_fill_(earlier, int(Status.RUNNING))
+        self._map(values, self._least_step, cost)
+        status.masked_fill_(earlier, int(Status.CONVERGED))
+        moved, size = norms[:, :, :B].unbind(1)
+        rtol, atol, _ = norms.new_tensor(core.block_rules)[:, :, None].unbind(1)
+        allowed = (atol + rtol * size) * (1 + recheck.SLACK) + recheck.noise(core) * size
+        within = ((moved <= allowed) & torch.isfinite(moved + size)).all(0)
+        note(record.best_cost, record.best_norms, earlier & within, cost, norms)
+        return earlier & ~within
+
+    def _again(self, values: list[Tensor], cost: Tensor | None) -> int:
+        """The last sample has stopped: how many of those that had converged before go on from this evaluation."""
+        core = self.ws.core
+        which = self.judge(values, cost)
+        if which is None:
+            return 0
+        if capturing(core.layout.device):
+            recheck.refuse(core, which)
+            return 0
+        if not bool(which.any()):
+            return 0
+        recheck.wake(core, which, self.made)
+        self.bound = self.backend.bind(core, self.made - 1)
+        running = self.bound(self.accelerated[core.cur], None, None, None)
+        self.ends.finish(cost, self.made)
+        self.wakings += 1
         return running

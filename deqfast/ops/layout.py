@@ -104,12 +104,12 @@ class Leaf:
         return t.reshape(t.shape[0], self.n)
 
 
-def layout_of(z0: Any, batch_dims: int, segments: Any) -> Layout:
+def layout_of(z0: Any, batch_dims: int, segments: Any = None, name: str = "z0") -> Layout:
     """The layout of a state whose samples are counted by options that have been checked."""
     if batch_dims == 1 and segments is None:
-        return Layout(z0)
+        return Layout(z0, name)
     first = z0 if isinstance(z0, Tensor) else next(iter(pytree.tree_leaves(z0)), None)
-    return Layout(z0, samples=samples_of(batch_dims, segments, first if isinstance(first, Tensor) else None))
+    return Layout(z0, name, samples_of(batch_dims, segments, first if isinstance(first, Tensor) else None))
 
 
 class Layout:
@@ -200,7 +200,7 @@ class Layout:
 
     def counted(self, t: Tensor) -> Tensor:
         """(..., B) numbers, one a sample, in the shape that counts samples."""
-        return t if self.samples is FIRST_DIM else t.view(*t.shape[:-1], *self.batch_shape)
+        return t if self.samples is FIRST_DIM else t.view((*t.shape[:-1], *self.batch_shape))
 
     def empty(self, batch: int | None = None) -> list[Tensor]:
         """Uninitialised leaves in this layout."""

@@ -9,7 +9,7 @@ from ...status import Status
 from ..codes import BLOCKS, Int, Real
 from ..contract import JointEnds, Leaves
 from ..formulas.joint import damped, gradient_step, project_rows, safeguarded, take_note
-from ..joint import JointWorkspace, store_norms
+from ..joint import JointWorkspace, note, store_norms
 
 MU, X = BLOCKS.index("mu"), BLOCKS.index("x")
 
@@ -51,11 +51,11 @@ def joint_finish(ws: JointWorkspace, cost: Tensor | None, made: int) -> None:
     measured, better = now & is_number, core.int_row(Int.BEST_STEP) == made
     best = core.real_row(Real.BEST)
     take = take_note(record.returns, measured, better, residual, best, cost, record.best_cost)
-    _note(record.best_cost, record.best_norms, take, cost, norms)
+    note(record.best_cost, record.best_norms, take, cost, norms)
     if record.saved_norms is not None and record.saved_cost is not None:
-        _note(record.saved_cost, record.saved_norms, better, cost, norms)
+        note(record.saved_cost, record.saved_norms, better, cost, norms)
         saved_cost = None if cost is None else record.saved_cost
-        _note(record.best_cost, record.best_norms, now & ~is_number, saved_cost, record.saved_norms)
+        note(record.best_cost, record.best_norms, now & ~is_number, saved_cost, record.saved_norms)
     record.taken.copy_(take)
     if record.kept is not None:
         for i, kept in enumerate(record.kept):
@@ -65,13 +65,6 @@ def joint_finish(ws: JointWorkspace, cost: Tensor | None, made: int) -> None:
         record.least.copy_(least)
         core.forget(grown)
     _move_plain(ws, now, better, status)
-
-
-def _note(to_cost: Tensor, to_norms: Tensor, where: Tensor, cost: Tensor | None, norms: Tensor) -> None:
-    B = where.shape[0]
-    if cost is not None:
-        to_cost.copy_(torch.where(where, cost, to_cost))
-    to_norms[:, :, :B] = torch.where(where, norms[:, :, :B], to_norms[:, :, :B])
 
 
 def _move_plain(ws: JointWorkspace, was_running: Tensor, best: Tensor, status: Tensor) -> None:
