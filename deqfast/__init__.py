@@ -19,6 +19,7 @@ from .joint.gradient import Envelope
 from .joint.solution import JointSolution
 from .joint.solve import joint_solve
 from .joint.step_size import joint_step_size
+from .loop.again import CouplingWarning
 from .loop.state import SolverState
 from .nn import DEQ
 from .ops import library as _library  # noqa: F401  registers torch.ops.deqfast
@@ -41,6 +42,7 @@ __all__ = [
     "Anderson",
     "Broyden",
     "ConvergenceError",
+    "CouplingWarning",
     "Envelope",
     "GradientWarning",
     "Implicit",

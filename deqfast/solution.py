@@ -63,7 +63,9 @@ class Solution:
     @property
     def events(self) -> dict[str, Tensor]:
         """Fallbacks and restarts by cause, (B,) int32 each."""
-        return {name: self.counters[row, : self.steps.numel()].view(tuple(self.steps.shape)) for name, row in EVENTS.items()}
+        return {
+            name: self.counters[row, : self.steps.numel()].view(tuple(self.steps.shape)) for name, row in EVENTS.items()
+        }
 
     def summary(self) -> str:
         """One line: how many samples ended how, and the evaluations they took."""

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..loop.again import warn_if_refused
 from ..loop.state import SolverState
+from ..ops import recheck
 from . import recorder
 from .program import Program
 from .recorder import CannotRecord
@@ -38,6 +40,7 @@ class Recording:
             raise CannotRecord(reason)
         self.steps = recorder.PASS[program.mode]
         self.passes, self.rest = divmod(program.stopping.max_iter - 1, self.steps)
+        self.newest: list[Tensor] = []
         self.made = torch.ones(1, dtype=torch.int32, device=layout.device)
 
     def record(self, start: list[Tensor], inputs: Sequence[Tensor]) -> None:
@@ -75,7 +78,7 @@ class Recording:
         state, on_device = self.state, self.program.mode == "device" and self.passes > 0
         record = functools.partial(recorder.RECORDER.record, device=state.layout.device, stream=self.stream, pool=pool)
         self.first = record(self._first, keep=False)
-        self.held = state.previous
+        self.held = state.previous if state.options.uses_previous else self.newest
         self.pass_ = record(lambda: self._go_on(self.steps), keep=on_device) if self.passes else None
         self.last = record(lambda: self._go_on(self.rest), keep=on_device) if self.rest else None
         self.loop = None
@@ -86,15 +89,27 @@ class Recording:
     def _first(self) -> None:
         self.f = self.program.prepare(self.inputs)  # what it saves for a backward lives in the pool, as long as it does
         self.state.restart(self.start)
-        self.state.step(self.f(self.state.z))
+        self._step(count=1)
+
+    def _step(self, count: int) -> None:
+        """Some evaluations; f's last output is ``newest`` where the solver holds none."""
+        state = self.state
+        for k in range(count):
+            fz = self.f(state.z)
+            state.step(fz)
+            if k + 1 == count and not state.options.uses_previous:
+                leaves = state.layout.flatten(fz, "f(z)")
+                self.newest = self.newest or [torch.empty_like(t) for t in leaves]
+                for kept, t in zip(self.newest, leaves, strict=True):
+                    kept.copy_(t)
 
     def _go_on(self, count: int) -> None:
         """From where the first evaluation, or an earlier pass, ended to where the next may begin."""
         state = self.state
-        state.resume(1, self.held)
-        for _ in range(count):
-            state.step(self.f(state.z))
-        for held, previous in zip(self.held or [], state.previous or [], strict=True):
+        state.resume(1, self.held if state.options.uses_previous else None)
+        self._step(count)
+        previous_ones = state.previous if state.options.uses_previous else self.held
+        for held, previous in zip(self.held or [], previous_ones or [], strict=True):
             if held is not previous:
                 held.copy_(previous)
 
@@ -115,6 +130,12 @@ class Recording:
         else:
             made = self._replay_passes()
         state.finish(made if isinstance(made, int) else 0)
+        if state.layout.B > 1 and self.held:
+            which = state.bound.outside(self.held, None, made)
+            if which is not None:
+                recheck.refuse(state.ws, which)
+                if isinstance(made, int):  # the host has waited for the device already
+                    warn_if_refused(which, self.program.mode)
         return made
 
     def _replay_passes(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..loop.again import warn_if_again
+from ..loop.again import warn_again
 from ..ops import contract
 from ..ops.anderson import AndersonWorkspace
 from ..ops.codes import BLOCKS, At, Int
@@ -135,7 +135,7 @@ class JointState:
             self._newest = values, cost
         if self._step.wakings == 2 and not self._warned:
             self._warned = True
-            warn_if_again(self.ws.core)
+            warn_again(self.ws.core)
         self.nfe += 1
         if self.nfe > LAG or not self._running:  # the host has heard of later things by now
             self.problem.check_late()

@@ -18,7 +18,7 @@ class CouplingWarning(RuntimeWarning):
 
 
 _MESSAGE = (
-    "f couples samples: {count} of {B} were within tolerance, and no longer once others had moved, twice or more. "
+    "f couples samples: {count} of {B} were within tolerance, and no longer once others had moved, and that twice. "
     "They went on, which takes more evaluations than to solve for all of them as one sample: give batch_dims=0 if dim "
     "0 does not count independent samples (nodes of a graph, unknowns of a vector), segments= for several graphs in "
     'one tensor, or stop="all" where samples are to stop together'
@@ -53,8 +53,20 @@ def refuse(bound: BoundStep, ws: Workspace, f: Leaves, f_rows: Rows, made: int) 
         recheck.refuse(ws, which)
 
 
-def warn_if_again(ws: Workspace) -> None:
-    """Say what to do about an f that couples samples, where one was woken twice."""
-    count = int((ws.int_row(Int.WOKEN) > 1).sum())
+def warn_again(ws: Workspace) -> None:
+    """Say what to do about an f that couples samples, at the second time that some had to go on."""
+    count = int((ws.int_row(Int.WOKEN) > 0).sum())
+    warnings.warn(_MESSAGE.format(count=count, B=ws.layout.B), CouplingWarning, stacklevel=2)
+
+
+def warn_if_refused(which: Tensor, mode: str) -> None:
+    """The same, where samples cannot go on: their solve ran as a graph."""
+    count = int(which.sum())
     if count:
-        warnings.warn(_MESSAGE.format(count=count, B=ws.layout.B), CouplingWarning, stacklevel=2)
+        warnings.warn(
+            f"f couples samples: {count} of {which.shape[0]} were within tolerance, and no longer once others had "
+            f"moved. They end as MAX_ITER, for mode={mode!r} cannot let them go on; use mode='loop', batch_dims=0 or "
+            "segments=",
+            CouplingWarning,
+            stacklevel=2,
+        )

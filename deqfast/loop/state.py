@@ -228,7 +228,7 @@ class SolverState:
         self._outputs.bind(self.bound)
         self.wakings += 1
         if self.wakings == 2:
-            again.warn_if_again(ws)
+            again.warn_again(ws)
         return running
 
     @compiled.skip

@@ -74,7 +74,7 @@ class BoundStep(ABC):
             How many samples still run, as far as the host knows: on a device the count may be an earlier one.
         """
 
-    def outside(self, f: Leaves, f_rows: Rows, made: int) -> Tensor | None:
+    def outside(self, f: Leaves, f_rows: Rows, made: int | Tensor) -> Tensor | None:
         """Samples that converged before evaluation ``made`` and are not within tolerance at its output ``f``.
 
         The residuals of those that are become those of this evaluation (``recheck.outside``). None where the backend

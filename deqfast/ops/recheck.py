@@ -27,7 +27,7 @@ def noise(ws: Workspace) -> float:
     return NOISE * torch.finfo(ws.layout.dtype).eps
 
 
-def outside(ws: Workspace, f: list[Tensor], f_rows: Tensor | None, made: int) -> Tensor:
+def outside(ws: Workspace, f: list[Tensor], f_rows: Tensor | None, made: int | Tensor) -> Tensor:
     """(B,) bool: samples that converged before evaluation ``made`` and are not within their tolerance at its output.
 
     The residuals of those that are within become those of this evaluation. Samples that f did not see are left alone.

@@ -65,9 +65,9 @@ class NativeStep(BoundStep):
         t = leaves[0]
         return rows is None and t.dtype is self._dtype and t.is_contiguous() and not t.is_neg()
 
-    def outside(self, f: Leaves, f_rows: Rows, made: int) -> Tensor | None:
+    def outside(self, f: Leaves, f_rows: Rows, made: int | Tensor) -> Tensor | None:
         """Samples that converged earlier and are not within tolerance; on a CPU a kernel says whether any."""
-        if self.replay is None and not EMULATED and self.ws.own_residual is None:
+        if isinstance(made, int) and self.replay is None and not EMULATED and self.ws.own_residual is None:
             alive = [
                 place(functools.partial(self.plan.source, i, 0), t, leaf)
                 for i, (t, leaf) in enumerate(zip(f, self.ws.layout.leaves, strict=True))
