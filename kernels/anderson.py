@@ -16,7 +16,7 @@ from .arguments import RUN, chunk_of, has_status, iterates_of, row_of, sample_of
 from .columns import Points, Products, columns_of, mix, reduce
 from .constants import RUNNING
 from .measure import EVICTED, GOING, inverse, judge
-from .small import MIXING, all_products, decide, forget, method_of, new_column
+from .small import MIXING, all_products, decide, forget, method_of, new_column, turns
 from .tiles import any_flag, damp, outcome_of, spill_and_rest, squared_norms, take_f, total, totals
 
 __all__ = ["decide_kernel", "finish_kernel", "method_of", "mix_kernel", "reduce_kernel", "sample_kernel"]
@@ -57,7 +57,7 @@ def sample_kernel(
     points = Points(row_of(f, b, N), here.x, row_of(f_prev, b, N), here.x_prev)
     beta = tl.load(numbers + MIXING).to(acc)
     if m > 0:
-        new = new_column(sample, small.norms, has_previous, m, M)
+        new = new_column(sample, small.norms, has_previous, M, method)
         columns = columns_of(history, b, B, padded, m, form)
         products = reduce(points, columns, new, 0, N, C, form)
         ff, gg = products.ff, products.gg
@@ -72,7 +72,9 @@ def sample_kernel(
             matrices = None
             if form.TILED:
                 is_new = tl.arange(0, M) == tl.where(new.adding, new.slot, -1)
-                matrices = all_products(columns, new.used | is_new, N, acc, C, BLOCK)
+                of_new = tl.where(turns(numbers, products.wv, products.qq, method.TURN), 0.0, C)
+                space = tl.where(is_new, of_new.to(acc), new.space)
+                matrices = all_products(columns, new.used | is_new, space, N, acc, C, BLOCK)
             gamma, evicted = decide(
                 sample, small, products, matrices, outcome, steps, new.slot, has_previous,
                 numbers, M, form.TILED, method,
@@ -160,7 +162,7 @@ def reduce_kernel(
     out = handed.partials + b * ((HEAD + 4 * m) * chunks.total) + chunk
     points = Points(row_of(f, b, chunks.n), here.x, row_of(f_prev, b, chunks.n), here.x_prev)
     if m > 0:
-        new = new_column(sample, small.norms, has_previous, m, form.M)
+        new = new_column(sample, small.norms, has_previous, form.M, method)
         columns = columns_of(history, b, B, padded, m, form)
         products = reduce(points, columns, new, begin, end, method.C, form)
         ff, gg = products.ff, products.gg
@@ -200,7 +202,7 @@ def decide_kernel(
     sums = handed.partials + b * ((HEAD + 4 * m) * chunks)
     ff, gg = total(sums, chunks, CHUNKS), total(sums + chunks, chunks, CHUNKS)
     if m > 0:
-        new = new_column(sample, small.norms, has_previous, m, M)
+        new = new_column(sample, small.norms, has_previous, M, method)
     outcome, steps, unit = judge(sample, stopping, max_iter, ff, gg, rule)
     if m > 0:
         if (outcome & GOING) != 0:

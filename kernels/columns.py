@@ -60,17 +60,21 @@ class Points(NamedTuple):
 
 
 class New(NamedTuple):
-    """The column that enters: in which units, whether at all, where; and which of the older ones are in use."""
+    """The column that enters: in which units, whether at all, where; which of the older ones are in use, and c of their
+    W = dF - c dG.
+    """
 
     unit: Any
     adding: Any
     slot: Any
     used: Any
+    space: Any
 
 
 class Products(NamedTuple):
     """Of an evaluation: ||f||^2 and ||g||^2 in float64; of the new column dG.dG, W.W, W.g, dG.g, W.dG; and with every
-    column j in use W_j.g, W.dG_j, W_j.dG, dG_j.dG. W = dF - C dG; for C = 0 (Type II) it is dG, without its sign.
+    column j in use W_j.g, W.dG_j, W_j.dG, dG_j.dG. W = dF - C dG, of turned columns dF; for C = 0 (Type II) it is dG,
+    without its sign.
     """
 
     ff: Any
@@ -224,7 +228,7 @@ def reduce(points, columns, new, begin, end, C: tl.constexpr, form: tl.constexpr
             if C != 0:
                 w = widened(codes_f, scale_f, acc, SCALED) - C * v
                 old_f = read(columns.f, columns.scales_f + block, columns, used, at, inside, acc, form)
-                old_w = old_f - C * old_v
+                old_w = old_f - new.space[:, None] * old_v
                 across += tl.sum(old_v * w[None, :], axis=1)
                 down += tl.sum(old_w * v[None, :], axis=1)
             qq += v * v

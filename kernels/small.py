@@ -25,24 +25,30 @@ from .tiles import widen
 
 
 class Method(NamedTuple):
-    """What of Anderson's options is compiled in: columns, test space, eviction, evaluations a mix, whether it damps."""
+    """What of Anderson's options is compiled in: columns, test space, eviction, evaluations a mix, whether it damps,
+    whether columns may be turned.
+    """
 
     m: int
     C: float
     EVICT: int
     MIX_EVERY: int
     MIXED: bool
+    TURN: bool
 
 
 # Where the others lie in `numbers`, float64.
 MIXING = tl.constexpr(0)
 RIDGE = tl.constexpr(1)
+LIMIT = tl.constexpr(2)  # of |W . dG|, below which a column is turned
 
 
 def method_of(options: Any) -> tuple[Method, list[float]]:
     """An ``AndersonMethod`` as the kernels take it: compiled in, and as numbers."""
-    compiled = Method(options.m, options.test_space, int(options.evict), options.mix_every, options.mixing != 1)
-    return compiled, [options.mixing, options.ridge]
+    compiled = Method(
+        options.m, options.test_space, int(options.evict), options.mix_every, options.mixing != 1, options.turn > 0
+    )
+    return compiled, [options.mixing, options.ridge, options.turn]
 
 
 class Small(NamedTuple):
@@ -61,14 +67,27 @@ def norms_of(norms, b, j, m: tl.constexpr):
 
 
 @triton.jit
-def new_column(sample, norms, has_previous, m: tl.constexpr, M: tl.constexpr):
+def new_column(sample, norms, has_previous, M: tl.constexpr, method: tl.constexpr):
     """The column that this evaluation brings, unless the sample's unit has to change; before it is judged."""
+    m: tl.constexpr = method.m
     unit = tl.load(sample.reals + UNIT * sample.padded)
     slot = tl.load(sample.ints + SLOT * sample.padded)
     adding = (has_previous != 0) & (unit > 0)
     j = tl.arange(0, M)
-    q = tl.load(norms_of(norms, sample.b, j, m), mask=j < m, other=0.0)
-    return New(unit, adding, slot, (q > 0) & (j != tl.where(adding, slot, -1)))
+    place = norms_of(norms, sample.b, j, m)
+    q = tl.load(place, mask=j < m, other=0.0)
+    space = tl.full((M,), method.C, unit.dtype)
+    if method.TURN:
+        w = tl.load(place + m * TILE, mask=j < m, other=0.0)
+        space = tl.where(w < 0, 0.0, space)
+    return New(unit, adding, slot, (q > 0) & (j != tl.where(adding, slot, -1)), space)
+
+
+@triton.jit
+def turns(numbers, wv, qq, TURN: tl.constexpr):
+    """Whether a new column takes -dF for W, from W.dG and dG.dG; see deqfast/ops/formulas/anderson.py."""
+    limit = tl.load(numbers + LIMIT).to(qq.dtype) if TURN else qq * 0.0
+    return tl.abs(wv) < limit * (wv + 2.0 * qq)
 
 
 @triton.jit
@@ -131,6 +150,11 @@ def decide(
     row, col = j[:, None], j[None, :]
     inside = j < m
     reset, grew = (outcome & RESET) != 0, (outcome & GREW) != 0
+    turned = turns(numbers, products.wv, qq, method.TURN)
+    twice = tl.where(turned, 2.0, 0.0).to(acc)  # dF = W + 2 dG
+    ww += twice * (2.0 * products.wv + 2.0 * qq)
+    wv = products.wv + twice * qq
+    wg = products.wg + twice * products.vg
     adding = (has_previous != 0) & (reset == 0)
     new = tl.where(adding, slot, -1)
     is_new = j == new
@@ -144,10 +168,13 @@ def decide(
 
     new_q = tl.sqrt(qq.to(tl.float64)).to(acc)
     new_w = tl.sqrt(ww.to(tl.float64)).to(acc)
-    emptied = reset | (grew & (C == 0))
+    new_w = tl.where(turned, -new_w, new_w)
+    grew = grew & ((C == 0) | (tl.max(((old_q > 0) & (old_w < 0)).to(tl.int32), axis=0) > 0))
+    emptied = reset | grew
     q = tl.where(is_new, new_q, tl.where(emptied, 0.0, old_q))
     w = tl.where(is_new, new_w, old_w)
-    valid = (q > 0) & (w > 0) & (q < float("inf")) & (w < float("inf"))
+    size = tl.abs(w)
+    valid = (q > 0) & (size > 0) & (q < float("inf")) & (size < float("inf"))
     q = tl.where(valid, q, 0.0)
     rq = tl.where(valid, 1.0 / tl.where(valid, q, 1.0), 0.0)
     rw = tl.where(valid, 1.0 / tl.where(valid, w, 1.0), 0.0)
@@ -164,10 +191,10 @@ def decide(
         h = _enter(small.gram + (b // TILE) * (m * m * TILE) + b % TILE, gram_row, gram_row, j, new, m, True)
         e = h
         if C != 0:
-            across = tl.where(is_new, products.wv, products.across) * (new_rw * rq)
-            down = tl.where(is_new, products.wv, products.down) * (new_rq * rw)
+            across = tl.where(is_new, wv, products.across + twice * products.gram) * (new_rw * rq)
+            down = tl.where(is_new, wv, products.down) * (new_rq * rw)
             e = _enter(small.matrix + (b // TILE) * (m * m * TILE) + b % TILE, across, down, j, new, m, False)
-    rhs = tl.where(is_new, products.wg if C != 0 else products.vg, products.rhs)
+    rhs = tl.where(is_new, wg if C != 0 else products.vg, products.rhs)
     h = tl.where(both, h, eye)
     factors, diagonal = h, q
     n = tl.max(tl.where(valid, j + 1, 0), axis=0)  # columns beyond this are empty
@@ -214,7 +241,7 @@ def decide(
     tl.store(ints + COUNT * padded, count)
     tl.store(ints + EVICTIONS * padded, evictions + evicted)
     tl.store(ints + SOLVE_FALLBACKS * padded, solve_fallbacks + failed.to(tl.int32))
-    tl.store(ints + GROWTH_RESTARTS * padded, growth_restarts + (grew & (C == 0)).to(tl.int32))
+    tl.store(ints + GROWTH_RESTARTS * padded, growth_restarts + grew.to(tl.int32))
     return gamma, evicted
 
 
@@ -234,7 +261,7 @@ def forget(sample, norms, evicted, m: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def all_products(columns, used, n, acc: tl.constexpr, C: tl.constexpr, NB: tl.constexpr):
+def all_products(columns, used, space, n, acc: tl.constexpr, C: tl.constexpr, NB: tl.constexpr):
     """W_i.dG_j and dG_i.dG_j of a tiny sample."""
     i = tl.arange(0, NB)
     j = tl.arange(0, used.shape[0])
@@ -245,5 +272,5 @@ def all_products(columns, used, n, acc: tl.constexpr, C: tl.constexpr, NB: tl.co
     if C == 0:
         return gram, gram
     else:
-        w = widen(tl.load(columns.f + place, mask=inside, other=0), acc) - C * v
+        w = widen(tl.load(columns.f + place, mask=inside, other=0), acc) - space[:, None] * v
         return tl.sum(w[:, None, :] * v[None, :, :], axis=2), gram

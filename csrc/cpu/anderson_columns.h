@@ -59,8 +59,8 @@ class AndersonColumns {
             const int64_t at = leaf.offset + n, block = leaf.block + n / kBlock;
             int k = 0;
             for (; k + 2 <= n_columns; k += 2)
-                column_products<2>(b, s.columns + k, at, block, count, c, s, s.sums + k * per_column);
-            if (k < n_columns) column_products<1>(b, s.columns + k, at, block, count, c, s, s.sums + k * per_column);
+                column_products<2>(b, s.columns + k, at, block, count, s, s.sums + k * per_column);
+            if (k < n_columns) column_products<1>(b, s.columns + k, at, block, count, s, s.sums + k * per_column);
         }
         for (int p = 0; p < kHeadProducts; ++p) sums[p] += double(sum_lanes<A>(head[p]));
         for (int k = 0; k < n_columns; ++k) {
@@ -153,9 +153,8 @@ class AndersonColumns {
             sums[kQQ] += dg * dg;
             write(s_g + i, g);
             write(s_v + i, dg);
-            if constexpr (second) {
-                sums[kVG] += dg * g;
-            } else {
+            sums[kVG] += dg * g;
+            if constexpr (!second) {
                 const V w = df - c * dg;
                 sums[kWW] += w * w;
                 sums[kWG] += w * g;
@@ -204,10 +203,10 @@ class AndersonColumns {
 
     // Products of n <= 2 older columns with the new one and with g.
     template <int n>
-    void column_products(int64_t b, const int* columns, int64_t at, int64_t block, int64_t count, V c,
-                         const Scratch<A>& s, V* out) const {
+    void column_products(int64_t b, const int* columns, int64_t at, int64_t block, int64_t count, const Scratch<A>& s,
+                         V* out) const {
         const H *d_f[n], *d_g[n];
-        V scale_f[n], scale_g[n], rhs[n], gram[n], row[n], col[n];
+        V scale_f[n], scale_g[n], rhs[n], gram[n], row[n], col[n], c[n];
         const int per_column = sample.type2 ? 2 : 4;
         const A *const s_g = s.g, *const s_v = s.v, *const s_w = s.w;
         for (int k = 0; k < n; ++k) {
@@ -230,6 +229,7 @@ class AndersonColumns {
             });
         } else {
             for (int k = 0; k < n; ++k) {
+                c[k] = splat<A>(sample.test_space(b, columns[k]));
                 row[k] = out[k * per_column + 2];
                 col[k] = out[k * per_column + 3];
             }
@@ -239,7 +239,7 @@ class AndersonColumns {
                     fetch_next(d_g[k] + i);
                     fetch_next(d_f[k] + i);
                     const V v = scaled(load<A>(d_g[k] + i, part), scale_g[k]);
-                    const V w = scaled(load<A>(d_f[k] + i, part), scale_f[k]) - c * v;
+                    const V w = scaled(load<A>(d_f[k] + i, part), scale_f[k]) - c[k] * v;
                     rhs[k] += w * g;
                     gram[k] += v * new_v;
                     row[k] += v * new_w;

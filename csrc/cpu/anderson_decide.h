@@ -58,9 +58,20 @@ __attribute__((noinline)) void decide(const AndersonArgs& a, const Tile<A>& t, L
     const auto grew = get(lanes.grew, 0) > zero;
     const auto adding = going & (slot >= zero) & ~reset;
     const V new_q = root<A>(get(products, kQQ));
-    const V new_w = type2 ? new_q : root<A>(get(products, kWW));
+    V own = get(products, kWV), new_wg = get(products, kWG), new_ww = get(products, kWW), twice = zero;
+    if (a.turn > 0) {
+        const V qq = get(products, kQQ);
+        const auto turned = turns<V>(splat<A>(A(a.turn)), own, qq);
+        twice = select(turned, splat<A>(2), zero);
+        new_ww += twice * (own + own + qq + qq);
+        new_wg += twice * get(products, kVG);
+        own += twice * qq;
+    }
+    V new_w = type2 ? new_q : root<A>(new_ww);
+    const auto new_usable_w = (new_w > zero) & (new_w < splat<A>(A(INFINITY)));
+    new_w = select(twice > zero, -new_w, new_w);
     const V infinity = splat<A>(A(INFINITY));
-    const auto new_usable = (new_q > zero) & (new_w > zero) & (new_q < infinity) & (new_w < infinity);
+    const auto new_usable = (new_q > zero) & (new_q < infinity) & new_usable_w;
 
     int n = 0;  // columns beyond this are empty in every lane
     for (int j = 0; j < m; ++j) {
@@ -103,11 +114,10 @@ __attribute__((noinline)) void decide(const AndersonArgs& a, const Tile<A>& t, L
     } else {
         for (int j = 0; j < n; ++j) {
             const auto is_new = adding & (slot == splat<A>(A(j)));
-            set_rhs(j, select(is_new, get(products, type2 ? kVG : kWG), product(j, kRhs)));
+            set_rhs(j, select(is_new, type2 ? get(products, kVG) : new_wg, product(j, kRhs)));
             gram_row[j] = select(is_new, get(products, kQQ), product(j, kGramRow)) * (new_rq * rq[j]);
             if (type2) continue;
-            const V own = get(products, kWV);
-            row[j] = select(is_new, own, product(j, kRow)) * (new_rw * rq[j]);
+            row[j] = select(is_new, own, product(j, kRow) + twice * product(j, kGramRow)) * (new_rw * rq[j]);
             col[j] = select(is_new, own, product(j, kCol)) * (new_rq * rw[j]);
         }
         for (int i = 0; i < n; ++i) {

@@ -75,6 +75,13 @@ struct AndersonSample {
 
     // Slot of the column that this step makes, -1: none.
     int new_slot(int64_t b) const { return a.m == 0 || !a.has_previous || first(b) || last(b) ? -1 : a.at(kSlot, b); }
+    // c of W_j = dF_j - c dG_j, and whether any column of sample b is a turned one: W_j = -dF_j.
+    A test_space(int64_t b, int j) const { return norm(b, a.m + j) < 0 ? A(0) : A(a.test_space); }
+    bool has_turned(int64_t b) const {
+        for (int j = 0; a.turn > 0 && j < a.m; ++j)
+            if (norm(b, j) > 0 && norm(b, a.m + j) < 0) return true;
+        return false;
+    }
     // The older columns in use.
     int list_columns(int64_t b, int slot, int* list) const {
         int n = 0;
@@ -92,8 +99,8 @@ struct AndersonSample {
         lanes.slot[i] = v.reset ? A(-1) : A(slot);
         lanes.reset[i] = v.reset;
         lanes.steps[i] = A(a.at(kSteps, b));
-        const bool grew =
-            type2 && !v.reset && a.at(kSteps, b) > 1 && a.at<A>(kNorm, b) > A(kGrowthLimit) * A(v.previous_norm);
+        const bool grew = !v.reset && a.at(kSteps, b) > 1 &&
+                          a.at<A>(kNorm, b) > A(kGrowthLimit) * A(v.previous_norm) && (type2 || has_turned(b));
         lanes.grew[i] = grew;
         if (grew) a.at(kGrowthRestarts, b)++;
         return true;

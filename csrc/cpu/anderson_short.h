@@ -60,6 +60,12 @@ class AndersonShort {
         return Codec<A, H>::load(part);
     }
 
+    // c of W_j = dF_j - c dG_j: 0 for turned columns.
+    V test_space(const A* norms, int j) const {
+        const V c = splat<A>(A(a.test_space)), zero = splat<A>(0);
+        return a.turn > 0 ? select(read<V>(norms + (a.m + j) * kTile) < zero, zero, c) : c;
+    }
+
     // What the passes over a group of short samples share.
     struct Short {
         int64_t b0;
@@ -169,9 +175,12 @@ class AndersonShort {
         const Tiny tiny(s.tiny);
         if (a.gram) {
             for (int j = 0; j < a.m; ++j)
-                if (const uint32_t use = older(j)) short_products(t, j, use, c, s);
+                if (const uint32_t use = older(j)) short_products(t, j, use, test_space(norms, j), s);
         } else if (a.m > 0) {
-            for (int j = 0; j < a.m; ++j) tiny_column(t, j, older(j), adding, slots, c, tiny);
+            const auto turned = turns<V>(splat<A>(A(a.turn)), head[kWV], head[kQQ]);
+            const V c_new = a.turn > 0 ? select(turned, splat<A>(0), c) : c;
+            for (int j = 0; j < a.m; ++j)
+                tiny_column(t, j, older(j), adding, slots, test_space(norms, j), c_new, tiny);
             tiny_products(t, tiny, s);
         }
         for (int p = 0; p < kHeadProducts; ++p) write(s.products + p * kTile + t.lane0, head[p]);
@@ -202,11 +211,13 @@ class AndersonShort {
     }
 
     // Column j as it will be used: the older lanes, the new ones, zeros elsewhere; writes the new ones.
-    void tiny_column(const Short& t, int j, uint32_t use, uint32_t adding, V slots, V c, const Tiny& tiny) const {
+    void tiny_column(const Short& t, int j, uint32_t use, uint32_t adding, V slots, V c_old, V c_new,
+                     const Tiny& tiny) const {
         V *d_f = tiny.d_f + j * kTinyN, *d_g = tiny.d_g + j * kTinyN, *w = tiny.w + j * kTinyN;
         H *from_f = tiny_history(0, t.b0, j), *from_g = tiny_history(1, t.b0, j);
         const auto old = lanes_of<A>(use), is_new = lanes_of<A>(adding) & (slots == splat<A>(A(j)));
         const bool writes = any(is_new);
+        const V c = select(is_new, c_new, c_old);
         const V zero = splat<A>(0);
         int n = 0;
         for (; n < a.N; ++n, from_f += kTile, from_g += kTile) {
@@ -251,13 +262,20 @@ class AndersonShort {
                            Lanes<A>& lanes, Scratch<A>& s) const {
         const Judged<A> j = judge_lanes<A>(a, t.b0, t.count, ff, gg, ordinary);
         const V one = splat<A>(1), zero = splat<A>(0), growth = splat<A>(A(kGrowthLimit));
-        const auto grew = lanes_of<A>(j.going) & (j.norm > growth * j.previous_norm);
+        auto grew = lanes_of<A>(j.going) & (j.norm > growth * j.previous_norm);
+        if (!sample.type2 && any(grew)) {
+            auto turned = zero > zero;
+            const A* norms = sample.tile(t.b0 / kTile).norms + t.lane0;
+            for (int k = 0; a.turn > 0 && k < a.m; ++k)
+                turned |= (read<V>(norms + k * kTile) > zero) & (read<V>(norms + (a.m + k) * kTile) < zero);
+            grew &= turned;
+        }
         write(lanes.going + t.lane0, select(lanes_of<A>(j.going), one, zero));
         write(lanes.slot + t.lane0, read<V>(slot_of));
         write(lanes.reset + t.lane0, zero);
-        write(lanes.grew + t.lane0, sample.type2 ? select(grew, one, zero) : zero);
+        write(lanes.grew + t.lane0, select(grew, one, zero));
         write(lanes.steps + t.lane0, __builtin_convertvector(j.steps, V));
-        if (const uint32_t growing = sample.type2 ? bits(grew) : 0)
+        if (const uint32_t growing = bits(grew))
             for (int i = 0; i < t.count; ++i) a.at(kGrowthRestarts, t.b0 + i) += growing >> i & 1;
         uint32_t going = j.going;
         if (const uint32_t rest = running & ~j.going)

@@ -110,15 +110,30 @@ class Decision {
     const Small<A> small;
     const Numbers<A> system, y, diagonal;
 
+    // Whether one of the lane's columns is a turned one: W_j = -dF_j.
+    __device__ bool has_turned() const {
+        bool found = false;
+        for (int j = rank; a.turn > 0 && j < m; j += kWarpSize)
+            found = found || (small.norms[j] > 0 && small.norms[m + j] < 0);
+        return found;
+    }
+
     // Norms, ages and products of the new column into the sample's matrices, right-hand side into y; returns a bound on
     // the columns in use.
     __device__ int enter(int slot, int32_t outcome) const {
-        const bool reset = outcome & kReset, grew = type2 && outcome & kGrew;
+        const bool reset = outcome & kReset, grew = outcome & kGrew && (type2 || WarpTeam::any(has_turned()));
         if (grew && rank == 0) a.at(kGrowthRestarts, b)++;
         const bool adding = slot >= 0 && !reset;
         const auto product = [&](int j, int which) { return A(s.sums[kHeadProducts + j * kColumnProducts + which]); };
-        const A new_q = sqrt(A(s.sums[kQQ])), new_w = type2 ? new_q : sqrt(A(s.sums[kWW]));
-        const bool usable = new_q > 0 && new_w > 0 && isfinite(new_q) && isfinite(new_w);
+        const A qq = A(s.sums[kQQ]), vg = A(s.sums[kVG]), new_q = sqrt(qq);
+        A ww = A(s.sums[kWW]), wv = A(s.sums[kWV]), wg = A(s.sums[kWG]);
+        const bool turned = a.turn > 0 && turns<A>(A(a.turn), wv, qq);
+        const A twice = turned ? A(2) : A(0);
+        ww += twice * (wv + wv + qq + qq);
+        wg += twice * vg;
+        wv += twice * qq;
+        const A root_w = type2 ? new_q : sqrt(ww), new_w = turned ? -root_w : root_w;
+        const bool usable = new_q > 0 && root_w > 0 && isfinite(new_q) && isfinite(root_w);
         int last = 0;
         for (int j = rank; j < m; j += kWarpSize) {
             const bool is_new = adding && j == slot;
@@ -137,13 +152,14 @@ class Decision {
             const bool is_new = adding && j == slot, valid = s.q[j] > 0;
             const A rq = valid ? 1 / s.q[j] : A(0), rw = valid ? 1 / s.w[j] : A(0);
             const A new_rq = usable ? 1 / new_q : A(0), new_rw = usable ? 1 / new_w : A(0);
-            const A rhs = is_new ? A(s.sums[type2 ? kVG : kWG]) : product(j, kRhs);
+            const A rhs = is_new ? type2 ? vg : wg : product(j, kRhs);
             s.y[j] = !valid ? A(0) : type2 ? rhs * rq : -rhs * rw;
             if (!adding) continue;
             small.gram[max(slot, j) * m + min(slot, j)] =
-                (is_new ? A(s.sums[kQQ]) : product(j, kGramRow)) * new_rq * rq;
+                (is_new ? qq : product(j, kGramRow)) * new_rq * rq;
             if (type2) continue;
-            small.matrix[slot * m + j] = (is_new ? A(s.sums[kWV]) : product(j, kRow)) * new_rw * rq;
+            const A row = is_new ? wv : product(j, kRow) + twice * product(j, kGramRow);
+            small.matrix[slot * m + j] = row * new_rw * rq;
             if (!is_new) small.matrix[j * m + slot] = product(j, kCol) * new_rq * rw;
         }
         __syncwarp();

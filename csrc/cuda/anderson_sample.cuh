@@ -261,6 +261,7 @@ class Step {
 
     __device__ void column_products(const Leaf& leaf, const Tile& tile, int n_columns, const A* g, const A* v,
                                     const A* w) {
+        const Small<A> small(a, b);
         const Tile column{leaf.offset + tile.begin, tile.count, tile.neighbours};
         static_assert(kRhs == 0 && kRow == 1 && kCol == 2 && kGramRow == 3, "the order in which four are added");
         for (int first = 0; first < n_columns; first += kMultiplied) {
@@ -280,9 +281,10 @@ class Step {
                 if (!type2) unpack<H>(packs_f[i], old_f);
                 const A scale_v = scale_of(1, j, leaf, tile.begin);
                 const A scale_f = type2 ? A(0) : scale_of(0, j, leaf, tile.begin);
+                const A space = a.turn > 0 && small.norms[a.m + j] < 0 ? A(0) : A(a.test_space);
                 for (int k = 0; k < kItems; ++k) {
                     const A vj = old_v[k] * scale_v;
-                    const A wj = type2 ? vj : old_f[k] * scale_f - A(a.test_space) * vj;
+                    const A wj = type2 ? vj : old_f[k] * scale_f - space * vj;
                     rhs += wj * g[k];
                     gram += vj * v[k];
                     row += vj * w[k];

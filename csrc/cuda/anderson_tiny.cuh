@@ -51,7 +51,7 @@ class TinyStep {
         if (!(outcome & kGoing)) return;
         unit = a.template at<A>(kUnit, b);
         each([&](int n) { g[n] = f[n] * unit - x[n] * unit; });
-        const bool grew = type2 && outcome & kGrew;
+        const bool grew = outcome & kGrew && (type2 || has_turned());
         if (grew) a.at(kGrowthRestarts, b)++;
         const bool adding = a.has_previous && started && !(outcome & kReset);
         const int slot = adding ? a.at(kSlot, b) : -1;
@@ -117,7 +117,7 @@ class TinyStep {
 
     __device__ void new_column(int j) const {
         H *to_f = history(0, j), *to_g = history(1, j);
-        A qq = 0, ww = 0;
+        A qq = 0, ww = 0, wv = 0;
         each([&](int n) {
             const A previous_f = read_number<A, S>(leaf.f_prev, f_prev_row(a, b) * leaf.f_prev.batch_stride, n);
             const A previous_x = Format<A, S>::read(row_of<S>(leaf.x_prev, leaf, b)[n]);
@@ -128,17 +128,29 @@ class TinyStep {
             d_f[j * N + n] = u;
             d_g[j * N + n] = v;
             qq += v * v;
-            ww += test(u, v) * test(u, v);
+            const A t = type2 ? v : u - A(a.test_space) * v;
+            ww += t * t;
+            wv += t * v;
         });
+        const bool turned = a.turn > 0 && turns<A>(A(a.turn), wv, qq);
+        if (turned) ww += 4 * (wv + qq);
         const A new_q = sqrt(qq), new_w = sqrt(ww);
         const bool usable = new_q > 0 && new_w > 0 && isfinite(new_q) && isfinite(new_w);
         norms[j] = q[j] = usable ? new_q : A(0);
-        norms[m + j] = w[j] = new_w;
+        norms[m + j] = w[j] = turned ? -new_w : new_w;
         ages[j] = a.at(kSteps, b);
     }
 
-    // A number of W, for Type II of -W.
-    __device__ __forceinline__ A test(A u, A v) const { return type2 ? v : u - A(a.test_space) * v; }
+    // A number of W_j, for Type II of -W_j; of a turned column, whose w_j is negative, of -W_j too.
+    __device__ __forceinline__ A test(int j, A u, A v) const {
+        return type2 ? v : w[j] < 0 ? u : u - A(a.test_space) * v;
+    }
+
+    __device__ bool has_turned() const {
+        for (int j = 0; a.turn > 0 && j < m; ++j)
+            if (norms[j] > 0 && norms[m + j] < 0) return true;
+        return false;
+    }
 
     __device__ __forceinline__ A product(const A* u, const Numbers<A>& v) const {
         A sum = 0;
@@ -163,7 +175,7 @@ class TinyStep {
     __device__ bool solve(int used) const {
         for (int i = 0; i < used; ++i) {
             A row[kTinyN] = {};
-            each([&](int n) { row[n] = test(d_f[i * N + n], d_g[i * N + n]); });
+            each([&](int n) { row[n] = test(i, d_f[i * N + n], d_g[i * N + n]); });
             A rhs = 0;
             each([&](int n) { rhs += row[n] * g[n]; });
             y[i] = !(q[i] > 0) ? A(0) : type2 ? rhs / q[i] : -rhs / w[i];

@@ -55,6 +55,10 @@ class Differentiable:
         """Which rows hold numbers alone."""
         return torch.isfinite(rows).all(1)
 
+    def nowhere(self, mask: Tensor) -> bool:
+        """It looks."""
+        return not bool(mask.any())
+
     def solve(self, matrix: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """By LU; what cannot be solved is replaced before, so that it has no part in the gradient."""
         solvable = torch.linalg.solve_ex(matrix.detach(), rhs.detach()).info == 0
@@ -85,15 +89,15 @@ class _Columns:
         dF, dG = (torch.where(good[:, None], column, 0.0)[:, None] for column in new)
         self.dF, self.dG = torch.where(at, dF, self.dF), torch.where(at, dG, self.dG)
 
-    def _tests(self) -> Tensor:
-        return self.dF - self.method.test_space * self.dG if self.method.test_space else self.dG
+    def _tests(self, c: Tensor | None) -> Tensor:
+        return self.dG if c is None else self.dF - c[..., None] * self.dG
 
-    def products(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        onto_g = torch.einsum("brn,bmn->brm", rows[:, 1:], self.dG)
-        return onto_g, torch.einsum("brn,bmn->brm", rows[:, : 2 if self.method.test_space else 1], self._tests())
+    def products(self, rows: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        onto_g = torch.einsum("brn,bmn->brm", rows, self.dG)
+        return onto_g, torch.einsum("brn,bmn->brm", rows[:, : 1 if c is None else 2], self._tests(c))
 
-    def every(self) -> Tensor:
-        left = [self.dG, self._tests()] if self.method.test_space else [self.dG]
+    def every(self, c: Tensor | None) -> Tensor:
+        left = [self.dG] if c is None else [self.dG, self._tests(c)]
         return torch.stack([torch.einsum("bin,bjn->bij", t, self.dG) for t in left], dim=1)
 
     def mix(self, base: Tensor, weights: Tensor) -> Tensor:

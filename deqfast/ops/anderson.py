@@ -34,7 +34,8 @@ class AndersonMethod(NamedTuple):
     """The numbers of the method, handed on whole from the solver's options to every backend.
 
     ``m``: columns. ``test_space``: W = dF - c dG with c = 1 (Type I) or 2 (mixed); 0: Type II, W = -dG. ``mix_every``:
-    evaluations from one mix to the next; those between take the plain step.
+    evaluations from one mix to the next; those between take the plain step. ``turn``: of the mixed test space, |W . dG|
+    below so much of dX . dG + ||dG||^2 takes -dF for W; 0: never.
     """
 
     m: int
@@ -43,6 +44,7 @@ class AndersonMethod(NamedTuple):
     ridge: float = 0.0
     evict: Evict = Evict.OLDEST
     mix_every: int = 1
+    turn: float = 0.0
 
 
 class Loose(Protocol):
@@ -60,6 +62,8 @@ def check_numbers(method: AndersonMethod) -> None:
     most = most_given_up(max(1, method.m))
     if not 1 <= method.mix_every <= most:
         raise ValueError(f"mix_every: expected 1 to {most}, got {method.mix_every}")
+    if method.turn and (method.test_space != 2 or not 0 < method.turn < 1):
+        raise ValueError(f"turn: expected 0, or a number below 1 with test_space 2, got {method.turn}")
 
 
 class AndersonWorkspace(Workspace):

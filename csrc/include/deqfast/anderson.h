@@ -13,6 +13,7 @@ struct AndersonMethod {
     double ridge = 0;
     Evict evict = Evict::least_useful;
     int mix_every = 1;  // evaluations from one mix to the next; those between take the plain step
+    double turn = 0;    // mixed: |W . dG| below so much of dX . dG + ||dG||^2 takes -dF for W; 0: never
 };
 template <class Visit>
 void fields(AndersonMethod& method, Visit&& visit) {
@@ -22,6 +23,7 @@ void fields(AndersonMethod& method, Visit&& visit) {
     visit("ridge", method.ridge);
     visit("evict", method.evict);
     visit("mix_every", method.mix_every);
+    visit("turn", method.turn);
 }
 
 struct AndersonArgs : SolveArgs, AndersonMethod {
@@ -32,7 +34,7 @@ struct AndersonArgs : SolveArgs, AndersonMethod {
     int64_t blocks = 0;
     void* matrix = nullptr;   // (tiles, m, m, 16): W_i . dG_j / (w_i q_j)
     void* gram = nullptr;     // (tiles, m, m, 16): dG_i . dG_j / (q_i q_j), i >= j; null: both are formed anew
-    void* norms = nullptr;    // (tiles, 2, m, 16): q_j = ||dG_j||, w_j = ||W_j||; q_j = 0: empty column
+    void* norms = nullptr;    // (tiles, 2, m, 16): q_j = ||dG_j||, w_j = ||W_j||; q_j = 0: empty; w_j < 0: W_j = -dF_j
     int32_t* ages = nullptr;  // (tiles, m, 16)
 };
 
@@ -42,6 +44,14 @@ DEQFAST_HD inline int newest_kept(int m) { return m / 3 > 2 ? m / 3 : 2; }
 // Products a sample: norms and products of the new column, then for every column j the four products with it.
 enum AndersonProduct { kFF, kGG, kQQ, kWW, kWG, kVG, kWV, kHeadProducts };
 enum AndersonColumnProduct { kRhs, kRow, kCol, kGramRow, kColumnProducts };  // W_j.g, W_n.dG_j, W_j.dG_n, dG_n.dG_j
+
+// Whether a new column of the mixed test space takes -dF for W, from W . dG and ||dG||^2; its products follow from those
+// with W and dG, dF = W + 2 dG. See deqfast/ops/formulas/anderson.py.
+template <class V>
+DEQFAST_HD inline auto turns(V turn, V wv, V qq) {
+    const V bound = turn * (wv + V(qq + qq));
+    return (wv < bound) & (V{} - wv < bound);
+}
 
 inline int64_t anderson_scratch_bytes(int m_columns, int64_t number) {
     const int64_t m = m_columns, products = kHeadProducts + int64_t(kColumnProducts) * m, registers = 64;

@@ -34,6 +34,9 @@ class Algebra(Protocol):
     def finite(self, rows: Tensor) -> Tensor:
         """Which of (B, N) rows hold numbers alone."""
 
+    def nowhere(self, mask: Tensor) -> bool:
+        """Whether a mask is known to be false everywhere: looked at only where that is no wait."""
+
     def solve(self, matrix: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """(B, m) solutions of systems (B, m, m), with partial pivoting, and which of them are good."""
 

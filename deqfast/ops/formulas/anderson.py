@@ -9,6 +9,12 @@ Type II is W = -dG; both sides change sign, and E + lam I is dG's Gram matrix wi
 column that is least useful, argmin_j |y_j| / sqrt((H^-1)_jj) with H the Gram matrix of the normalised dG, or the
 oldest.
 
+The mixed test space (c = 2) is (2I - J) dX, and where J has an eigenvalue near 2 a column's own W_j . dG_j vanishes
+and its row says nothing. With s = dX_j . dG_j and g2 = q_j^2 that product is s - g2; where s > 0 and |s - g2| <
+``turn`` (s + g2), W_j is -dF_j instead, whose product is -(s + g2): the same sign as the others have. Such a column is
+marked by a negative w_j, so that E and rho turn with it. There f expands: as with Type II, a residual that grows then
+forgets all but the newest column.
+
 With p = ``mix_every`` > 1 only every p-th evaluation mixes; the others take the plain step x + beta g, their columns
 are recorded all the same, and a mix leaves room for p columns.
 
@@ -36,12 +42,14 @@ class Known(NamedTuple):
         products: (B, s, m, m) normalised dG . dG and W . dG, or None where they are formed anew at every step.
         ages: (B, m) evaluation that made the column.
         slot: (B,) where the next column goes.
+        plain: whether it is known on the host that no column is turned.
     """
 
     norms: Tensor
     products: Tensor | None
     ages: Tensor
     slot: Tensor
+    plain: bool = False
 
 
 class Evaluation(NamedTuple):
@@ -68,15 +76,17 @@ class Columns(Protocol):
     def put(self, slot: Tensor, new: list[Tensor], good: Tensor) -> None:
         """Store (B, N) dF and dG in each sample's slot, 0 where they are not good."""
 
-    def products(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def products(self, rows: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
         """Of (B, r, N) rows g, and behind it dG and W of the new column if there is one.
 
+        ``c``: (B, m) of W_j = dF_j - c_j dG_j; None: Type II.
+
         Returns:
-            (B, r - 1, m) products of all but g with every dG_j, and (B, min(r, 2), m) of g and dG with every W_j; for
-            Type II, where W is dG, of g alone.
+            (B, r, m) products of all with every dG_j, and (B, min(r, 2), m) of g and dG with every W_j; for Type II,
+            where W is dG, of g alone.
         """
 
-    def every(self) -> Tensor:
+    def every(self, c: Tensor | None) -> Tensor:
         """(B, s, m, m) products dG_i . dG_j and W_i . dG_j."""
 
     def mix(self, base: Tensor, weights: Tensor) -> Tensor:
@@ -93,9 +103,12 @@ class Constants:
         self.slots = torch.arange(method.m, device=device)
         self.empty = torch.tensor(math.inf, dtype=acc, device=device)
         self.zero = torch.zeros((), dtype=acc, device=device)
+        self.one = torch.ones((), dtype=acc, device=device)
         self.free = torch.tensor(-1, dtype=acc, device=device)
         self.growth = torch.tensor(GROWTH_LIMIT, dtype=acc, device=device)
-        self.least, self.most = torch.finfo(acc).tiny, torch.finfo(acc).max
+        self.space = torch.tensor(method.test_space, dtype=acc, device=device)
+        tiny, self.most = torch.finfo(acc).tiny, torch.tensor(torch.finfo(acc).max, dtype=acc, device=device)
+        self.least_of = torch.tensor([tiny, 0 if method.turn else tiny], dtype=acc, device=device)
 
         self._of: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -151,15 +164,20 @@ def step(
         return Step(base, known)
     added = _add_column(method, algebra, c, columns, known, e, new)
     known = added.known
-    onto_g, onto_w = columns.products(added.rows)
+    spaces = test_spaces(method, c, known)
+    onto_g, onto_w = columns.products(added.rows, spaces)
+    if added.size is not None and method.turn:
+        added, onto_g, onto_w = _turn(method.turn, algebra, c, added, onto_g, onto_w)
+        known = added.known
+        spaces = test_spaces(method, c, known)
     q, w = known.norms[:, 0], known.norms[:, -1]
     onto_w = onto_w / w[:, None]
     rhs = onto_w[:, 0]
     products = known.products
     if products is None:
-        products = columns.every() / known.norms[..., None] / q[:, None, None, :]
+        products = columns.every(spaces) / known.norms[..., None] / q[:, None, None, :]
     elif added.size is not None:
-        products = _add_products(products, added, onto_g, onto_w)
+        products = _add_products(products, added, onto_g[:, 1:], onto_w)
         known = known._replace(products=products)
     if e.made % method.mix_every:
         return Step(base, known, grew=added.grew)
@@ -176,6 +194,15 @@ def step(
     y = torch.where(solved[:, None], y, c.zero)
     x = columns.mix(base, y / q / e.unit[:, None])
     return Step(x, known, y, gram, solved, added.grew)
+
+
+def test_spaces(method: AndersonMethod, c: Constants, known: Known) -> Tensor | None:
+    """(B, m) c of W = dF - c dG: 0 for the columns that are turned. None: Type II."""
+    if method.test_space == 0:
+        return None
+    if known.plain or not method.turn:
+        return c.space.expand(known.ages.shape)
+    return torch.where(known.norms[:, 1] < 0, c.zero, c.space)
 
 
 class _Added(NamedTuple):
@@ -207,8 +234,10 @@ def _add_column(
 ) -> _Added:
     forget, grew = e.reset, None
     same_unit = but_not(e.going, e.reset)
-    if method.test_space == 0:
+    if method.test_space == 0 or (method.turn and not known.plain):
         grew = same_unit & (e.norm > c.growth * e.last_norm)
+        if method.turn:
+            grew = grew & (known.norms[:, 1] < 0).any(1)
         forget = forget | grew
     norms = torch.where(forget[:, None, None], c.empty, known.norms)
     at = c.of(norms.shape[-1])[2] == known.slot[:, None]
@@ -218,12 +247,36 @@ def _add_column(
     kinds = [dG, torch.sub(dF, dG, alpha=method.test_space)] if method.test_space else [dG]
     rows = torch.stack([e.scaled, *kinds], dim=1)
     size = algebra.norm(rows[:, 1:])
-    good = same_unit & (size.clamp(c.least, c.most) == size).all(1)  # neither 0, nor infinite, nor no number
+    least = c.least_of[: size.shape[1]]  # W may vanish: it is turned then
+    good = same_unit & (size.clamp(least, c.most) == size).all(1)  # neither 0, nor infinite, nor no number
     size = torch.where(good[:, None], size, c.empty)
     columns.put(known.slot, new, good)
     norms = torch.where(at[:, None], size[..., None], norms)
     ages = known.ages.masked_fill(at, e.made)
     return _Added(known._replace(norms=norms, ages=ages), rows, at, size, grew)
+
+
+def _turn(
+    turn: float, algebra: Algebra, c: Constants, added: _Added, onto_g: Tensor, onto_w: Tensor
+) -> tuple[_Added, Tensor, Tensor]:
+    """With -dF in place of W for the new column, where W . dG is next to nothing; products of g, dG and W with dG_j."""
+    assert added.size is not None
+    at, size, slot = added.at[:, None], added.size, added.known.slot
+    own = onto_g.gather(2, slot.long()[:, None, None].expand(-1, 3, 1))[..., 0]  # with the new dG: of g, of dG, of W
+    g2, wv = own[:, 1], own[:, 2]
+    # |W . dG| < turn (s + g2) where s + g2 = W . dG + 2 g2; that s is positive follows.
+    part = wv / g2
+    least, most = -2 * turn / (1 + turn), 2 * turn / (1 - turn)
+    turned = part.clamp(least, most) == part
+    if algebra.nowhere(turned):
+        return added, onto_g, onto_w
+    twice = torch.where(turned, 2 * c.one, c.zero)[:, None]
+    onto_g = torch.stack([onto_g[:, 0], onto_g[:, 1], onto_g[:, 2] + twice * onto_g[:, 1]], dim=1)
+    onto_w = torch.where(at, onto_w + (twice * own[:, :2])[..., None], onto_w)
+    w = torch.where(turned, -(size[:, 1].square() + 4 * (wv + g2)).sqrt(), size[:, 1])
+    size = torch.stack([size[:, 0], torch.where(size[:, 0] < c.empty, w, c.empty)], dim=1)
+    norms = torch.where(at, size[..., None], added.known.norms)
+    return added._replace(known=added.known._replace(norms=norms, plain=False), size=size), onto_g, onto_w
 
 
 def _add_products(products: Tensor, added: _Added, onto_g: Tensor, onto_w: Tensor) -> Tensor:

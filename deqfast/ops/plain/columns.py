@@ -91,14 +91,14 @@ class Columns:
         if scales is not None:
             ws.scales[:, :, : self.count].copy_(scales)
 
-    def products(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def products(self, rows: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
         """Two batched products; W . v = dF . v - c dG . v."""
         dF, dG = self._columns()
         onto_g = torch.bmm(rows, dG.mT)
-        if self.method.test_space == 0:
-            return onto_g[:, 1:], onto_g[:, :1]
+        if c is None:
+            return onto_g, onto_g[:, :1]
         onto_f = torch.bmm(rows[:, :2], dF.mT)
-        return onto_g[:, 1:], torch.sub(onto_f, onto_g[:, :2], alpha=self.method.test_space)
+        return onto_g, torch.addcmul(onto_f, onto_g[:, :2], c[:, None], value=-1)
 
     def _columns(self) -> tuple[Tensor, Tensor]:
         own = self.ws.own_columns
@@ -108,13 +108,13 @@ class Columns:
             self._views = (self.count, self.wide[0, :, : self.count], self.wide[1, :, : self.count])
         return self._views[1:]
 
-    def every(self) -> Tensor:
+    def every(self, c: Tensor | None) -> Tensor:
         """All products of the columns with each other."""
         dF, dG = self._columns()
         gram = torch.bmm(dG, dG.mT)
-        if self.method.test_space == 0:
+        if c is None:
             return gram[:, None]
-        return torch.stack([gram, torch.sub(torch.bmm(dF, dG.mT), gram, alpha=self.method.test_space)], dim=1)
+        return torch.stack([gram, torch.addcmul(torch.bmm(dF, dG.mT), gram, c[:, :, None], value=-1)], dim=1)
 
     def mix(self, base: Tensor, weights: Tensor) -> Tensor:
         """One batched product, two below full mixing."""
@@ -144,6 +144,8 @@ class Rowwise:
         self.known = Known(
             torch.where(used, norms, infinite), products, untile(ws.ages, B), ws.int_row(Int.SLOT).long()
         )
+        plain = norms.device.type == "cpu" and not bool((norms < 0).any())
+        self.known = self.known._replace(plain=plain)
         room = min(-(-made // GROWTH) * GROWTH, ws.method.m)  # as if it had grown here
         self.known = _first(self.known, room)
         self.columns = Columns(ws, used[:, 0, :room] if made else None)

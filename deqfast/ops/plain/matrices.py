@@ -69,6 +69,7 @@ class Matrices:
 
     def __init__(self, m: int, acc: torch.dtype, device: torch.device) -> None:
         self.linalg = has_linalg(device.type)
+        self._looks = device.type == "cpu"
         self._eye = torch.eye(m, dtype=acc, device=device)
         self._zero = torch.zeros((), dtype=acc, device=device)
         self._good = torch.zeros((), dtype=torch.int32, device=device)  # LAPACK's word for it
@@ -80,6 +81,10 @@ class Matrices:
     def norm_of_any(self, rows: Tensor) -> Tensor:
         """Of rows of any magnitude."""
         return scaled_norm(rows)
+
+    def nowhere(self, mask: Tensor) -> bool:
+        """It looks on a CPU alone."""
+        return self._looks and not bool(mask.any())
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """(B,) products."""

@@ -44,6 +44,10 @@ class Ordered:
         """Which rows hold numbers alone."""
         return torch.isfinite(rows).all(1)
 
+    def nowhere(self, mask: Tensor) -> bool:
+        """It looks."""
+        return not bool(mask.any())
+
     def solve(self, matrix: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """By LU with partial pivoting."""
         y, info = torch.linalg.solve_ex(matrix, rhs)

@@ -89,21 +89,21 @@ class _Columns:
         columns = stored(self.ws, which) if own is None else own
         return torch.where(self.used[..., None], columns, 0)
 
-    def _tests(self) -> Tensor:
-        return self._stored(0) - self.ws.method.test_space * self._stored(1)
+    def _tests(self, c: Tensor) -> Tensor:
+        return self._stored(0) - c[..., None] * self._stored(1)
 
-    def products(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def products(self, rows: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
         dG = self._stored(1)
         onto_g = [products(dG, row) for row in rows.unbind(1)]
-        if self.ws.method.test_space == 0:
-            return torch.stack(onto_g, dim=1)[:, 1:], onto_g[0][:, None]
-        W = self._tests()
+        if c is None:
+            return torch.stack(onto_g, dim=1), onto_g[0][:, None]
+        W = self._tests(c)
         onto_w = [products(W, row) for row in rows[:, :2].unbind(1)]
-        return torch.stack(onto_g, dim=1)[:, 1:], torch.stack(onto_w, dim=1)
+        return torch.stack(onto_g, dim=1), torch.stack(onto_w, dim=1)
 
-    def every(self) -> Tensor:
+    def every(self, c: Tensor | None) -> Tensor:
         dG = self._stored(1)
-        left = [dG] if self.ws.method.test_space == 0 else [dG, self._tests()]
+        left = [dG] if c is None else [dG, self._tests(c)]
         return torch.stack([(t[:, :, None] * dG[:, None]).sum(3) for t in left], dim=1)
 
     def mix(self, base: Tensor, weights: Tensor) -> Tensor:
