@@ -99,8 +99,8 @@ struct AndersonSample {
         lanes.slot[i] = v.reset ? A(-1) : A(slot);
         lanes.reset[i] = v.reset;
         lanes.steps[i] = A(a.at(kSteps, b));
-        const bool grew = !v.reset && a.at(kSteps, b) > 1 &&
-                          a.at<A>(kNorm, b) > A(kGrowthLimit) * A(v.previous_norm) && (type2 || has_turned(b));
+        const bool grew = !v.reset && a.at(kSteps, b) > 1 && a.at<A>(kNorm, b) > A(kGrowthLimit) * A(v.previous_norm) &&
+                          (type2 || has_turned(b));
         lanes.grew[i] = grew;
         if (grew) a.at(kGrowthRestarts, b)++;
         return true;

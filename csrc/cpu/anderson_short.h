@@ -179,8 +179,7 @@ class AndersonShort {
         } else if (a.m > 0) {
             const auto turned = turns<V>(splat<A>(A(a.turn)), head[kWV], head[kQQ]);
             const V c_new = a.turn > 0 ? select(turned, splat<A>(0), c) : c;
-            for (int j = 0; j < a.m; ++j)
-                tiny_column(t, j, older(j), adding, slots, test_space(norms, j), c_new, tiny);
+            for (int j = 0; j < a.m; ++j) tiny_column(t, j, older(j), adding, slots, test_space(norms, j), c_new, tiny);
             tiny_products(t, tiny, s);
         }
         for (int p = 0; p < kHeadProducts; ++p) write(s.products + p * kTile + t.lane0, head[p]);

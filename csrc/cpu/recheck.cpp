@@ -10,8 +10,8 @@ constexpr int64_t kThreadsFrom = 1 << 16;  // numbers below which starting threa
 template <class A>
 int64_t look(const SolveArgs& a, const Recheck& rule) {
     int64_t outside = 0;
-#pragma omp parallel for num_threads(a.threads) schedule(static) reduction(+ : outside) \
-    if (a.threads > 1 && a.B * a.N >= kThreadsFrom)
+#pragma omp parallel for num_threads(a.threads) schedule(static) \
+    reduction(+ : outside) if (a.threads > 1 && a.B * a.N >= kThreadsFrom)
     for (int64_t b = 0; b < a.B; ++b) {
         if (a.at(kStatus, b) != kConverged || a.at(kSteps, b) >= rule.made) continue;
         if (a.f_rows && a.f_rows[b] < 0) continue;

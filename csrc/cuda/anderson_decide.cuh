@@ -155,8 +155,7 @@ class Decision {
             const A rhs = is_new ? type2 ? vg : wg : product(j, kRhs);
             s.y[j] = !valid ? A(0) : type2 ? rhs * rq : -rhs * rw;
             if (!adding) continue;
-            small.gram[max(slot, j) * m + min(slot, j)] =
-                (is_new ? qq : product(j, kGramRow)) * new_rq * rq;
+            small.gram[max(slot, j) * m + min(slot, j)] = (is_new ? qq : product(j, kGramRow)) * new_rq * rq;
             if (type2) continue;
             const A row = is_new ? wv : product(j, kRow) + twice * product(j, kGramRow);
             small.matrix[slot * m + j] = row * new_rw * rq;

@@ -276,7 +276,7 @@ class Step {
             for (int i = 0; i < kMultiplied; ++i) {
                 if (first + i >= n_columns) continue;
                 const int j = s.columns[first + i];
-                A old_v[kItems], old_f[kItems], rhs = 0, row = 0, col = 0, gram = 0;
+                A old_v[kItems], old_f[kItems] = {}, rhs = 0, row = 0, col = 0, gram = 0;
                 unpack<H>(packs_v[i], old_v);
                 if (!type2) unpack<H>(packs_f[i], old_f);
                 const A scale_v = scale_of(1, j, leaf, tile.begin);

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import test_anderson
+import test_blind_spot
 import test_broyden
 import test_mix_every
 import torch
@@ -65,6 +66,11 @@ def test_anderson_step_agrees_with_float64_formulas(solver, B, N, steps):
 @pytest.mark.parametrize(("name", "N"), [("mixed-2-5", 40), ("1-3-7", 11), ("2-2-5", 40), ("oldest", 63)])
 def test_anderson_mixes_every_few_evaluations(name, N):
     test_mix_every.check_against_samples(test_mix_every.SOLVERS[name], 1, N, "triton", 9)
+
+
+@pytest.mark.parametrize("N", [4, 20])
+def test_turned_columns_are_those_of_the_formula(N):
+    test_blind_spot.test_a_step_with_turned_columns_is_that_of_the_formula(N, "triton")
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ DEQFAST_HD inline int newest_kept(int m) { return m / 3 > 2 ? m / 3 : 2; }
 enum AndersonProduct { kFF, kGG, kQQ, kWW, kWG, kVG, kWV, kHeadProducts };
 enum AndersonColumnProduct { kRhs, kRow, kCol, kGramRow, kColumnProducts };  // W_j.g, W_n.dG_j, W_j.dG_n, dG_n.dG_j
 
-// Whether a new column of the mixed test space takes -dF for W, from W . dG and ||dG||^2; its products follow from those
-// with W and dG, dF = W + 2 dG. See deqfast/ops/formulas/anderson.py.
+// Whether a new column of the mixed test space takes -dF for W, from W . dG and ||dG||^2; its products follow from
+// those with W and dG, dF = W + 2 dG. See deqfast/ops/formulas/anderson.py.
 template <class V>
 DEQFAST_HD inline auto turns(V turn, V wv, V qq) {
     const V bound = turn * (wv + V(qq + qq));
