@@ -29,7 +29,8 @@ NORM = tl.constexpr(1)
 BEST = tl.constexpr(2)
 FIRST = tl.constexpr(3)
 UNIT = tl.constexpr(4)
-SCALE = tl.constexpr(5)
+LEAST = tl.constexpr(5)
+SCALE = tl.constexpr(6)
 
 # Values of STATUS.
 RUNNING = tl.constexpr(0)
@@ -51,6 +52,7 @@ LEAST_USEFUL = tl.constexpr(1)
 
 UNIT_RANGE = tl.constexpr(2.0**40)
 GROWTH_LIMIT = tl.constexpr(1.5)
+RUNAWAY = tl.constexpr(10.0)
 DIVERGENCE = tl.constexpr(10.0)
 STALL_FRACTION = tl.constexpr(3)
 STALL_MIN_STEPS = tl.constexpr(10)

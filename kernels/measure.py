@@ -17,6 +17,7 @@ from .constants import (
     DIVERGENCE,
     FIRST,
     GROWTH_LIMIT,
+    LEAST,
     MAX_ITER,
     NON_FINITE,
     NORM,
@@ -24,6 +25,7 @@ from .constants import (
     PREVIOUS,
     RESCALES,
     RESIDUAL,
+    RUNAWAY,
     RUNNING,
     SAVED,
     STALL_FRACTION,
@@ -108,6 +110,7 @@ def judge(sample, stopping, max_iter, ff, gg, rule: tl.constexpr):
     rescales = tl.load(ints + RESCALES * padded)
     previous_norm = tl.load(reals + NORM * padded)
     best = tl.load(reals + BEST * padded)
+    least = tl.load(reals + LEAST * padded)
     first = tl.load(reals + FIRST * padded)
     unit = tl.load(reals + UNIT * padded)
     tl.debug_barrier()
@@ -130,16 +133,23 @@ def judge(sample, stopping, max_iter, ff, gg, rule: tl.constexpr):
     norm = g_norm.to(acc)
     first = tl.where(steps == 1, relative, first)
 
-    converged = finite & within
-    better = finite & (converged | (best_at == NOWHERE) | (relative < best))
+    score = relative if BLOCKS > 0 else norm
+    # The first iterate is the best still: ||g|| was never below its first value.
+    never_below = (steps > 1) & (best_step == 1) & ((score < least) == 0) & (BLOCKS == 0)
+    smallest = least.to(tl.float64)
+    start = smallest / tl.minimum(tl.where(first > 0, first, 1.0).to(tl.float64), 1.0)
+    converged = finite & within & ((never_below & (f_norm > RUNAWAY * start)) == 0)
+    grown = never_below & (g_norm > DIVERGENCE * smallest)
+    better = finite & (converged | (best_at == NOWHERE) | (score < least))
     spill = (better == 0) & (best_at == PREVIOUS)
     best_at = tl.where(better, CURRENT, tl.where(spill, SAVED, best_at))
     best_step = tl.where(better, steps, best_step)
     best = tl.where(better, relative, best)
+    least = tl.where(better, score, least)
 
     idle = steps - best_step
     label = tl.where((idle >= STALL_MIN_STEPS) & (idle * STALL_FRACTION >= steps), STALLED, MAX_ITER)
-    label = tl.where(relative > DIVERGENCE * first, DIVERGED, label)
+    label = tl.where(grown | (relative > DIVERGENCE * first), DIVERGED, label)
     status = tl.where((max_iter > 0) & (steps == max_iter), label, RUNNING)
     status = tl.where(finite, tl.where(converged, CONVERGED, status), NON_FINITE)
     going = status == RUNNING
@@ -159,6 +169,7 @@ def judge(sample, stopping, max_iter, ff, gg, rule: tl.constexpr):
     tl.store(reals + RESIDUAL * padded, relative)
     tl.store(reals + NORM * padded, norm)
     tl.store(reals + BEST * padded, best)
+    tl.store(reals + LEAST * padded, least)
     tl.store(reals + FIRST * padded, first)
     tl.store(reals + UNIT * padded, unit)
     if going == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.codes import Int, Real
+from ..ops.codes import DIVERGENCE, Int, Real
 from ..ops.formulas.measure import label
 from ..ops.layout import Layout
 from ..solution import Solution
@@ -73,7 +73,9 @@ def out_of_evaluations(state: SolverState) -> None:
     """The label of samples that run on, where the loop ended at its limit and not the kernels."""
     ws, made = state.ws, state.nfe
     status = ws.int_row(Int.STATUS)
-    found = label(ws.real_row(Real.RESIDUAL), ws.real_row(Real.FIRST), made - ws.int_row(Int.BEST_STEP), made)
+    best_step = ws.int_row(Int.BEST_STEP)
+    grown = (best_step == 1) & (ws.real_row(Real.NORM) > DIVERGENCE * ws.real_row(Real.LEAST))
+    found = label(ws.real_row(Real.RESIDUAL), ws.real_row(Real.FIRST), made - best_step, made, grown)
     status.copy_(torch.where(status == Status.RUNNING, found.to(status.dtype), status))
     state.finish(made)
 

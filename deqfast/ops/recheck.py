@@ -68,7 +68,8 @@ def wake(ws: Workspace, which: Tensor, made: int) -> None:
     _overwrite(ws.int_row(Int.STATUS), which, int(Status.RUNNING))
     _overwrite(ws.int_row(Int.STEPS), which, made - 1)
     _overwrite(ws.int_row(Int.BEST_AT), which, int(At.NOWHERE))
-    _overwrite(ws.real_row(Real.BEST), which, math.inf)
+    for row in (Real.BEST, Real.LEAST):
+        _overwrite(ws.real_row(row), which, math.inf)
     ws.int_row(Int.WOKEN).add_(which)
 
 

@@ -94,7 +94,8 @@ class Workspace:
 
     def begin(self) -> None:
         """What no zero says of a solve that has made no evaluation."""
-        self.reals[int(Real.BEST)].fill_(math.inf)
+        for row in (Real.BEST, Real.LEAST):
+            self.reals[int(row)].fill_(math.inf)
 
     def reset(self) -> None:
         """As new: no evaluation made, no column kept."""

@@ -8,9 +8,9 @@
 
 namespace deqfast {
 
-DEQFAST_HD inline Status out_of_evaluations(double relative, double first, int steps, int best_step) {
+DEQFAST_HD inline Status out_of_evaluations(double relative, double first, bool grown, int steps, int best_step) {
     const int idle = steps - best_step;
-    if (relative > kDivergence * first) return kDiverged;
+    if (grown || relative > kDivergence * first) return kDiverged;
     return idle >= kStallMinSteps && idle * kStallFraction >= steps ? kStalled : kMaxIter;
 }
 
@@ -73,9 +73,17 @@ DEQFAST_HD inline Verdict measure(const SolveArgs& a, int64_t b, double f_norm, 
     if (steps == 1) a.at<A>(kFirst, b) = relative;
 
     int32_t& best_at = a.at(kBestAt, b);
-    const bool converged = finite && d.within;
-    if (finite && (converged || best_at == kNowhere || relative < a.at<A>(kBest, b))) {
+    A& least = a.at<A>(kLeast, b);
+    const A score = a.n_blocks ? relative : A(g_norm);
+    // The first iterate is the best still: ||g|| was never below its first value, `least`.
+    const bool never_below = a.n_blocks == 0 && steps > 1 && a.at(kBestStep, b) == 1 && !(score < least);
+    const double first = double(a.at<A>(kFirst, b));
+    const bool ran_away = never_below && f_norm > kRunaway * double(least) / (first < 1 ? first : 1);
+    const bool converged = finite && d.within && !ran_away;
+    const bool grown = never_below && g_norm > kDivergence * double(least);
+    if (finite && (converged || best_at == kNowhere || score < least)) {
         best_at = kCurrent;
+        least = score;
         a.at(kBestStep, b) = steps;
         a.at<A>(kBest, b) = relative;
     } else if (best_at == kPrevious) {
@@ -89,7 +97,7 @@ DEQFAST_HD inline Verdict measure(const SolveArgs& a, int64_t b, double f_norm, 
     else if (converged)
         status = kConverged;
     else if (a.max_iter && steps == a.max_iter)
-        status = out_of_evaluations(double(relative), double(a.at<A>(kFirst, b)), steps, a.at(kBestStep, b));
+        status = out_of_evaluations(double(relative), first, grown, steps, a.at(kBestStep, b));
     v.going = status == kRunning;
     v.use_saved = best_at == kSaved && (a.keep_best || !finite);
     if (!v.going) return v;

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...status import Status
-from ..codes import DIVERGENCE, STALL_FRACTION, STALL_MIN_STEPS, UNIT_RANGE, At
+from ..codes import DIVERGENCE, RUNAWAY, STALL_FRACTION, STALL_MIN_STEPS, UNIT_RANGE, At
 from ..workspace import Stopping
 from .algebra import but_not, power_below
 
@@ -32,6 +32,7 @@ class Stats(NamedTuple):
     best: Tensor
     first: Tensor
     unit: Tensor
+    least: Tensor
 
 
 class Codes:
@@ -90,8 +91,12 @@ def measure(
     f_norm: Tensor,
     made: int,
     judged: Judged | None = None,
+    looks: bool = False,
 ) -> Verdict:
-    """The verdict on evaluation number ``made``, from ||g_k|| and ||f_k||."""
+    """The verdict on evaluation number ``made``, from ||g_k|| and ||f_k||.
+
+    ``looks``: whether to look at what may not be needed: where that is no wait.
+    """
     atol = stopping.atol
     acc = old.unit.dtype
     run = old.status == c.running
@@ -99,21 +104,26 @@ def measure(
     finite = largest < c.infinite
     if judged is None:
         relative = (g_norm / f_norm).nan_to_num(nan=0.0, posinf=math.inf)  # 0 / 0: at rest at the origin
-        within = g_norm <= f_norm * c.rtol + c.atol if atol else relative <= c.rtol
+        relative = torch.where(finite, relative, c.infinite)
+        within = finite & (g_norm <= f_norm * c.rtol + c.atol) if atol else relative <= c.rtol
     else:
-        finite, relative, within = finite & judged.finite, judged.relative, judged.within
-    relative = torch.where(finite, relative, c.infinite).to(acc)
+        finite = finite & judged.finite
+        relative, within = torch.where(finite, judged.relative, c.infinite), finite & judged.within
+    relative, norm = relative.to(acc), g_norm.to(acc)
 
-    better = relative < old.best if made > 1 else finite
-    if atol or judged is not None:
-        within = within & finite
+    score = norm if judged is None else relative
+    better = score < old.least if made > 1 else finite
+    if not (looks and not bool((run & within).any())):  # those that have stopped stay within
+        if made > 1 and judged is None:
+            within = but_not(within, ran_away(old, better, f_norm))
         better = better | within
     best_step = old.best_step.masked_fill(better, made)
     first = relative if made == 1 else old.first
     status = torch.where(finite, within, c.non_finite)  # as numbers: RUNNING is 0 and CONVERGED 1
     going = but_not(run, status)
     if made == stopping.max_iter:
-        status = torch.where(going, label(relative, first, made - best_step, made).int(), status)
+        grown = but_not(old.best_step == 1, better) & (norm > DIVERGENCE * old.least) & (judged is None)
+        status = torch.where(going, label(relative, first, made - best_step, made, grown).int(), status)
         going = torch.zeros_like(going)
     worse = spill = from_saved = None
     elsewhere = old.best_at
@@ -126,15 +136,29 @@ def measure(
     best_at = torch.where(better, torch.where(going, c.previous, c.current), elsewhere)
     reset, unit = _unit(c, largest / c.root, old.unit, going, made, judged is not None or atol < 0)
     best = torch.where(better, relative, old.best)
-    stats = Stats(status, old.steps + c.step, best_at, best_step, relative, g_norm.to(acc), best, first, unit)
+    least = torch.where(better, score, old.least)
+    stats = Stats(status, old.steps + c.step, best_at, best_step, relative, norm, best, first, unit, least)
     return Verdict(stats, run, going, reset, worse, spill, from_saved)
 
 
-def label(relative: Tensor, first: Tensor, idle: Tensor, made: int) -> Tensor:
-    """What a sample that used up its evaluations is called."""
+def ran_away(old: Stats, better: Tensor, f_norm: Tensor) -> Tensor:
+    """Whose ||g|| was never below its first value while ||f|| grew ``RUNAWAY`` times beyond ||z0|| and ||f(z0)||.
+
+    There ||g|| / ||f|| gets small because ||f|| gets large: z + a bounded step has no fixed point at all.
+    """
+    never_below = but_not(old.best_step == 1, better)
+    start = old.least / old.first.clamp(max=1)  # ||g(z0)||, or ||f(z0)|| if that is larger
+    return never_below & (f_norm > RUNAWAY * start)
+
+
+def label(relative: Tensor, first: Tensor, idle: Tensor, made: int, grown: Tensor) -> Tensor:
+    """What a sample that used up its evaluations is called.
+
+    ``grown``: whose ||g|| was never below its first value and is now far above it.
+    """
     stalled = (idle >= STALL_MIN_STEPS) & (idle * STALL_FRACTION >= made)
-    label = torch.where(stalled, int(Status.STALLED), int(Status.MAX_ITER))
-    return torch.where(relative > DIVERGENCE * first, int(Status.DIVERGED), label)
+    found = torch.where(stalled, int(Status.STALLED), int(Status.MAX_ITER))
+    return torch.where(grown | (relative > DIVERGENCE * first), int(Status.DIVERGED), found)
 
 
 def _unit(c: Codes, rms: Tensor, unit: Tensor, going: Tensor, made: int, may_rest: bool) -> tuple[Tensor, Tensor]:

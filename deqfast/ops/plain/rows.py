@@ -10,7 +10,7 @@ from ..formulas.measure import Codes, Stats, Verdict, judge, measure
 from ..workspace import Workspace
 
 STATS_INTS = list(Int)[: Int.BEST_STEP + 1]  # the first rows, in the order of ``Stats``
-STATS_REALS = list(Real)[: Real.UNIT + 1]
+STATS_REALS = list(Real)[: Real.LEAST + 1]
 EVENTS = list(Int)[Int.SOLVE_FALLBACKS :]
 WORTH_A_LOOK = 1 << 13  # numbers of a batch whose masked copy costs a CPU more than to look whether it is needed
 
@@ -93,6 +93,7 @@ class Statistics:
         """``wide``: dtype of the norms that ``measure`` will be given."""
         self.ws = ws
         self.made = evaluations
+        self._looks = ws.layout.device.type == "cpu"
         layout = ws.layout
         self.codes = Codes(ws.stopping, layout.N, layout.acc, wide, layout.device)
         self.stats = Stats(*(ws.int_row(row) for row in STATS_INTS), *(ws.real_row(row) for row in STATS_REALS))
@@ -110,7 +111,7 @@ class Statistics:
         judged = None
         if ws.block_norms is not None:
             judged = judge(ws.block_norms[:, :, : ws.layout.B], self._rules)
-        return measure(ws.stopping, self.codes, self.stats, g_norm, f_norm, self.made, judged)
+        return measure(ws.stopping, self.codes, self.stats, g_norm, f_norm, self.made, judged, self._looks)
 
     def write(self, verdict: Verdict, more: dict[Int, Tensor] | None = None) -> None:
         """Write the verdict down, of the samples that ran; and more rows of those that go on."""
