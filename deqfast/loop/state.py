@@ -19,6 +19,7 @@ from ..ops.workspace import Stopping, Workspace
 from ..status import Status
 from . import again, own_residual, saving
 from .answer import answer
+from .origin import EVERY, Origin
 from .outputs import Outputs
 from .together import Together, never
 
@@ -71,6 +72,7 @@ class SolverState:
             x.copy_(t)
         self._own_residual = False
         self.wakings = 0
+        self._origin: Origin | None = None
         self._stopping, self._together = stopping, Together(self.ws, stopping, 0) if together else None
         # Views in the caller's shape, of a state of one tensor.
         self._shown = [self.layout.unflatten(x) for x in self.ws.x] if self.layout.single else []
@@ -179,6 +181,8 @@ class SolverState:
                 elif running == 0:
                     running = self._again([fz], None)
                 self._running = running
+                if not self.nfe % EVERY:
+                    self._look_for_zero()
                 return running == 0
         return self.advance(self.layout.flatten(fz, "f(z)"), None)
 
@@ -212,7 +216,17 @@ class SolverState:
             self._running = self._together.look()
         elif self._running == 0:
             self._running = self._again(self._outputs.newest, rows)
+        if not self.nfe % EVERY:
+            self._look_for_zero()
         return self._running == 0
+
+    def _look_for_zero(self) -> None:
+        rule = self._stopping
+        if not self._running or not (rule.rtol or rule.atol):  # or it is to make every evaluation that it may
+            return
+        self._origin = self._origin or Origin(self.ws)
+        if self._origin.look():
+            self._outputs.note_versions()
 
     def _again(self, leaves: list[Tensor], rows: Tensor | None) -> int:
         """The last sample has stopped: how many of those that had converged before go on from this evaluation."""

@@ -80,9 +80,11 @@ def test_operations_of_a_step_are_few(solver, most, N):
     state = solver.init(p.z0, rtol=0.0, backend="torch")
     for _ in range(20):
         f = pull(state.z, *p.args)
+        before = state.status.clone()
         with Operations() as seen:
-            ended = state.step(f)
-        assert ended or seen.names.total() <= most, seen.names  # at the end every sample is looked at again
+            state.step(f)
+        if torch.equal(before, state.status):  # one that stops is looked at more closely
+            assert seen.names.total() <= most, seen.names
 
 
 def test_operations_of_a_broyden_step_do_not_grow():

@@ -1,0 +1,49 @@
+"""Samples whose solution is 0: how close to it they are cannot be told by ||f(z) - z|| / ||f(z)||, which stays as it is.
+
+When ||f(z)|| has fallen below the dtype's rounding times the largest that the sample has had, 0 is as good an answer as
+any: its next iterate is 0, its history is forgotten, and what it was is measured anew. If f(0) = 0 that converges at
+once; anything else goes on from there, and is owed its own digits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..ops.anderson import AndersonWorkspace
+from ..ops.codes import Int, Real
+from ..ops.workspace import Workspace
+from ..status import Status
+
+EVERY = 16  # evaluations from one look to the next, a power of two
+
+
+class Origin:
+    """Looks at a solve from time to time, the first time after ``EVERY`` evaluations."""
+
+    def __init__(self, ws: Workspace) -> None:
+        self._ws = ws
+        # The unit is about the inverse of what a number of the sample was at its first evaluation.
+        self._largest = math.sqrt(ws.layout.N) / ws.real_row(Real.UNIT)
+        self._looks = ws.layout.device.type == "cpu"
+        self._eps = torch.finfo(ws.layout.dtype).eps
+
+    def look(self) -> bool:
+        """Send samples to 0 that have come to it, after a step; whether there may have been any."""
+        ws = self._ws
+        with torch.no_grad():
+            moved, relative = ws.real_row(Real.NORM), ws.real_row(Real.RESIDUAL)
+            size = torch.where(relative > 0, moved / relative, 0.0).nan_to_num(posinf=0.0)
+            running = ws.int_row(Int.STATUS) == int(Status.RUNNING)
+            arrived = running & (size < self._eps * self._largest)
+            self._largest = torch.maximum(self._largest, size).masked_fill(arrived, 0)
+            if self._looks and not bool(arrived.any()):
+                return False
+            for x in ws.layout.rows(ws.x[ws.cur]):
+                x.masked_fill_(arrived[:, None], 0)
+            if isinstance(ws, AndersonWorkspace):
+                ws.forget(arrived)
+            else:
+                ws.int_row(Int.COUNT).masked_fill_(arrived, 0)
+        return True
