@@ -21,9 +21,9 @@ from .joint.solve import joint_solve
 from .joint.step_size import joint_step_size
 from .loop.again import CouplingWarning
 from .loop.state import SolverState
-from .nn import DEQ
+from .nn import DEQ, ConvergenceWarning
 from .ops import library as _library  # noqa: F401  registers torch.ops.deqfast
-from .solution import ConvergenceError, Solution
+from .solution import BackwardReport, ConvergenceError, Solution
 from .solve import fixed_point, root
 from .solvers.anderson import Anderson
 from .solvers.broyden import Broyden
@@ -40,8 +40,10 @@ _compiled.skip_frames_of(__name__)
 __all__ = [
     "DEQ",
     "Anderson",
+    "BackwardReport",
     "Broyden",
     "ConvergenceError",
+    "ConvergenceWarning",
     "CouplingWarning",
     "Envelope",
     "GradientWarning",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from .ops import contract
 from .ops.workspace import Stopping
 
 DEFAULT_RTOL = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+DEFAULT_LIMIT = 100  # evaluations
 MODES = ("loop", "graph", "device")
 
 
@@ -61,7 +63,30 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     if value not in choices:
         listed = [repr(choice) for choice in choices]
         known = f"one of {', '.join(listed)}" if len(listed) > 2 else " or ".join(listed)
-        raise ValueError(f"{name} must be {known}, got {value!r}")
+        meant = did_you_mean(value, [c for c in choices if isinstance(c, str)]) if isinstance(value, str) else ""
+        raise ValueError(f"{name} must be {known}, got {value!r}{meant}")
+
+
+# What others call it.
+_ELSEWHERE = {
+    **dict.fromkeys(("tol", "f_tol", "eps", "f_rtol", "threshold", "stop_tol"), "rtol"),
+    **dict.fromkeys(("abs_tol", "f_atol", "atol_tol"), "atol"),
+    **dict.fromkeys(("f_max_iter", "maxiter", "max_iters", "max_steps", "iters", "threshold_iter"), "max_iter"),
+    **dict.fromkeys(("f_solver", "method"), "solver"),
+    **dict.fromkeys(("b_solver", "grad", "ift", "backward_mode"), "backward"),
+    **dict.fromkeys(("fixed_point_iter", "simple_fixed_point_iter", "picard_iteration", "iteration"), "picard"),
+    **dict.fromkeys(("lam", "reg", "regularization"), "ridge"),
+    **dict.fromkeys(("beta", "tau", "damp"), "mixing"),
+    **dict.fromkeys(("window", "history", "history_size", "mem"), "m"),
+}
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The name of ``known`` that was meant, to be added to a message; nothing where there is none like it."""
+    names = list(known)
+    elsewhere = _ELSEWHERE.get(name)
+    close = [elsewhere] if elsewhere in names else difflib.get_close_matches(name, names, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def check_callable(name: str, value: object) -> None:
@@ -119,7 +144,7 @@ class Options:
     solver: contract.Method
     rtol: Any = None
     atol: Any = 0.0
-    max_iter: int = 100
+    max_iter: int = DEFAULT_LIMIT
     backward: Any = None
     returns: str = "best"
     stop: str = "each"

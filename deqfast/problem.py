@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from . import transforms
 from .ops.layout import Layout
 from .ops.workspace import Stopping
 from .options import Options
+from .solution import BackwardReport
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Problem:
     stopping: Stopping
     transformed: bool = False  # a torch.func transform or a forward-mode level surrounds the call
     copy_z: bool = False  # f writes into the z that it is given
+    reports: list[BackwardReport] = field(default_factory=list)  # the last backward solve's, once there was one
 
     @property
     def differentiated(self) -> bool:

@@ -26,6 +26,15 @@ EVENTS = {
 }
 
 
+@dataclass(frozen=True)
+class BackwardReport:
+    """How the backward solve of an ``Implicit`` gradient went: vjps, and of each sample the relative residual."""
+
+    evaluations: int
+    residual: Tensor
+    converged: Tensor
+
+
 @dataclass
 class Solution:
     """Outcome of ``fixed_point`` or ``root`` for a batch of B samples.
@@ -42,6 +51,8 @@ class Solution:
         backend: the backend that ran the updates.
         mode: how the loop ran: "loop", "graph" or "device".
         counters: what ``events`` reads.
+        reports: what ``backward`` reads.
+        aux: with ``has_aux=True`` what f returned beside z at the last evaluation of the solve.
     """
 
     z: Any
@@ -54,6 +65,13 @@ class Solution:
     backend: str
     counters: Tensor
     mode: str = "loop"
+    reports: list[BackwardReport] = field(default_factory=list, repr=False)
+    aux: Any = field(default=None, repr=False)
+
+    @property
+    def backward(self) -> BackwardReport | None:
+        """How the last backward solve went (not one that ran as a graph); None before there was one."""
+        return self.reports[0] if self.reports else None
 
     @property
     def nfe(self) -> int:

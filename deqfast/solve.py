@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import compiled, graphs, transforms
+from .called import Called
 from .gradients.base import Gradient
 from .gradients.choose import choose_gradient
 from .loop.compaction import Compactor
@@ -19,7 +20,7 @@ from .loop.images import Images
 from .loop.progress import progress_bar
 from .loop.state import SolverState
 from .ops.layout import layout_of
-from .options import Options, check_args, check_callable
+from .options import Options, check_args, check_callable, check_flag
 from .problem import Problem
 from .solution import ConvergenceError, Solution
 from .solvers.base import Solver
@@ -37,6 +38,8 @@ def fixed_point(
     atol: float = 0.0,
     max_iter: int = 100,
     backward: Gradient | str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    has_aux: bool = False,
     returns: str = "best",
     stop: str = "each",
     batch_dims: int = 1,
@@ -63,6 +66,8 @@ def fixed_point(
             f(z) == z.
         max_iter: evaluations of f at most, default 100. 0 makes none: z0 comes back, its residual unknown (NaN).
         backward: how gradients are made: ``Implicit()`` (None), ``Phantom``, ``OneStep``, ``Unroll``, or "none".
+        kwargs: keyword arguments handed to f.
+        has_aux: f returns (z, aux). ``Solution.aux`` is that of the last evaluation of the solve, without a graph.
         returns: which z: "best" (default), the iterate with the least residual of each sample; "last", the newest;
             "image", f at the best one, for a masked copy an evaluation and no evaluation more; "next", where the solver
             would step from the newest (of a converged sample f there). ``Solution.residual`` is that of the iterate
@@ -115,7 +120,14 @@ def fixed_point(
         mode=mode,
         progress=progress,
     )
-    return solve(f, z0, args, options)
+    if kwargs is None and not has_aux:
+        return solve(f, z0, args, options)
+    check_callable("f", f)
+    check_flag("has_aux", has_aux)
+    called = Called(f, kwargs, has_aux)
+    solution = solve(called, z0, args, options)
+    solution.aux = called.newest
+    return solution
 
 
 def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Options) -> Solution:
@@ -141,8 +153,11 @@ def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Option
     elif solution is None:
         with transforms.Outside() as outside:
             solution = _run(outside.inside(f), transforms.values(args), problem, start)
+    if isinstance(f, Called):
+        f.hold()
     if gradient is not None and problem.differentiated:
         solution.z = gradient.attach(problem, solution.z)
+        solution.reports = problem.reports
     if options.throw and not bool(solution.converged.all()):
         raise ConvergenceError(solution)
     return solution

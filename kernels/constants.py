@@ -30,7 +30,8 @@ BEST = tl.constexpr(2)
 FIRST = tl.constexpr(3)
 UNIT = tl.constexpr(4)
 LEAST = tl.constexpr(5)
-SCALE = tl.constexpr(6)
+START = tl.constexpr(6)
+SCALE = tl.constexpr(7)
 
 # Values of STATUS.
 RUNNING = tl.constexpr(0)

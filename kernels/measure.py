@@ -31,6 +31,7 @@ from .constants import (
     STALL_FRACTION,
     STALL_MIN_STEPS,
     STALLED,
+    START,
     STATUS,
     STEPS,
     UNIT,
@@ -112,6 +113,7 @@ def judge(sample, stopping, max_iter, ff, gg, rule: tl.constexpr):
     best = tl.load(reals + BEST * padded)
     least = tl.load(reals + LEAST * padded)
     first = tl.load(reals + FIRST * padded)
+    start = tl.load(reals + START * padded)
     unit = tl.load(reals + UNIT * padded)
     tl.debug_barrier()
 
@@ -132,14 +134,14 @@ def judge(sample, stopping, max_iter, ff, gg, rule: tl.constexpr):
     relative = tl.where(finite, relative, float("inf")).to(acc)
     norm = g_norm.to(acc)
     first = tl.where(steps == 1, relative, first)
+    start = tl.where(steps == 1, norm, start)
 
     score = relative if BLOCKS > 0 else norm
-    # The first iterate is the best still: ||g|| was never below its first value.
-    never_below = (steps > 1) & (best_step == 1) & ((score < least) == 0) & (BLOCKS == 0)
-    smallest = least.to(tl.float64)
-    start = smallest / tl.minimum(tl.where(first > 0, first, 1.0).to(tl.float64), 1.0)
-    converged = finite & within & ((never_below & (f_norm > RUNAWAY * start)) == 0)
-    grown = never_below & (g_norm > DIVERGENCE * smallest)
+    began = start.to(tl.float64)
+    never_below = (steps > 1) & (tl.minimum(score, least).to(tl.float64) > began / 2) & (BLOCKS == 0)
+    size = began / tl.minimum(tl.where(first > 0, first, 1.0).to(tl.float64), 1.0)
+    converged = finite & within & ((never_below & (f_norm > RUNAWAY * size)) == 0)
+    grown = never_below & (g_norm > DIVERGENCE * began)
     better = finite & (converged | (best_at == NOWHERE) | (score < least))
     spill = (better == 0) & (best_at == PREVIOUS)
     best_at = tl.where(better, CURRENT, tl.where(spill, SAVED, best_at))
@@ -170,6 +172,7 @@ def judge(sample, stopping, max_iter, ff, gg, rule: tl.constexpr):
     tl.store(reals + NORM * padded, norm)
     tl.store(reals + BEST * padded, best)
     tl.store(reals + LEAST * padded, least)
+    tl.store(reals + START * padded, start)
     tl.store(reals + FIRST * padded, first)
     tl.store(reals + UNIT * padded, unit)
     if going == 0:

@@ -73,7 +73,7 @@ def _solve_tangent(
     with Outside() as outside:
         filled = [torch.zeros_like(z) if t is None else t.to(z.dtype) for t, z in zip(known, leaves, strict=True)]
         start = layout.unflatten(filled)
-        solved = solve_linear(outside.inside(step, True), start, filled, layout, replace(options, u0=None))
+        solved = solve_linear(outside.inside(step, True), start, filled, layout, replace(options, u0=None, tell=None))
     if not torch.is_grad_enabled():
         return solved
     plain = [value(t) for t in fz]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 
 from .. import compiled
 from ..ops.workspace import Stopping
-from ..options import DEFAULT_RTOL, stopping
+from ..options import DEFAULT_LIMIT, DEFAULT_RTOL, check_callable, stopping
 from ..problem import Problem
+from ..solution import BackwardReport
 from ..solvers.base import Solver
 from ..solvers.broyden import Broyden
 from ..solvers.choose import choose_solver
@@ -32,8 +34,10 @@ class Implicit(Gradient):
     Args:
         solver: of the backward solve; default that of the forward solve (Broyden with ``scale="first_step"``).
         rtol: relative tolerance per sample, so that the scale of the loss does not matter; default that of the forward
-            solve, under autocast at least the default of its dtype (2e-2 for bfloat16, 4e-3 for float16).
-        max_iter: vjps at most; default that of the forward solve.
+            solve, where that is 0 the default of the dtype, and under autocast at least the default of its dtype (2e-2
+            for bfloat16, 4e-3 for float16).
+        max_iter: vjps at most; default that of the forward solve, where that is 0 100.
+        callback: called with a ``BackwardReport`` after every backward solve; ``Solution.backward`` has the last one.
         u0: start of the backward solve, shaped like z; default the incoming gradient. A good one saves iterations: the
             adjoint of a similar problem, for example.
 
@@ -44,11 +48,14 @@ class Implicit(Gradient):
     rtol: float | None = None
     max_iter: int | None = None
     u0: Any = field(default=None, compare=False)
+    callback: Callable[[BackwardReport], Any] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.solver is not None:
             choose_solver(self.solver)
         stopping(self.rtol, 0.0, self.max_iter, torch.float32)
+        if self.callback is not None:
+            check_callable("callback", self.callback)
 
     def attach(self, problem: Problem, z: Any) -> Any:
         """``z`` as a fresh tensor whose backward solves for its gradient."""
@@ -64,10 +71,23 @@ class Implicit(Gradient):
         chosen = problem.options.solver if self.solver is None else choose_solver(self.solver)
         if self.solver is None and isinstance(chosen, Broyden) and chosen.scale == "unit":
             chosen = replace(chosen, scale="first_step")
-        rtol = problem.stopping.rtol if self.rtol is None else self.rtol
+        rtol = self.rtol
+        if rtol is None:  # a forward solve to an absolute tolerance alone says nothing of this one
+            rtol = problem.stopping.rtol or DEFAULT_RTOL[problem.layout.dtype]
         device = problem.layout.device.type
         if self.rtol is None and torch.is_autocast_enabled(device):
             rtol = max(rtol, DEFAULT_RTOL[torch.get_autocast_dtype(device)])
-        max_iter = problem.stopping.max_iter if self.max_iter is None else self.max_iter
+        max_iter = (problem.stopping.max_iter or DEFAULT_LIMIT) if self.max_iter is None else self.max_iter
         rule = Stopping(rtol, max_iter=max_iter)
-        return LinearOptions(chosen, rule, problem.options.backend, self.u0, problem.options.mode)
+        return LinearOptions(chosen, rule, problem.options.backend, self.u0, problem.options.mode, self._tell(problem))
+
+    def _tell(self, problem: Problem) -> Callable[[BackwardReport], Any]:
+        """Who hears of a backward solve: the solution, and the caller."""
+        reports, callback = problem.reports, self.callback
+
+        def tell(report: BackwardReport) -> None:
+            reports[:] = [report]
+            if callback is not None:
+                callback(report)
+
+        return tell

@@ -14,6 +14,7 @@ from ..loop.state import SolverState
 from ..ops.contract import Method
 from ..ops.layout import Layout
 from ..ops.workspace import Stopping
+from ..solution import BackwardReport
 from ..status import Status
 
 
@@ -30,6 +31,7 @@ class LinearOptions:
     backend: str
     u0: Any = None  # start, or a function of the leaves of the right-hand side that gives it
     mode: str = "loop"
+    tell: Callable[[BackwardReport], Any] | None = None  # who hears how it went
 
 
 def solve_linear(
@@ -44,9 +46,11 @@ def solve_linear(
         state = SolverState(options.solver, start, options.stopping, backend=options.backend, layout=layout)
         while not state.done:
             state.step(f(state.z))
-        if layout.B and layout.N and options.stopping.rtol > 0 and state.failed():
+        if layout.B and layout.N and state.failed():
             warn_of_failures(state, known)
-        leaves = state.answer()[0]
+        leaves, residual = state.answer()
+        if options.tell is not None:
+            options.tell(BackwardReport(state.nfe, layout.counted(residual), state.status == int(Status.CONVERGED)))
         state.release()
         return leaves
 

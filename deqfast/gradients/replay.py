@@ -35,7 +35,7 @@ def replayed_adjoint(attachment: Attachment, z: Sequence[Tensor], g: list[Tensor
         return adjoint_map(graph, at, inputs[many : 2 * many], layout)
 
     def finish(state: SolverState, evaluations: int | Tensor) -> list[Tensor]:
-        if options.mode == "graph" and options.stopping.rtol > 0 and state.failed():
+        if options.mode == "graph" and state.failed():
             warn_of_failures(state, g)
         return [t.clone() for t in state.answer()[0]]
 

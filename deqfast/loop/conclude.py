@@ -74,7 +74,8 @@ def out_of_evaluations(state: SolverState) -> None:
     ws, made = state.ws, state.nfe
     status = ws.int_row(Int.STATUS)
     best_step = ws.int_row(Int.BEST_STEP)
-    grown = (best_step == 1) & (ws.real_row(Real.NORM) > DIVERGENCE * ws.real_row(Real.LEAST))
+    start, norm = ws.real_row(Real.START), ws.real_row(Real.NORM)
+    grown = (ws.real_row(Real.LEAST) > 0.5 * start) & (norm > DIVERGENCE * start)
     found = label(ws.real_row(Real.RESIDUAL), ws.real_row(Real.FIRST), made - best_step, made, grown)
     status.copy_(torch.where(status == Status.RUNNING, found.to(status.dtype), status))
     state.finish(made)

@@ -1,4 +1,4 @@
-"""Samples whose solution is 0: how close to it they are cannot be told by ||f(z) - z|| / ||f(z)||, which stays as it is.
+"""Samples whose solution is 0: ||f(z) - z|| / ||f(z)|| does not tell how close to it they are, it stays as it is.
 
 When ||f(z)|| has fallen below the dtype's rounding times the largest that the sample has had, 0 is as good an answer as
 any: its next iterate is 0, its history is forgotten, and what it was is measured anew. If f(0) = 0 that converges at

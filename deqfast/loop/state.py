@@ -21,12 +21,13 @@ from . import again, own_residual, saving
 from .answer import answer
 from .origin import EVERY, Origin
 from .outputs import Outputs
+from .recordable import Recordable
 from .together import Together, never
 
 _NOTHING = contextlib.nullcontext()
 
 
-class SolverState:
+class SolverState(Recordable):
     """One solve in progress, for a loop of your own.
 
     ::
@@ -269,40 +270,6 @@ class SolverState:
     def answer(self, returns: str = "best") -> tuple[list[Tensor], Tensor]:
         """Leaves of the returned iterate and its (B,) relative residual; samples still running are read, not moved."""
         return answer(self.ws, returns, bool(self._running and self.nfe))
-
-    @property
-    def previous(self) -> list[Tensor] | None:
-        """What f returned at the previous iterate, as the next step will read it."""
-        return self._outputs.previous
-
-    @property
-    def replay(self) -> contract.Replay:
-        """What graphs need of the steps that were captured."""
-        assert self.bound.replay is not None
-        return self.bound.replay
-
-    def restart(self, start: list[Tensor]) -> None:
-        """Begin another solve in the same memory; what was learned about f stays."""
-        self.ws.reset()
-        self.replay.renew()
-        for x, t in zip(self.ws.x[0], start, strict=True):
-            x.copy_(t)
-        self.nfe, self._running = 0, self.layout.B
-        self._outputs.start = start
-        self._outputs.hold(None)
-
-    def resume(self, nfe: int, previous: list[Tensor] | None) -> None:
-        """Go on as after ``nfe`` evaluations whose iterate is in memory already, with f at the one before."""
-        self.replay.rewind(nfe)
-        self.ws.cur = nfe & 1
-        self.nfe, self._running = nfe, self.layout.B
-        self._outputs.start = []
-        self._outputs.hold(previous)
-
-    def finish(self, nfe: int) -> None:
-        """Take note that every sample has stopped: its answer is in both iterates."""
-        self.nfe, self._running = nfe, 0
-        self._outputs.start = []
 
     def show(self, callback: Callable[[int, SolverState], bool | None]) -> bool:
         """Call ``callback(nfe, self)``, with every iterate it asks for a copy; returns whether it said stop."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -10,13 +11,19 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import compiled
+from ..called import Called
 from ..gradients.choose import choose_gradient
-from ..options import Options, check_callable
+from ..options import Options, check_callable, check_flag, did_you_mean
 from ..solution import Solution
 from ..solve import fixed_point
 from ..solvers.choose import choose_solver
 
-__all__ = ["DEQ"]
+__all__ = ["DEQ", "ConvergenceWarning"]
+
+
+class ConvergenceWarning(RuntimeWarning):
+    """No sample that a layer was called with has converged."""
+
 
 _OPTIONS = {
     name: p.default
@@ -35,6 +42,8 @@ class DEQ(nn.Module):
 
     Args:
         cell: callable or module (z, x, *args) -> same structure, shapes and dtypes as z.
+        warn: say once, in a ``ConvergenceWarning``, when no sample of a call converged. It reads one number from the
+            device after each call until then.
         options: those of ``fixed_point``, checked here.
 
     The start is ``cell.init(x)`` where the cell has such a method, else ``zeros_like(x)``; a call may give its own.
@@ -45,17 +54,23 @@ class DEQ(nn.Module):
         TypeError, ValueError: an option that does not exist, or a value that it cannot have.
     """
 
-    def __init__(self, cell: Any, **options: Any) -> None:
+    def __init__(self, cell: Any, *, warn: bool = True, **options: Any) -> None:
         super().__init__()
         check_callable("cell", cell)
+        check_flag("warn", warn)
         unknown = [name for name in options if name not in _OPTIONS]
         if unknown:
-            raise TypeError(f"unknown option {unknown[0]!r}; DEQ takes those of fixed_point: {', '.join(_OPTIONS)}")
+            meant = did_you_mean(unknown[0], _OPTIONS)
+            raise TypeError(
+                f"unknown option {unknown[0]!r}{meant}; DEQ takes those of fixed_point: {', '.join(_OPTIONS)}"
+            )
         merged = {**_OPTIONS, **options}
         chosen = {"solver": choose_solver(merged["solver"]), "backward": choose_gradient(merged["backward"])}
-        Options(**{**merged, **chosen})  # checks them
+        Called(cell, merged.pop("kwargs"), check_flag("has_aux", merged.pop("has_aux")))  # checks them
+        Options(**{**merged, **chosen})
         self.cell = cell
         self.options = options
+        self.warn = warn
 
     @compiled.skip
     def forward(self, x: Any, *args: Any, z0: Any = None) -> Any:
@@ -73,7 +88,21 @@ class DEQ(nn.Module):
         """
         if z0 is None:
             z0 = _start(getattr(self.cell, "init", None), x)
-        return fixed_point(self.cell, z0, (x, *args), **self.options)
+        solution = fixed_point(self.cell, z0, (x, *args), **self.options)
+        if self.warn and self.options.get("max_iter") != 0 and solution.steps.numel() and not self._any(solution):
+            self.warn = False
+            warnings.warn(
+                f"no sample of a batch converged in {type(self.cell).__name__}: {solution.summary()}. Raise max_iter=, "
+                "loosen rtol=, or look at solve(x).trace with trace=True; warn=False silences this",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        return solution
+
+    @staticmethod
+    def _any(solution: Solution) -> bool:
+        capturing = solution.steps.is_cuda and torch.cuda.is_current_stream_capturing()
+        return capturing or bool(solution.converged.any())
 
     def extra_repr(self) -> str:
         """The options that were given."""

@@ -8,6 +8,7 @@ from expanding import B, affine, named, others, rotations
 from problems import BACKENDS, EPS
 
 import deqfast as dq
+from deqfast.ops.anderson import AndersonWorkspace
 from deqfast.ops.codes import Int, Real
 
 DTYPES = (torch.float32, torch.float64)
@@ -61,7 +62,9 @@ def test_roots_of_either_sign_are_found(backend):
 
 def expected_step(state: dq.SolverState, f: torch.Tensor) -> torch.Tensor:
     """The next iterate in float64, from the columns that a step has just written: E + signs, row by row."""
-    ws, method = state.ws, state.ws.method
+    ws = state.ws
+    assert isinstance(ws, AndersonWorkspace)
+    method = ws.method
     ws.settle()
     dF, dG = (ws.columns(which).double() for which in (0, 1))
     unit = ws.real_row(Real.UNIT).double()[:, None]
@@ -92,14 +95,15 @@ def test_a_step_with_turned_columns_is_that_of_the_formula(N, backend):
     J[:, ::4] *= 0.6
     f = affine(J, torch.randn(6, N, dtype=torch.float64, generator=generator))
     state = dq.Anderson(m=4, history_dtype=torch.float32).init(torch.zeros(6, N), rtol=0.0, backend=backend)
-    turned = 0
+    ws, turned = state.ws, 0
+    assert isinstance(ws, AndersonWorkspace)
     for k in range(4):
         fz = f(state.z)
         state.step(fz)
         if not k:
             continue
-        state.ws.settle()
-        w = state.ws.norms[:, 1].permute(0, 2, 1).reshape(-1, 4)[:6]
+        ws.settle()
+        w = ws.norms[:, 1].permute(0, 2, 1).reshape(-1, 4)[:6]
         turned += int((w < 0).sum())
         if int(state.ws.int_row(Int.GROWTH_RESTARTS).sum()):
             break  # columns were forgotten: others than those that were mixed

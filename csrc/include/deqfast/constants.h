@@ -14,7 +14,7 @@ constexpr int kBlock = 1024;  // history numbers that share one scale; also what
 constexpr double kUnitRange = 1099511627776.0;  // 2^40
 // Type II: a residual that grows by more forgets all but the newest column.
 constexpr double kGrowthLimit = 1.5;
-// A sample whose ||f|| is this many times the first ||f|| and ||z0||, while ||g|| was never below its first value, has
+// A sample whose ||f|| is this many times the first ||f|| and ||z0||, while ||g|| was never below half its first value, has
 // run away: that ||g|| / ||f|| is small does not make it converged.
 constexpr double kRunaway = 10;
 // A sample out of evaluations has diverged when its residual ended this far above the first, and has stalled when the
@@ -48,7 +48,7 @@ enum IntRow {
     kDenominatorRestarts,
     kWoken
 };
-enum RealRow { kResidual, kNorm, kBest, kFirst, kUnit, kLeast, kScale };
+enum RealRow { kResidual, kNorm, kBest, kFirst, kUnit, kLeast, kStart, kScale };
 
 struct Named {
     const char* name;
@@ -104,6 +104,7 @@ constexpr Named kConstants[] = {
     {"Real.FIRST", kFirst},
     {"Real.UNIT", kUnit},
     {"Real.LEAST", kLeast},
+    {"Real.START", kStart},
     {"Real.SCALE", kScale},
 };
 

@@ -70,17 +70,19 @@ DEQFAST_HD inline Verdict measure(const SolveArgs& a, int64_t b, double f_norm, 
     v.previous_norm = double(a.at<A>(kNorm, b));
     a.at<A>(kResidual, b) = relative;
     a.at<A>(kNorm, b) = A(g_norm);
-    if (steps == 1) a.at<A>(kFirst, b) = relative;
+    if (steps == 1) {
+        a.at<A>(kFirst, b) = relative;
+        a.at<A>(kStart, b) = A(g_norm);
+    }
 
     int32_t& best_at = a.at(kBestAt, b);
     A& least = a.at<A>(kLeast, b);
     const A score = a.n_blocks ? relative : A(g_norm);
-    // The first iterate is the best still: ||g|| was never below its first value, `least`.
-    const bool never_below = a.n_blocks == 0 && steps > 1 && a.at(kBestStep, b) == 1 && !(score < least);
-    const double first = double(a.at<A>(kFirst, b));
-    const bool ran_away = never_below && f_norm > kRunaway * double(least) / (first < 1 ? first : 1);
+    const double first = double(a.at<A>(kFirst, b)), start = double(a.at<A>(kStart, b));
+    const bool never_below = a.n_blocks == 0 && steps > 1 && double(score < least ? score : least) > start / 2;
+    const bool ran_away = never_below && f_norm > kRunaway * start / (first < 1 ? first : 1);
     const bool converged = finite && d.within && !ran_away;
-    const bool grown = never_below && g_norm > kDivergence * double(least);
+    const bool grown = never_below && g_norm > kDivergence * start;
     if (finite && (converged || best_at == kNowhere || score < least)) {
         best_at = kCurrent;
         least = score;

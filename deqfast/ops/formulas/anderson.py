@@ -11,9 +11,8 @@ oldest.
 
 The mixed test space (c = 2) is (2I - J) dX, and where J has an eigenvalue near 2 a column's own W_j . dG_j vanishes
 and its row says nothing. With s = dX_j . dG_j and g2 = q_j^2 that product is s - g2; where s > 0 and |s - g2| <
-``turn`` (s + g2), W_j is -dF_j instead, whose product is -(s + g2): the same sign as the others have. Such a column is
-marked by a negative w_j, so that E and rho turn with it. There f expands: as with Type II, a residual that grows then
-forgets all but the newest column.
+``turn`` (s + g2), W_j is -dF_j instead, with -(s + g2), of the sign that the others have. Such a column is marked by a
+negative w_j. As f expands there, a residual that grows then forgets all but the newest column, as with Type II.
 
 With p = ``mix_every`` > 1 only every p-th evaluation mixes; the others take the plain step x + beta g, their columns
 are recorded all the same, and a mix leaves room for p columns.
@@ -109,7 +108,6 @@ class Constants:
         self.space = torch.tensor(method.test_space, dtype=acc, device=device)
         tiny, self.most = torch.finfo(acc).tiny, torch.tensor(torch.finfo(acc).max, dtype=acc, device=device)
         self.least_of = torch.tensor([tiny, 0 if method.turn else tiny], dtype=acc, device=device)
-
         self._of: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def of(self, m: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -259,7 +257,7 @@ def _add_column(
 def _turn(
     turn: float, algebra: Algebra, c: Constants, added: _Added, onto_g: Tensor, onto_w: Tensor
 ) -> tuple[_Added, Tensor, Tensor]:
-    """With -dF in place of W for the new column, where W . dG is next to nothing; products of g, dG and W with dG_j."""
+    """With -dF in place of W for the new column where W . dG is next to nothing."""
     assert added.size is not None
     at, size, slot = added.at[:, None], added.size, added.known.slot
     own = onto_g.gather(2, slot.long()[:, None, None].expand(-1, 3, 1))[..., 0]  # with the new dG: of g, of dG, of W

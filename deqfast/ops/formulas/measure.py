@@ -33,6 +33,7 @@ class Stats(NamedTuple):
     first: Tensor
     unit: Tensor
     least: Tensor
+    start: Tensor
 
 
 class Codes:
@@ -115,14 +116,14 @@ def measure(
     better = score < old.least if made > 1 else finite
     if not (looks and not bool((run & within).any())):  # those that have stopped stay within
         if made > 1 and judged is None:
-            within = but_not(within, ran_away(old, better, f_norm))
+            within = but_not(within, ran_away(old, norm, f_norm))
         better = better | within
     best_step = old.best_step.masked_fill(better, made)
-    first = relative if made == 1 else old.first
+    first, start = (relative, norm) if made == 1 else (old.first, old.start)
     status = torch.where(finite, within, c.non_finite)  # as numbers: RUNNING is 0 and CONVERGED 1
     going = but_not(run, status)
     if made == stopping.max_iter:
-        grown = but_not(old.best_step == 1, better) & (norm > DIVERGENCE * old.least) & (judged is None)
+        grown = never_below(old, norm) & (norm > DIVERGENCE * old.start) & (judged is None and made > 1)
         status = torch.where(going, label(relative, first, made - best_step, made, grown).int(), status)
         going = torch.zeros_like(going)
     worse = spill = from_saved = None
@@ -137,24 +138,28 @@ def measure(
     reset, unit = _unit(c, largest / c.root, old.unit, going, made, judged is not None or atol < 0)
     best = torch.where(better, relative, old.best)
     least = torch.where(better, score, old.least)
-    stats = Stats(status, old.steps + c.step, best_at, best_step, relative, norm, best, first, unit, least)
+    stats = Stats(status, old.steps + c.step, best_at, best_step, relative, norm, best, first, unit, least, start)
     return Verdict(stats, run, going, reset, worse, spill, from_saved)
 
 
-def ran_away(old: Stats, better: Tensor, f_norm: Tensor) -> Tensor:
-    """Whose ||g|| was never below its first value while ||f|| grew ``RUNAWAY`` times beyond ||z0|| and ||f(z0)||.
+def never_below(old: Stats, norm: Tensor) -> Tensor:
+    """Whose ||g|| has never been below half its first value; not at the first evaluation."""
+    return torch.minimum(old.least, norm) > 0.5 * old.start
+
+
+def ran_away(old: Stats, norm: Tensor, f_norm: Tensor) -> Tensor:
+    """Of whom that is true while ||f|| grew ``RUNAWAY`` times beyond ||z0|| and ||f(z0)||.
 
     There ||g|| / ||f|| gets small because ||f|| gets large: z + a bounded step has no fixed point at all.
     """
-    never_below = but_not(old.best_step == 1, better)
-    start = old.least / old.first.clamp(max=1)  # ||g(z0)||, or ||f(z0)|| if that is larger
-    return never_below & (f_norm > RUNAWAY * start)
+    size = old.start / old.first.clamp(max=1)  # ||g(z0)||, or ||f(z0)|| if that is larger
+    return never_below(old, norm) & (f_norm > RUNAWAY * size)
 
 
 def label(relative: Tensor, first: Tensor, idle: Tensor, made: int, grown: Tensor) -> Tensor:
     """What a sample that used up its evaluations is called.
 
-    ``grown``: whose ||g|| was never below its first value and is now far above it.
+    ``grown``: whose ||g|| was never below half its first value and is now far above it.
     """
     stalled = (idle >= STALL_MIN_STEPS) & (idle * STALL_FRACTION >= made)
     found = torch.where(stalled, int(Status.STALLED), int(Status.MAX_ITER))
