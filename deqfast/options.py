@@ -75,9 +75,6 @@ _ELSEWHERE = {
     **dict.fromkeys(("f_solver", "method"), "solver"),
     **dict.fromkeys(("b_solver", "grad", "ift", "backward_mode"), "backward"),
     **dict.fromkeys(("fixed_point_iter", "simple_fixed_point_iter", "picard_iteration", "iteration"), "picard"),
-    **dict.fromkeys(("lam", "reg", "regularization"), "ridge"),
-    **dict.fromkeys(("beta", "tau", "damp"), "mixing"),
-    **dict.fromkeys(("window", "history", "history_size", "mem"), "m"),
 }
 
 

