@@ -100,6 +100,8 @@ def check_args(args: object, example: str = "x") -> None:
 
 def check_limit(max_iter: object) -> int:
     """The limit of evaluations; TypeError or ValueError unless it is a positive int that 32 bits hold."""
+    if isinstance(max_iter, float) and max_iter.is_integer():  # as scripts read it from a file or a flag
+        max_iter = int(max_iter)
     limit = check_int("max_iter", max_iter)
     if limit >= 2**31:
         raise ValueError(f"max_iter must be below 2**31, got {max_iter}")
@@ -160,11 +162,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.max_iter is None:
             raise TypeError("max_iter must be an int, got None")
-        limit: Any = self.max_iter
-        if isinstance(limit, float) and limit.is_integer():  # as scripts read it from a file or a flag
-            object.__setattr__(self, "max_iter", int(limit))
-        if type(self.max_iter) is not int or self.max_iter:
-            check_limit(self.max_iter)
+        none = not isinstance(self.max_iter, bool) and self.max_iter == 0
+        object.__setattr__(self, "max_iter", 0 if none else check_limit(self.max_iter))
         check_choice("returns", self.returns, self.RETURNS)
         check_choice("stop", self.stop, ("each", "all"))
         self._check_samples()

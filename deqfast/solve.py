@@ -19,6 +19,7 @@ from .loop.conclude import conclude, out_of_evaluations, take_images, unsolved
 from .loop.images import Images
 from .loop.progress import progress_bar
 from .loop.state import SolverState
+from .ops import contract
 from .ops.layout import layout_of
 from .options import Options, check_args, check_callable, check_flag
 from .problem import Problem
@@ -145,7 +146,8 @@ def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Option
         return gradient.solve(problem, z0)
     solution = None
     if options.max_iter == 0:
-        solution = unsolved(layout, [t.detach().clone() for t in layout.tensors(start)], options.backend)
+        backend = contract.choose(options.backend, layout.device).name
+        solution = unsolved(layout, [t.detach().clone() for t in layout.tensors(start)], backend)
     elif options.mode != "loop" and layout.B and layout.N:
         solution = _replayed(problem, start)
     if solution is None and not transformed:
@@ -209,7 +211,7 @@ def _run(f: Callable[..., Any], args: tuple[Any, ...], problem: Problem, start: 
     options = problem.options
     rule = problem.stopping
     if options.returns == "next":  # the kernels are to step from the last evaluation too
-        rule = rule._replace(max_iter=rule.max_iter + 1)
+        rule = rule._replace(max_iter=min(rule.max_iter + 1, 2**31 - 1))
     state = SolverState(
         options.solver, start, rule, backend=options.backend, layout=problem.layout, together=options.stop == "all"
     )

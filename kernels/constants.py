@@ -30,7 +30,7 @@ BEST = tl.constexpr(2)
 FIRST = tl.constexpr(3)
 UNIT = tl.constexpr(4)
 LEAST = tl.constexpr(5)
-START = tl.constexpr(6)
+LARGEST = tl.constexpr(6)
 SCALE = tl.constexpr(7)
 
 # Values of STATUS.

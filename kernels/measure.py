@@ -17,6 +17,7 @@ from .constants import (
     DIVERGENCE,
     FIRST,
     GROWTH_LIMIT,
+    LARGEST,
     LEAST,
     MAX_ITER,
     NON_FINITE,
@@ -31,7 +32,6 @@ from .constants import (
     STALL_FRACTION,
     STALL_MIN_STEPS,
     STALLED,
-    START,
     STATUS,
     STEPS,
     UNIT,
@@ -113,7 +113,7 @@ def judge(sample, stopping, max_iter, ff, gg, rule: tl.constexpr):
     best = tl.load(reals + BEST * padded)
     least = tl.load(reals + LEAST * padded)
     first = tl.load(reals + FIRST * padded)
-    start = tl.load(reals + START * padded)
+    largest = tl.load(reals + LARGEST * padded)
     unit = tl.load(reals + UNIT * padded)
     tl.debug_barrier()
 
@@ -134,14 +134,13 @@ def judge(sample, stopping, max_iter, ff, gg, rule: tl.constexpr):
     relative = tl.where(finite, relative, float("inf")).to(acc)
     norm = g_norm.to(acc)
     first = tl.where(steps == 1, relative, first)
-    start = tl.where(steps == 1, norm, start)
+    largest = tl.where(steps == 1, norm, tl.maximum(largest, norm))
 
     score = relative if BLOCKS > 0 else norm
-    began = start.to(tl.float64)
-    never_below = (steps > 1) & (tl.minimum(score, least).to(tl.float64) > began / 2) & (BLOCKS == 0)
-    size = began / tl.minimum(tl.where(first > 0, first, 1.0).to(tl.float64), 1.0)
-    converged = finite & within & ((never_below & (f_norm > RUNAWAY * size)) == 0)
-    grown = never_below & (g_norm > DIVERGENCE * began)
+    # The unit brought the sample to a magnitude of one to two when it was set.
+    grown = f_norm / tl.load(settings + ROOT_N) * unit.to(tl.float64)
+    ran_away = (steps > 1) & (2.0 * g_norm > largest.to(tl.float64)) & (grown > 2.0 * RUNAWAY) & (BLOCKS == 0)
+    converged = finite & within & (ran_away == 0)
     better = finite & (converged | (best_at == NOWHERE) | (score < least))
     spill = (better == 0) & (best_at == PREVIOUS)
     best_at = tl.where(better, CURRENT, tl.where(spill, SAVED, best_at))
@@ -151,7 +150,7 @@ def judge(sample, stopping, max_iter, ff, gg, rule: tl.constexpr):
 
     idle = steps - best_step
     label = tl.where((idle >= STALL_MIN_STEPS) & (idle * STALL_FRACTION >= steps), STALLED, MAX_ITER)
-    label = tl.where(grown | (relative > DIVERGENCE * first), DIVERGED, label)
+    label = tl.where(ran_away | (relative > DIVERGENCE * first), DIVERGED, label)
     status = tl.where((max_iter > 0) & (steps == max_iter), label, RUNNING)
     status = tl.where(finite, tl.where(converged, CONVERGED, status), NON_FINITE)
     going = status == RUNNING
@@ -172,7 +171,7 @@ def judge(sample, stopping, max_iter, ff, gg, rule: tl.constexpr):
     tl.store(reals + NORM * padded, norm)
     tl.store(reals + BEST * padded, best)
     tl.store(reals + LEAST * padded, least)
-    tl.store(reals + START * padded, start)
+    tl.store(reals + LARGEST * padded, largest)
     tl.store(reals + FIRST * padded, first)
     tl.store(reals + UNIT * padded, unit)
     if going == 0:

@@ -31,7 +31,7 @@ struct JointTensors {
     std::vector<Array> x, x_next, mapped, mapped_next, center, saved, kept;
 };
 
-// The joint map's own numbers; the fields of deqfast/ops/joint.py.
+// The joint map's own numbers; the fields of JointNumbers in deqfast/ops/native/joint.py.
 struct JointNumbers {
     double damping_z = 1, damping_mu = 1;
     bool normalize = false;

@@ -84,7 +84,7 @@ inline Judged<A> judge_lanes(const SolveArgs& a, int64_t b0, int count, Vec<A> f
     const auto going = lanes_of<A>(a.n_blocks ? 0 : ordinary) & fits & unfinished;
 
     const V relative = g_norm / f_norm, best = read<V>(reals(kBest)), previous_norm = read<V>(reals(kNorm));
-    const V least = read<V>(reals(kLeast));
+    const V least = read<V>(reals(kLeast)), largest = read<V>(reals(kLargest));
     const Ints going_ints = narrow_mask<A>(going), best_at = read<Ints>(ints(kBestAt));
     const Ints better = going_ints & (narrow_mask<A>(g_norm < least) | (best_at == int32_t(kNowhere)));
     const Ints spill = going_ints & ~better & (best_at == int32_t(kPrevious));
@@ -95,6 +95,7 @@ inline Judged<A> judge_lanes(const SolveArgs& a, int64_t b0, int count, Vec<A> f
     write(ints(kBestStep), select(better, next, read<Ints>(ints(kBestStep))));
     write(reals(kBest), select(better_lanes, relative, best));
     write(reals(kLeast), select(better_lanes, g_norm, least));
+    write(reals(kLargest), select(going & (g_norm > largest), g_norm, largest));
     write(reals(kResidual), select(going, relative, read<V>(reals(kResidual))));
     write(reals(kNorm), select(going, g_norm, previous_norm));
     if (const uint32_t lost = bits(spill))

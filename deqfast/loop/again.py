@@ -10,7 +10,7 @@ from ..ops import recheck
 from ..ops.codes import Int
 from ..ops.contract import BoundStep, Leaves, Rows
 from ..ops.lag import capturing
-from ..ops.workspace import Workspace
+from ..ops.workspace import Stopping, Workspace
 
 
 class CouplingWarning(RuntimeWarning):
@@ -25,18 +25,16 @@ _MESSAGE = (
 )
 
 
-def _outside(bound: BoundStep, ws: Workspace, f: Leaves, f_rows: Rows, made: int) -> Tensor | None:
-    if ws.layout.B < 2:  # a sample alone was judged at the newest evaluation
-        return None
+def _outside(bound: BoundStep, ws: Workspace, f: Leaves, f_rows: Rows, made: int, rule: Stopping) -> Tensor | None:
     ws.cur ^= 1  # as it was in the step
-    which = bound.outside(f, f_rows, made)
+    which = bound.outside(f, f_rows, made) if rule == ws.stopping else recheck.outside(ws, f, f_rows, made, rule)
     ws.cur ^= 1
     return which
 
 
-def judge(bound: BoundStep, ws: Workspace, f: Leaves, f_rows: Rows, made: int) -> Tensor | None:
-    """Which samples have to go on; None: no sample, as is known on the host. Waits for a device."""
-    which = _outside(bound, ws, f, f_rows, made)
+def judge(bound: BoundStep, ws: Workspace, f: Leaves, f_rows: Rows, made: int, rule: Stopping) -> Tensor | None:
+    """Which samples have to go on by this rule; None: no sample, as is known on the host. Waits for a device."""
+    which = _outside(bound, ws, f, f_rows, made, rule)
     if which is None:
         return None
     limit = ws.stopping.max_iter
@@ -48,7 +46,9 @@ def judge(bound: BoundStep, ws: Workspace, f: Leaves, f_rows: Rows, made: int) -
 
 def refuse(bound: BoundStep, ws: Workspace, f: Leaves, f_rows: Rows, made: int) -> None:
     """Those who would have to go on, and cannot, have not converged."""
-    which = _outside(bound, ws, f, f_rows, made)
+    if ws.layout.B < 2:  # a sample alone was judged at the newest evaluation
+        return
+    which = _outside(bound, ws, f, f_rows, made, ws.stopping)
     if which is not None:
         recheck.refuse(ws, which)
 

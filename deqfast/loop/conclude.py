@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.codes import DIVERGENCE, Int, Real
+from ..ops.codes import RUNAWAY, Int, Real
 from ..ops.formulas.measure import label
 from ..ops.layout import Layout
 from ..solution import Solution
@@ -74,9 +74,10 @@ def out_of_evaluations(state: SolverState) -> None:
     ws, made = state.ws, state.nfe
     status = ws.int_row(Int.STATUS)
     best_step = ws.int_row(Int.BEST_STEP)
-    start, norm = ws.real_row(Real.START), ws.real_row(Real.NORM)
-    grown = (ws.real_row(Real.LEAST) > 0.5 * start) & (norm > DIVERGENCE * start)
-    found = label(ws.real_row(Real.RESIDUAL), ws.real_row(Real.FIRST), made - best_step, made, grown)
+    norm, relative = ws.real_row(Real.NORM), ws.real_row(Real.RESIDUAL)
+    size = norm / relative * ws.real_row(Real.UNIT) / max(1, ws.layout.N) ** 0.5
+    ran_away = (2 * norm > ws.real_row(Real.LARGEST)) & (size > 2 * RUNAWAY)
+    found = label(ws.real_row(Real.RESIDUAL), ws.real_row(Real.FIRST), made - best_step, made, ran_away)
     status.copy_(torch.where(status == Status.RUNNING, found.to(status.dtype), status))
     state.finish(made)
 

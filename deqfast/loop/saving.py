@@ -10,10 +10,10 @@ from ..ops.layout import Layout
 from ..ops.workspace import Workspace
 from .outputs import Outputs
 
-ENTRIES = ("options", "layout", "nfe", "running", "copies_f", "copies_z", "tensors")
+ENTRIES = ("options", "layout", "nfe", "running", "wakings", "copies_f", "copies_z", "tensors")
 
 
-def save(method: Any, ws: Workspace, outputs: Outputs, nfe: int, running: int) -> dict[str, Any]:
+def save(method: Any, ws: Workspace, outputs: Outputs, nfe: int, running: int, wakings: int) -> dict[str, Any]:
     """Copies of everything a later step reads, and what they are of."""
     tensors = {name: t.clone() for name, t in ws.tensors().items()}
     for i, t in enumerate(outputs.previous or []):
@@ -25,6 +25,7 @@ def save(method: Any, ws: Workspace, outputs: Outputs, nfe: int, running: int) -
         "layout": repr(ws.layout),
         "nfe": nfe,
         "running": running,
+        "wakings": wakings,
         "copies_f": outputs.copies_f,
         "copies_z": outputs.copies_z,
         "tensors": tensors,

@@ -180,7 +180,7 @@ class SolverState(Recordable):
                 if self._together is not None:
                     running = self._together.look()
                 elif running == 0:
-                    running = self._again([fz], None)
+                    running = self._again(self.layout.tensors(fz), None)
                 self._running = running
                 if not self.nfe % EVERY:
                     self._look_for_zero()
@@ -202,7 +202,7 @@ class SolverState(Recordable):
         leaves = self.layout.flatten(fz, "f(z)")
         if self.options.uses_previous:
             self._outputs.hold([t.clone() for t in leaves], settled=False)
-        self._running = self._again(leaves, None)
+        self._running = self._again(leaves, None, said_so=True)
         return self._running == 0
 
     @compiled.skip
@@ -229,12 +229,19 @@ class SolverState(Recordable):
         if self._origin.look():
             self._outputs.note_versions()
 
-    def _again(self, leaves: list[Tensor], rows: Tensor | None) -> int:
-        """The last sample has stopped: how many of those that had converged before go on from this evaluation."""
+    def _again(self, leaves: list[Tensor], rows: Tensor | None, said_so: bool = False) -> int:
+        """The last sample has stopped: how many of those that had converged before go on from this evaluation.
+
+        ``said_so``: this is an evaluation beside those of the solve, and a sample alone is judged by it too.
+        """
         ws = self.ws
-        which = again.judge(self.bound, ws, leaves, rows, self.nfe)
+        if self.layout.B < 2 and not said_so:
+            return 0
+        which = again.judge(self.bound, ws, leaves, rows, self.nfe, self._stopping)
         if which is None:
             return 0
+        if self._together is not None:
+            which = ws.int_row(Int.STATUS) == int(Status.CONVERGED)  # who stopped together goes on together
         recheck.wake(ws, which, self.nfe)
         ws.cur ^= 1  # the same step once more, for them
         self.bound = self._backend.bind(ws, self.nfe - 1)
@@ -296,7 +303,7 @@ class SolverState(Recordable):
     def state_dict(self) -> dict[str, Any]:
         """Copies of everything a later step reads; ``load_state_dict`` of a state of the same shape takes it up."""
         running = self._running and int(self.running.sum())
-        return saving.save(self.options, self.ws, self._outputs, self.nfe, running)
+        return saving.save(self.options, self.ws, self._outputs, self.nfe, running, self.wakings)
 
     @compiled.skip
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -316,7 +323,7 @@ class SolverState(Recordable):
             own.set_residual(torch.empty_like(saved["tensors"]["own_residual"], device=self.layout.device))
         saving.load(saved, self.ws, self._outputs)
         self.nfe = saved["nfe"]
-        self._running = saved["running"]
+        self._running, self.wakings = saved["running"], saved["wakings"]
         self._bind()
 
     def __reduce__(self) -> Any:

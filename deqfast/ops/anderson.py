@@ -12,9 +12,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .codes import BLOCK, TILE, TINY, Evict
+from .codes import BLOCK, TILE, TINY, Evict, Int
 from .layout import Layout
-from .workspace import Memory, Stopping, Workspace, untile
+from .workspace import Memory, Stopping, Workspace, tile, untile
 
 HISTORY_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8)
 SCALED_DTYPES = (torch.float16, torch.int8)
@@ -132,6 +132,18 @@ class AndersonWorkspace(Workspace):
         elif self.method.m:
             mask = torch.nn.functional.pad(which, (0, self.ints.shape[1] - which.shape[0]))
             self.norms.masked_fill_(mask.view(self.tiles, 1, 1, -1), 0)
+
+    def woken(self, which: Tensor) -> None:
+        """The column that the stopping evaluation may have begun, or all where mixes are to come in turn."""
+        if not self.method.m:
+            return
+        if self.method.mix_every > 1:  # the mixes that left room came at other evaluations
+            self.forget(which)
+            return
+        self.settle()
+        slots = torch.arange(self.method.m, device=which.device)
+        begun = which[:, None] & (slots == self.int_row(Int.SLOT)[:, None])
+        self.norms[:, 0].masked_fill_(tile(begun, self.tiles), 0)
 
     def columns(self, which: int) -> Tensor:
         """(B, m, N) columns as stored, without their scales: a view, or for tiny samples a copy."""

@@ -10,7 +10,7 @@ BLOCK = 1024  # history numbers that share one scale (float16, int8)
 
 UNIT_RANGE = 2.0**40  # a sample whose magnitude leaves [1/UNIT_RANGE, UNIT_RANGE] in its unit gets a new unit
 GROWTH_LIMIT = 1.5  # Type II: a residual that grows by more forgets all but the newest column
-RUNAWAY = 10.0  # ||f|| this many times the first ||f|| and ||z0||, and ||f - z|| never below half its first value
+RUNAWAY = 10.0  # ||f|| this many times what it was at first, and ||f - z|| above half its largest: has run away
 DIVERGENCE = 10.0  # at max_iter: a residual this many times the first one is called diverged
 STALL_FRACTION = 3  # at max_iter: no better residual in the last third of the steps is called stalled,
 STALL_MIN_STEPS = 10  # if those were at least so many
@@ -56,7 +56,7 @@ class Real(IntEnum):
     FIRST = 3  # RESIDUAL at the first evaluation
     UNIT = 4  # power of two that brings the sample to magnitude one; 0 before the first evaluation
     LEAST = 5  # ||f(z) - z|| of the best iterate so far: the least, until one converges; of blocks RESIDUAL
-    START = 6  # NORM at the first evaluation
+    LARGEST = 6  # the largest NORM so far
     SCALE = 7  # Broyden: H0 = SCALE * I; 0 while not measured
 
 

@@ -47,6 +47,13 @@ class QuickStep(Protocol):
 class BoundStep(ABC):
     """A solver's update, bound to a workspace for one solve; it keeps the workspace alive.
 
+    An update measures every sample that runs, keeps its rows of ``ints`` and ``reals`` (``codes``; judged by
+    ``block_norms`` where there are such), and stops it by ``ws.stopping``: converged, not finite, or at ``max_iter``
+    with a label; the loop relies on that limit. Of one that stops the answer lies in both iterates afterwards; one that
+    goes on has its next iterate in ``x[1 - cur]``, and an earlier best one in ``saved`` before it is overwritten. One
+    that had stopped is left as it is. What a backend keeps elsewhere between steps it gives back in ``ws.settle``,
+    which comes before another one is bound. ``ops/formulas`` has all of this in plain torch.
+
     Attributes:
         quick: the same in fewer words, or None where the backend or the state has no such way.
         replay: for steps that are captured in a graph and replayed, or None where steps cannot be.
@@ -189,6 +196,7 @@ class Backend(ABC):
 
     def bind(self, ws: Workspace, evaluations: int = 0) -> BoundStep:
         """The update of this workspace's solver, after so many evaluations."""
+        ws.settle()
         binder = self.steps.get(type(ws))
         if binder is None:
             raise ValueError(f"backend {self.name!r} has no step for a {type(ws).__name__}")

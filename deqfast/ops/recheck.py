@@ -15,7 +15,7 @@ from torch import Tensor
 from ..status import Status
 from .codes import At, Int, Real
 from .formulas.sums import norm_of_parts
-from .workspace import Workspace
+from .workspace import Stopping, Workspace
 
 SLACK = 0.125  # of the tolerance, for f's own rounding,
 NOISE = 2.0  # and so many units in the last place of ||f(z)||
@@ -27,7 +27,9 @@ def noise(ws: Workspace) -> float:
     return NOISE * torch.finfo(ws.layout.dtype).eps
 
 
-def outside(ws: Workspace, f: list[Tensor], f_rows: Tensor | None, made: int | Tensor) -> Tensor:
+def outside(
+    ws: Workspace, f: list[Tensor], f_rows: Tensor | None, made: int | Tensor, rule: Stopping | None = None
+) -> Tensor:
     """(B,) bool: samples that converged before evaluation ``made`` and are not within their tolerance at its output.
 
     The residuals of those that are within become those of this evaluation. Samples that f did not see are left alone.
@@ -37,8 +39,9 @@ def outside(ws: Workspace, f: list[Tensor], f_rows: Tensor | None, made: int | T
         f: f at ``x[cur]``.
         f_rows: where the samples are in ``f``, -1: not there.
         made: evaluations made, this one included.
+        rule: what their tolerance is, where that is not ``ws.stopping``.
     """
-    layout, stopping = ws.layout, ws.stopping
+    layout, stopping = ws.layout, ws.stopping if rule is None else rule
     earlier = (ws.int_row(Int.STATUS) == int(Status.CONVERGED)) & (ws.int_row(Int.STEPS) < made)
     values = layout.rows(f)
     if f_rows is not None:
@@ -71,6 +74,7 @@ def wake(ws: Workspace, which: Tensor, made: int) -> None:
     for row in (Real.BEST, Real.LEAST):
         _overwrite(ws.real_row(row), which, math.inf)
     ws.int_row(Int.WOKEN).add_(which)
+    ws.woken(which)
 
 
 def refuse(ws: Workspace, which: Tensor) -> None:

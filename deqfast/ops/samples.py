@@ -24,12 +24,10 @@ class Samples:
     Attributes:
         shape: how many there are, as a caller counts them.
         views: whether ``split`` and ``join`` of dense tensors are views.
-        compacts: whether rows of dim 0 can be left out.
     """
 
     shape: tuple[int, ...]
     views: bool = True
-    compacts: bool = True
 
     def check(self, tensors: list[Tensor], name: str) -> None:
         """Raise ValueError unless the tensors have the dimensions that count samples, and share them."""
@@ -89,7 +87,6 @@ class LeadingDims(Samples):
     def __init__(self, count: int, shape: tuple[int, ...] = ()) -> None:
         self.count, self.shape = count, shape
         self.inner = math.prod(shape[1:])  # samples a row of dim 0
-        self.compacts = count > 0
 
     def __repr__(self) -> str:
         return f"batch_dims={self.count}"
@@ -133,8 +130,6 @@ class Segments(Samples):
         bounds: (S + 1,) where each begins, and where the last ends; on the host.
         device: of the state.
     """
-
-    compacts = False
 
     def __init__(self, bounds: Tensor, device: torch.device) -> None:
         lengths = bounds.diff()

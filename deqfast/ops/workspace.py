@@ -111,6 +111,12 @@ class Workspace:
         self.block_norms = torch.zeros(len(rules), 2, padded, dtype=widest(device), device=device)
         self.block_rules = rules
 
+    def settle(self) -> None:
+        """Everything where every backend looks for it, whatever the last one kept elsewhere."""
+
+    def woken(self, which: Tensor) -> None:
+        """Some samples run again at an iterate where they had stopped: what is of no use to them is forgotten."""
+
     def release(self) -> None:
         """Give the history up; statistics and iterates stay, but no further step can be made."""
         if self.buffer is not None:

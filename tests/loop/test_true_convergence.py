@@ -14,6 +14,7 @@ import deqfast as dq
 from deqfast import graphs
 from deqfast.graphs import recorder as recording
 from deqfast.ops import recheck
+from deqfast.ops.codes import Int
 
 quiet = pytest.mark.filterwarnings("ignore::deqfast.CouplingWarning")
 
@@ -157,6 +158,60 @@ def test_a_loop_of_ones_own_is_told_too(backend):
         state.step(two_unknowns(state.z))
     assert state.wakings >= 1
     assert torch.allclose(state.z, torch.tensor([1.8, 2.0]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("solver", ONE_OF_EACH)
+@pytest.mark.parametrize("options", [{"batch_dims": 2}, {"segments": [0, 3, 6]}, {"batch_dims": 1}], ids=str)
+def test_rows_wake_however_samples_are_counted(options, solver, backend):
+    W = 0.3 * torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+
+    def f(z):
+        y = z.reshape(6, 3)
+        return (torch.linspace(0.1, 0.9, 6)[:, None] * y + 0.3 * (W @ y).tanh() + 1).reshape(z.shape)
+
+    z0 = torch.zeros(2, 3, 3) if options.get("batch_dims") == 2 else torch.zeros(6, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dq.CouplingWarning)
+        sol = dq.fixed_point(f, z0, solver=solver, backend=backend, max_iter=500, **options)
+    if bool(sol.converged.all()):
+        assert float((f(sol.z) - sol.z).norm() / sol.z.norm()) < 1.2e-4
+    assert bool(sol.converged.all()) or solver.__class__ is not dq.Picard
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("N", [6, 20, 200])
+@pytest.mark.parametrize("p", [1, 2])
+def test_a_woken_sample_steps_as_the_oracle_says(p, N, backend):
+    """With a full history, of which the evaluation that stopped the sample may have written a column."""
+    if p > 1 and N == 6:
+        pytest.skip("few columns leave no room for two")
+    first, second = problem(3, N, dtype=torch.float64, slowest=0.9), problem(3, N, dtype=torch.float64, seed=1)
+    after = []
+    for name in ("reference", backend):
+        state = dq.Anderson(m=5, mix_every=p).init(first.z0, rtol=1e-7, backend=name)
+        while not state.done:
+            state.step(pull(state.z, *first.args))
+        columns = int(state.ws.int_row(Int.COUNT).min())
+        assert not state.verify(pull(state.z, *second.args))
+        assert p > 1 or int(state.ws.int_row(Int.COUNT).min()) >= min(columns, 4)
+        for _ in range(2):
+            state.step(pull(state.z, *second.args))
+        after.append(state.z.clone())
+    assert torch.allclose(after[0], after[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"batch_dims": 0}, {"stop": "all"}], ids=str)
+def test_verify_judges_one_sample_and_those_that_stop_together(options, backend):
+    state = dq.Anderson(m=3).init(torch.zeros(1 if not options else 3, 3), backend=backend, **options)
+    while not state.done:
+        state.step(0.5 * state.z + 1)
+    assert state.verify(0.5 * state.z + 1)
+    assert not state.verify(0.5 * state.z + 2)
+    while not state.done:
+        state.step(0.5 * state.z + 2)
+    assert torch.allclose(state.z, torch.full_like(state.z, 4.0), rtol=1e-3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -66,6 +66,20 @@ def test_a_map_without_a_fixed_point_is_not_called_converged(N, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("dtype", "start"), [(torch.bfloat16, 1e-3), (torch.float16, 1e-4), (torch.float32, 1e-9)], ids=str
+)
+def test_a_start_beside_an_unstable_fixed_point_is_left_for_the_stable_one(dtype, start, backend):
+    """||g|| at the start is below what rounding leaves of it at the solution."""
+    rate = torch.linspace(1.8, 2.6, 100)
+    z0 = (start * torch.rand(4, 100, generator=torch.Generator().manual_seed(0))).to(dtype)
+    f = lambda z: rate.to(dtype) * z * (1 - z)  # noqa: E731
+    sol = dq.fixed_point(f, z0, solver="picard", max_iter=200, backend=backend)
+    assert bool(sol.converged.all())
+    assert torch.allclose(sol.z.float(), (1 - 1 / rate).expand(4, 100), atol=0.15)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("solver", ONE_OF_EACH)
 def test_a_large_solution_from_a_small_start_converges(solver, backend):
     sol = dq.fixed_point(lambda z: 0.9 * z + 100, torch.zeros(4, 3), solver=solver, backend=backend, max_iter=300)
@@ -133,7 +147,7 @@ def test_backward_after_an_absolute_tolerance_has_the_default_of_the_dtype():
     torch.manual_seed(0)
     W = (0.2 * torch.randn(6, 6)).requires_grad_()
     x = torch.randn(5, 6)
-    reports = []
+    reports: list[dq.BackwardReport] = []
     sol = dq.fixed_point(
         lambda z: torch.tanh(z @ W + x),
         torch.zeros(5, 6),

@@ -14,8 +14,8 @@ constexpr int kBlock = 1024;  // history numbers that share one scale; also what
 constexpr double kUnitRange = 1099511627776.0;  // 2^40
 // Type II: a residual that grows by more forgets all but the newest column.
 constexpr double kGrowthLimit = 1.5;
-// A sample whose ||f|| is this many times the first ||f|| and ||z0||, while ||g|| was never below half its first value, has
-// run away: that ||g|| / ||f|| is small does not make it converged.
+// A sample whose ||f|| is this many times what it was at first, while ||g|| is above half its largest, has run away:
+// that ||g|| / ||f|| is small does not make it converged.
 constexpr double kRunaway = 10;
 // A sample out of evaluations has diverged when its residual ended this far above the first, and has stalled when the
 // best residual came before the last third of its evaluations, and these are at least kStallMinSteps.
@@ -48,7 +48,7 @@ enum IntRow {
     kDenominatorRestarts,
     kWoken
 };
-enum RealRow { kResidual, kNorm, kBest, kFirst, kUnit, kLeast, kStart, kScale };
+enum RealRow { kResidual, kNorm, kBest, kFirst, kUnit, kLeast, kLargest, kScale };
 
 struct Named {
     const char* name;
@@ -104,7 +104,7 @@ constexpr Named kConstants[] = {
     {"Real.FIRST", kFirst},
     {"Real.UNIT", kUnit},
     {"Real.LEAST", kLeast},
-    {"Real.START", kStart},
+    {"Real.LARGEST", kLargest},
     {"Real.SCALE", kScale},
 };
 

@@ -1,5 +1,5 @@
 // The joint map, first half of a joint step: what becomes of z, mu and x before they are accelerated. The formulas and
-// the oracle are in deqfast/ops/joint.py.
+// the oracle are in deqfast/ops/formulas/joint.py.
 #pragma once
 
 #include "deqfast/args.h"

@@ -1,5 +1,5 @@
 // The last part of a joint step: what the verdict on each sample means beyond the accelerated tensors. The formulas and
-// the oracle are in deqfast/ops/joint_finish.py.
+// the oracle are in deqfast/ops/formulas/joint.py.
 #pragma once
 
 #include <cmath>

@@ -8,9 +8,9 @@
 
 namespace deqfast {
 
-DEQFAST_HD inline Status out_of_evaluations(double relative, double first, bool grown, int steps, int best_step) {
+DEQFAST_HD inline Status out_of_evaluations(double relative, double first, bool ran_away, int steps, int best_step) {
     const int idle = steps - best_step;
-    if (grown || relative > kDivergence * first) return kDiverged;
+    if (ran_away || relative > kDivergence * first) return kDiverged;
     return idle >= kStallMinSteps && idle * kStallFraction >= steps ? kStalled : kMaxIter;
 }
 
@@ -70,19 +70,17 @@ DEQFAST_HD inline Verdict measure(const SolveArgs& a, int64_t b, double f_norm, 
     v.previous_norm = double(a.at<A>(kNorm, b));
     a.at<A>(kResidual, b) = relative;
     a.at<A>(kNorm, b) = A(g_norm);
-    if (steps == 1) {
-        a.at<A>(kFirst, b) = relative;
-        a.at<A>(kStart, b) = A(g_norm);
-    }
+    if (steps == 1) a.at<A>(kFirst, b) = relative;
+    A& largest = a.at<A>(kLargest, b);
+    if (steps == 1 || A(g_norm) > largest) largest = A(g_norm);
 
     int32_t& best_at = a.at(kBestAt, b);
     A& least = a.at<A>(kLeast, b);
     const A score = a.n_blocks ? relative : A(g_norm);
-    const double first = double(a.at<A>(kFirst, b)), start = double(a.at<A>(kStart, b));
-    const bool never_below = a.n_blocks == 0 && steps > 1 && double(score < least ? score : least) > start / 2;
-    const bool ran_away = never_below && f_norm > kRunaway * start / (first < 1 ? first : 1);
+    // The unit brought the sample to a magnitude of one to two when it was set.
+    const double grown = f_norm / std::sqrt(double(a.N)) * double(a.at<A>(kUnit, b));
+    const bool ran_away = a.n_blocks == 0 && steps > 1 && 2 * g_norm > double(largest) && grown > 2 * kRunaway;
     const bool converged = finite && d.within && !ran_away;
-    const bool grown = never_below && g_norm > kDivergence * start;
     if (finite && (converged || best_at == kNowhere || score < least)) {
         best_at = kCurrent;
         least = score;
@@ -99,7 +97,7 @@ DEQFAST_HD inline Verdict measure(const SolveArgs& a, int64_t b, double f_norm, 
     else if (converged)
         status = kConverged;
     else if (a.max_iter && steps == a.max_iter)
-        status = out_of_evaluations(double(relative), first, grown, steps, a.at(kBestStep, b));
+        status = out_of_evaluations(double(relative), double(a.at<A>(kFirst, b)), ran_away, steps, a.at(kBestStep, b));
     v.going = status == kRunning;
     v.use_saved = best_at == kSaved && (a.keep_best || !finite);
     if (!v.going) return v;

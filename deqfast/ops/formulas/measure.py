@@ -33,7 +33,7 @@ class Stats(NamedTuple):
     first: Tensor
     unit: Tensor
     least: Tensor
-    start: Tensor
+    largest: Tensor
 
 
 class Codes:
@@ -116,15 +116,17 @@ def measure(
     better = score < old.least if made > 1 else finite
     if not (looks and not bool((run & within).any())):  # those that have stopped stay within
         if made > 1 and judged is None:
-            within = but_not(within, ran_away(old, norm, f_norm))
+            within = but_not(within, has_run_away(c, old, norm, f_norm))
         better = better | within
     best_step = old.best_step.masked_fill(better, made)
-    first, start = (relative, norm) if made == 1 else (old.first, old.start)
+    first = relative if made == 1 else old.first
+    high = norm if made == 1 else torch.maximum(old.largest, norm)
     status = torch.where(finite, within, c.non_finite)  # as numbers: RUNNING is 0 and CONVERGED 1
     going = but_not(run, status)
     if made == stopping.max_iter:
-        grown = never_below(old, norm) & (norm > DIVERGENCE * old.start) & (judged is None and made > 1)
-        status = torch.where(going, label(relative, first, made - best_step, made, grown).int(), status)
+        runs = judged is None and made > 1
+        ran_away = has_run_away(c, old, norm, f_norm) if runs else torch.zeros_like(going)
+        status = torch.where(going, label(relative, first, made - best_step, made, ran_away).int(), status)
         going = torch.zeros_like(going)
     worse = spill = from_saved = None
     elsewhere = old.best_at
@@ -138,32 +140,25 @@ def measure(
     reset, unit = _unit(c, largest / c.root, old.unit, going, made, judged is not None or atol < 0)
     best = torch.where(better, relative, old.best)
     least = torch.where(better, score, old.least)
-    stats = Stats(status, old.steps + c.step, best_at, best_step, relative, norm, best, first, unit, least, start)
+    stats = Stats(status, old.steps + c.step, best_at, best_step, relative, norm, best, first, unit, least, high)
     return Verdict(stats, run, going, reset, worse, spill, from_saved)
 
 
-def never_below(old: Stats, norm: Tensor) -> Tensor:
-    """Whose ||g|| has never been below half its first value; not at the first evaluation."""
-    return torch.minimum(old.least, norm) > 0.5 * old.start
+def has_run_away(c: Codes, old: Stats, norm: Tensor, f_norm: Tensor) -> Tensor:
+    """Whose ||f|| is ``RUNAWAY`` times what it was at first, and ||g|| above half its largest.
 
-
-def ran_away(old: Stats, norm: Tensor, f_norm: Tensor) -> Tensor:
-    """Of whom that is true while ||f|| grew ``RUNAWAY`` times beyond ||z0|| and ||f(z0)||.
-
-    There ||g|| / ||f|| gets small because ||f|| gets large: z + a bounded step has no fixed point at all.
+    There ||g|| / ||f|| gets small because ||f|| gets large: z + a bounded step has no fixed point at all. The unit
+    brought the sample to a magnitude of one to two when it was set.
     """
-    size = old.start / old.first.clamp(max=1)  # ||g(z0)||, or ||f(z0)|| if that is larger
-    return never_below(old, norm) & (f_norm > RUNAWAY * size)
+    grown = f_norm / c.root * old.unit
+    return (2 * norm > torch.maximum(old.largest, norm)) & (grown > 2 * RUNAWAY)
 
 
-def label(relative: Tensor, first: Tensor, idle: Tensor, made: int, grown: Tensor) -> Tensor:
-    """What a sample that used up its evaluations is called.
-
-    ``grown``: whose ||g|| was never below half its first value and is now far above it.
-    """
+def label(relative: Tensor, first: Tensor, idle: Tensor, made: int, ran_away: Tensor) -> Tensor:
+    """What a sample that used up its evaluations is called."""
     stalled = (idle >= STALL_MIN_STEPS) & (idle * STALL_FRACTION >= made)
     found = torch.where(stalled, int(Status.STALLED), int(Status.MAX_ITER))
-    return torch.where(grown | (relative > DIVERGENCE * first), int(Status.DIVERGED), found)
+    return torch.where(ran_away | (relative > DIVERGENCE * first), int(Status.DIVERGED), found)
 
 
 def _unit(c: Codes, rms: Tensor, unit: Tensor, going: Tensor, made: int, may_rest: bool) -> tuple[Tensor, Tensor]:

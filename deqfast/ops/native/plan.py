@@ -24,12 +24,11 @@ from ..anderson import AndersonWorkspace
 from ..broyden import BroydenWorkspace
 from ..codes import Int
 from ..contract import BoundStep, Leaves, Loop, Replay, Rows
-from ..lag import capturing
+from ..lag import LAG, capturing
 from ..workspace import Workspace
 from .extension import _C, CODES, EMULATED, array, stream_of
 from .source import place
 
-LAG = 2  # steps between a count and its reading
 EMULATED_LAG = 0  # the same for kernels that are emulated on the CPU; tests set it
 HUGE_PAGE_MIN_BYTES = 4 << 20
 

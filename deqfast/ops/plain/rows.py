@@ -10,7 +10,7 @@ from ..formulas.measure import Codes, Stats, Verdict, judge, measure
 from ..workspace import Workspace
 
 STATS_INTS = list(Int)[: Int.BEST_STEP + 1]  # the first rows, in the order of ``Stats``
-STATS_REALS = list(Real)[: Real.START + 1]
+STATS_REALS = list(Real)[: Real.LARGEST + 1]
 EVENTS = list(Int)[Int.SOLVE_FALLBACKS :]
 WORTH_A_LOOK = 1 << 13  # numbers of a batch whose masked copy costs a CPU more than to look whether it is needed
 
