@@ -20,6 +20,7 @@ CUDA_ARCHS ?= 90-real
 SANITIZE_ISAS ?= avx512 avx2 baseline
 AARCH64_CXX ?= aarch64-linux-gnu-g++
 
+space := $(subst ,, )
 BIN := $(VENV)/bin
 SITE := build/sanitize/site
 EMULATED := build/emulated/site
@@ -125,7 +126,7 @@ gpu: ## On a machine with a GPU: build, test, sanitize and measure there (ten mi
 sanitize: venv ## Run the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@test -f build/sanitize/build.ninja || $(BIN)/cmake -S . -B build/sanitize -G Ninja \
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
-	  -DDEQFAST_CUDA=off -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" -DDEQFAST_SANITIZE=ON -DDEQFAST_INPLACE=OFF
+	  -DDEQFAST_CUDA=off "-DDEQFAST_ISAS=$(subst $(space),;,$(strip $(SANITIZE_ISAS)))" -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" -DDEQFAST_SANITIZE=ON -DDEQFAST_INPLACE=OFF
 	$(BIN)/cmake --build build/sanitize
 	rm -rf $(SITE)
 	mkdir -p $(SITE)

@@ -28,11 +28,16 @@ EVENTS = {
 
 @dataclass(frozen=True)
 class BackwardReport:
-    """How the backward solve of an ``Implicit`` gradient went: vjps, and of each sample the relative residual."""
+    """How the backward solve of an ``Implicit`` gradient went: vjps; relative residual and ``Status`` of each sample."""
 
     evaluations: int
     residual: Tensor
-    converged: Tensor
+    status: Tensor
+
+    @property
+    def converged(self) -> Tensor:
+        """Of each sample, a bool."""
+        return self.status == int(Status.CONVERGED)
 
 
 @dataclass

@@ -138,8 +138,8 @@ def judge(sample, stopping, max_iter, ff, gg, rule: tl.constexpr):
 
     score = relative if BLOCKS > 0 else norm
     # The unit brought the sample to a magnitude of one to two when it was set.
-    grown = f_norm / tl.load(settings + ROOT_N) * unit.to(tl.float64)
-    ran_away = (steps > 1) & (2.0 * g_norm > largest.to(tl.float64)) & (grown > 2.0 * RUNAWAY) & (BLOCKS == 0)
+    extent = f_norm / tl.load(settings + ROOT_N) * unit.to(tl.float64)
+    ran_away = (steps > 1) & (2.0 * g_norm > largest.to(tl.float64)) & (extent > 2.0 * RUNAWAY) & (BLOCKS == 0)
     converged = finite & within & (ran_away == 0)
     better = finite & (converged | (best_at == NOWHERE) | (score < least))
     spill = (better == 0) & (best_at == PREVIOUS)
@@ -150,7 +150,8 @@ def judge(sample, stopping, max_iter, ff, gg, rule: tl.constexpr):
 
     idle = steps - best_step
     label = tl.where((idle >= STALL_MIN_STEPS) & (idle * STALL_FRACTION >= steps), STALLED, MAX_ITER)
-    label = tl.where(ran_away | (relative > DIVERGENCE * first), DIVERGED, label)
+    grown = (BLOCKS == 0) & (best_step == 1) & (g_norm > DIVERGENCE * least.to(tl.float64))
+    label = tl.where(grown | (relative > DIVERGENCE * first), DIVERGED, label)
     status = tl.where((max_iter > 0) & (steps == max_iter), label, RUNNING)
     status = tl.where(finite, tl.where(converged, CONVERGED, status), NON_FINITE)
     going = status == RUNNING

@@ -50,7 +50,7 @@ def solve_linear(
             warn_of_failures(state, known)
         leaves, residual = state.answer()
         if options.tell is not None:
-            options.tell(BackwardReport(state.nfe, layout.counted(residual), state.status == int(Status.CONVERGED)))
+            options.tell(BackwardReport(state.nfe, layout.counted(residual), state.status))
         state.release()
         return leaves
 

@@ -88,7 +88,7 @@ class _Unrolled:
         B, device = self.layout.B, self.x.device
         none = torch.zeros(B, dtype=torch.int32, device=device)
         new = torch.zeros(B, dtype=self.layout.acc, device=device)
-        self.stats = Stats(none, none, none, none, new, new, new + math.inf, new, new, new + math.inf, new)
+        self.stats = Stats(none, none, none, none, new, new, new + math.inf, new + math.inf, new, new, new)
         self.codes = Codes(ws.stopping, max(1, self.layout.N), self.layout.acc, widest(device), device)
         self.counters = torch.zeros(len(Int), B, dtype=torch.int32, device=device)
         self.nfe = 0

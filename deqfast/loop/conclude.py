@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.codes import RUNAWAY, Int, Real
+from ..ops.codes import DIVERGENCE, Int, Real
 from ..ops.formulas.measure import label
 from ..ops.layout import Layout
 from ..solution import Solution
@@ -74,10 +74,8 @@ def out_of_evaluations(state: SolverState) -> None:
     ws, made = state.ws, state.nfe
     status = ws.int_row(Int.STATUS)
     best_step = ws.int_row(Int.BEST_STEP)
-    norm, relative = ws.real_row(Real.NORM), ws.real_row(Real.RESIDUAL)
-    size = norm / relative * ws.real_row(Real.UNIT) / max(1, ws.layout.N) ** 0.5
-    ran_away = (2 * norm > ws.real_row(Real.LARGEST)) & (size > 2 * RUNAWAY)
-    found = label(ws.real_row(Real.RESIDUAL), ws.real_row(Real.FIRST), made - best_step, made, ran_away)
+    grown = (best_step == 1) & (ws.real_row(Real.NORM) > DIVERGENCE * ws.real_row(Real.LEAST))
+    found = label(ws.real_row(Real.RESIDUAL), ws.real_row(Real.FIRST), made - best_step, made, grown)
     status.copy_(torch.where(status == Status.RUNNING, found.to(status.dtype), status))
     state.finish(made)
 

@@ -179,7 +179,7 @@ class SolverState(Recordable):
                 self.nfe += 1
                 if self._together is not None:
                     running = self._together.look()
-                elif running == 0:
+                elif running == 0 and not self._all_ran:
                     running = self._again(self.layout.tensors(fz), None)
                 self._running = running
                 if not self.nfe % EVERY:
@@ -210,30 +210,31 @@ class SolverState(Recordable):
         """``step`` for checked leaves; ``rows`` maps samples to rows of the leaves, -1 for dropped samples."""
         if self._running == 0:
             return True
-        self._running = self._outputs.careful(leaves, rows, self.nfe)
+        running = self._outputs.careful(leaves, rows, self.nfe)
         self.ws.cur ^= 1
         self.nfe += 1
         if self._together is not None:
-            self._running = self._together.look()
-        elif self._running == 0:
-            self._running = self._again(self._outputs.newest, rows)
+            running = self._together.look()
+        elif running == 0 and not self._all_ran:
+            running = self._again(self._outputs.newest, rows)
+        self._running = running
         if not self.nfe % EVERY:
             self._look_for_zero()
         return self._running == 0
 
     def _look_for_zero(self) -> None:
-        rule = self._stopping
-        if not self._running or not (rule.rtol or rule.atol):  # or it is to make every evaluation that it may
-            return
-        self._origin = self._origin or Origin(self.ws)
-        if self._origin.look():
-            self._outputs.note_versions()
+        if self._running and (self._stopping.rtol or self._stopping.atol):
+            self._origin = self._origin or Origin(self.ws)
+            if self._origin.look():
+                self._outputs.note_versions()
+
+    @property
+    def _all_ran(self) -> bool:
+        """Whether every sample was running until this step, as far as is known: nobody had converged before."""
+        return self.bound.exact and self._running == self.layout.B
 
     def _again(self, leaves: list[Tensor], rows: Tensor | None, said_so: bool = False) -> int:
-        """The last sample has stopped: how many of those that had converged before go on from this evaluation.
-
-        ``said_so``: this is an evaluation beside those of the solve, and a sample alone is judged by it too.
-        """
+        """The last sample has stopped: how many that had converged before go on; ``said_so``: even a sample alone."""
         ws = self.ws
         if self.layout.B < 2 and not said_so:
             return 0

@@ -53,9 +53,9 @@ class Real(IntEnum):
     RESIDUAL = 0  # ||f(z) - z|| / ||f(z)|| at the newest evaluation
     NORM = 1  # ||f(z) - z|| at the newest evaluation
     BEST = 2  # RESIDUAL of the best iterate so far, infinite before the first finite one
-    FIRST = 3  # RESIDUAL at the first evaluation
-    UNIT = 4  # power of two that brings the sample to magnitude one; 0 before the first evaluation
-    LEAST = 5  # ||f(z) - z|| of the best iterate so far: the least, until one converges; of blocks RESIDUAL
+    LEAST = 3  # ||f(z) - z|| of the best iterate so far: the least, until one converges; of blocks RESIDUAL
+    FIRST = 4  # RESIDUAL at the first evaluation
+    UNIT = 5  # power of two that brings the sample to magnitude one; 0 before the first evaluation
     LARGEST = 6  # the largest NORM so far
     SCALE = 7  # Broyden: H0 = SCALE * I; 0 while not measured
 

@@ -57,11 +57,13 @@ class BoundStep(ABC):
     Attributes:
         quick: the same in fewer words, or None where the backend or the state has no such way.
         replay: for steps that are captured in a graph and replayed, or None where steps cannot be.
+        exact: whether the count that a step returns is its own, and not an earlier one.
         counts_writes: whether torch sees what a step writes, so that the versions of the iterates change.
     """
 
     quick: QuickStep | None = None
     replay: Replay | None = None
+    exact: bool = False
     counts_writes: ClassVar[bool] = True
 
     def __init__(self, ws: Workspace) -> None:

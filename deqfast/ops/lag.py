@@ -83,6 +83,7 @@ class Lag:
         self._device = device
         self._limit = limit  # evaluations after which nothing runs, 0: none
         self._event = _events(device.type)
+        self.exact = self._event is None  # the count read is the newest
         self._noted_by: list[Any] = []
         self.rewind(evaluations)
 

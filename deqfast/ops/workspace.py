@@ -18,6 +18,8 @@ from . import pool
 from .codes import TILE, Int, Real
 from .layout import Layout, widest
 
+_BEST_AND_LEAST = slice(int(Real.BEST), int(Real.LEAST) + 1)
+
 
 class Stopping(NamedTuple):
     """When a sample stops: ||f(z) - z|| <= atol + rtol ||f(z)||, or after max_iter evaluations (0: no limit).
@@ -94,8 +96,7 @@ class Workspace:
 
     def begin(self) -> None:
         """What no zero says of a solve that has made no evaluation."""
-        for row in (Real.BEST, Real.LEAST):
-            self.reals[int(row)].fill_(math.inf)
+        self.reals[_BEST_AND_LEAST].fill_(math.inf)
 
     def reset(self) -> None:
         """As new: no evaluation made, no column kept."""

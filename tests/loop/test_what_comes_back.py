@@ -76,7 +76,7 @@ def test_a_start_beside_an_unstable_fixed_point_is_left_for_the_stable_one(dtype
     f = lambda z: rate.to(dtype) * z * (1 - z)  # noqa: E731
     sol = dq.fixed_point(f, z0, solver="picard", max_iter=200, backend=backend)
     assert bool(sol.converged.all())
-    assert torch.allclose(sol.z.float(), (1 - 1 / rate).expand(4, 100), atol=0.15)
+    assert torch.allclose(sol.z.float(), (1 - 1 / rate).expand(4, 100), atol=0.2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

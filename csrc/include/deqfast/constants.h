@@ -48,7 +48,7 @@ enum IntRow {
     kDenominatorRestarts,
     kWoken
 };
-enum RealRow { kResidual, kNorm, kBest, kFirst, kUnit, kLeast, kLargest, kScale };
+enum RealRow { kResidual, kNorm, kBest, kLeast, kFirst, kUnit, kLargest, kScale };
 
 struct Named {
     const char* name;

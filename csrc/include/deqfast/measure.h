@@ -8,9 +8,9 @@
 
 namespace deqfast {
 
-DEQFAST_HD inline Status out_of_evaluations(double relative, double first, bool ran_away, int steps, int best_step) {
+DEQFAST_HD inline Status out_of_evaluations(double relative, double first, bool grown, int steps, int best_step) {
     const int idle = steps - best_step;
-    if (ran_away || relative > kDivergence * first) return kDiverged;
+    if (grown || relative > kDivergence * first) return kDiverged;
     return idle >= kStallMinSteps && idle * kStallFraction >= steps ? kStalled : kMaxIter;
 }
 
@@ -78,8 +78,8 @@ DEQFAST_HD inline Verdict measure(const SolveArgs& a, int64_t b, double f_norm, 
     A& least = a.at<A>(kLeast, b);
     const A score = a.n_blocks ? relative : A(g_norm);
     // The unit brought the sample to a magnitude of one to two when it was set.
-    const double grown = f_norm / std::sqrt(double(a.N)) * double(a.at<A>(kUnit, b));
-    const bool ran_away = a.n_blocks == 0 && steps > 1 && 2 * g_norm > double(largest) && grown > 2 * kRunaway;
+    const double size = f_norm / std::sqrt(double(a.N)) * double(a.at<A>(kUnit, b));
+    const bool ran_away = a.n_blocks == 0 && steps > 1 && 2 * g_norm > double(largest) && size > 2 * kRunaway;
     const bool converged = finite && d.within && !ran_away;
     if (finite && (converged || best_at == kNowhere || score < least)) {
         best_at = kCurrent;
@@ -97,7 +97,9 @@ DEQFAST_HD inline Verdict measure(const SolveArgs& a, int64_t b, double f_norm, 
     else if (converged)
         status = kConverged;
     else if (a.max_iter && steps == a.max_iter)
-        status = out_of_evaluations(double(relative), double(a.at<A>(kFirst, b)), ran_away, steps, a.at(kBestStep, b));
+        status = out_of_evaluations(double(relative), double(a.at<A>(kFirst, b)),
+                                    !a.n_blocks && a.at(kBestStep, b) == 1 && g_norm > kDivergence * double(least),
+                                    steps, a.at(kBestStep, b));
     v.going = status == kRunning;
     v.use_saved = best_at == kSaved && (a.keep_best || !finite);
     if (!v.going) return v;

@@ -30,9 +30,9 @@ class Stats(NamedTuple):
     residual: Tensor
     norm: Tensor
     best: Tensor
+    least: Tensor
     first: Tensor
     unit: Tensor
-    least: Tensor
     largest: Tensor
 
 
@@ -124,9 +124,8 @@ def measure(
     status = torch.where(finite, within, c.non_finite)  # as numbers: RUNNING is 0 and CONVERGED 1
     going = but_not(run, status)
     if made == stopping.max_iter:
-        runs = judged is None and made > 1
-        ran_away = has_run_away(c, old, norm, f_norm) if runs else torch.zeros_like(going)
-        status = torch.where(going, label(relative, first, made - best_step, made, ran_away).int(), status)
+        grown = (best_step == 1) & (norm > DIVERGENCE * old.least) & (judged is None and made > 1)
+        status = torch.where(going, label(relative, first, made - best_step, made, grown).int(), status)
         going = torch.zeros_like(going)
     worse = spill = from_saved = None
     elsewhere = old.best_at
@@ -140,7 +139,7 @@ def measure(
     reset, unit = _unit(c, largest / c.root, old.unit, going, made, judged is not None or atol < 0)
     best = torch.where(better, relative, old.best)
     least = torch.where(better, score, old.least)
-    stats = Stats(status, old.steps + c.step, best_at, best_step, relative, norm, best, first, unit, least, high)
+    stats = Stats(status, old.steps + c.step, best_at, best_step, relative, norm, best, least, first, unit, high)
     return Verdict(stats, run, going, reset, worse, spill, from_saved)
 
 
@@ -150,15 +149,18 @@ def has_run_away(c: Codes, old: Stats, norm: Tensor, f_norm: Tensor) -> Tensor:
     There ||g|| / ||f|| gets small because ||f|| gets large: z + a bounded step has no fixed point at all. The unit
     brought the sample to a magnitude of one to two when it was set.
     """
-    grown = f_norm / c.root * old.unit
-    return (2 * norm > torch.maximum(old.largest, norm)) & (grown > 2 * RUNAWAY)
+    size = f_norm / c.root * old.unit
+    return (2 * norm > torch.maximum(old.largest, norm)) & (size > 2 * RUNAWAY)
 
 
-def label(relative: Tensor, first: Tensor, idle: Tensor, made: int, ran_away: Tensor) -> Tensor:
-    """What a sample that used up its evaluations is called."""
+def label(relative: Tensor, first: Tensor, idle: Tensor, made: int, grown: Tensor) -> Tensor:
+    """What a sample that used up its evaluations is called.
+
+    ``grown``: whose ||g|| has never been below its first value and ended far above it.
+    """
     stalled = (idle >= STALL_MIN_STEPS) & (idle * STALL_FRACTION >= made)
     found = torch.where(stalled, int(Status.STALLED), int(Status.MAX_ITER))
-    return torch.where(ran_away | (relative > DIVERGENCE * first), int(Status.DIVERGED), found)
+    return torch.where(grown | (relative > DIVERGENCE * first), int(Status.DIVERGED), found)
 
 
 def _unit(c: Codes, rms: Tensor, unit: Tensor, going: Tensor, made: int, may_rest: bool) -> tuple[Tensor, Tensor]:

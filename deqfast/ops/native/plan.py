@@ -50,6 +50,7 @@ class NativeStep(BoundStep):
         if stream is not None:
             assert memory is not None
             self.replay = NativeReplay(self.plan, ws, memory, stream)
+        self.exact = stream is None and not EMULATED
         self.quick = dense if len(layout.leaves) == 1 and leaf.plain else None
 
     def __call__(self, f: Leaves, f_prev: Leaves | None, f_rows: Rows, f_prev_rows: Rows) -> int:

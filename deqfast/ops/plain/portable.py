@@ -34,6 +34,7 @@ class PortableStep(BoundStep):
         self.iterates = Iterates(ws)
         self._device = device.type
         self._lag = Lag(ws.layout.B, device, ws.stopping.max_iter, evaluations)
+        self.exact = self._lag.exact
 
     def __call__(self, f: Leaves, f_prev: Leaves | None, f_rows: Rows, f_prev_rows: Rows) -> int:
         """One update."""

@@ -34,6 +34,7 @@ class _Step(BoundStep):
         self.statistics = Statistics(ws, evaluations, torch.float64)
         self.iterates = Iterates(ws)
         self.iterates.looks = False
+        self.exact = True
         self._device = ws.layout.device.type
 
     def __call__(self, f: Leaves, f_prev: Leaves | None, f_rows: Rows, f_prev_rows: Rows) -> int:
