@@ -28,7 +28,7 @@ EVENTS = {
 
 @dataclass(frozen=True)
 class BackwardReport:
-    """How the backward solve of an ``Implicit`` gradient went: vjps; relative residual and ``Status`` of each sample."""
+    """How an ``Implicit`` gradient's backward solve went: vjps; relative residual and ``Status`` of each sample."""
 
     evaluations: int
     residual: Tensor

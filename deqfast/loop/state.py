@@ -177,9 +177,10 @@ class SolverState(Recordable):
             if running is not None:
                 self.ws.cur ^= 1
                 self.nfe += 1
+                # Where every sample ran until now nobody can have converged before.
                 if self._together is not None:
                     running = self._together.look()
-                elif running == 0 and not self._all_ran:
+                elif running == 0 and not (self.bound.exact and self._running == self.layout.B):
                     running = self._again(self.layout.tensors(fz), None)
                 self._running = running
                 if not self.nfe % EVERY:
@@ -215,7 +216,7 @@ class SolverState(Recordable):
         self.nfe += 1
         if self._together is not None:
             running = self._together.look()
-        elif running == 0 and not self._all_ran:
+        elif running == 0 and not (self.bound.exact and self._running == self.layout.B):
             running = self._again(self._outputs.newest, rows)
         self._running = running
         if not self.nfe % EVERY:
@@ -227,11 +228,6 @@ class SolverState(Recordable):
             self._origin = self._origin or Origin(self.ws)
             if self._origin.look():
                 self._outputs.note_versions()
-
-    @property
-    def _all_ran(self) -> bool:
-        """Whether every sample was running until this step, as far as is known: nobody had converged before."""
-        return self.bound.exact and self._running == self.layout.B
 
     def _again(self, leaves: list[Tensor], rows: Tensor | None, said_so: bool = False) -> int:
         """The last sample has stopped: how many that had converged before go on; ``said_so``: even a sample alone."""
