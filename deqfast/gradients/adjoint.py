@@ -62,6 +62,7 @@ def attach(
         autocast=autocast,
         z_in=z_in,
         graph=graph,
+        hooked=_saved_by_hooks(),
         inputs=leaf_inputs + [t for t in tensors_of(args) if t.requires_grad and not t.is_leaf],
     )
     tensors, graph.tensors = graph.tensors, []
@@ -69,6 +70,11 @@ def attach(
 
 
 _NOTHING = contextlib.nullcontext()
+
+
+def _saved_by_hooks() -> bool:
+    """Whether hooks on saved tensors are in force, as under non-reentrant checkpointing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 class _Attach(torch.autograd.Function):
@@ -100,7 +106,8 @@ class _Attach(torch.autograd.Function):
         if attachment.options.mode != "loop":
             u = replay.replayed_adjoint(attachment, z_in, g_full)
         if u is None:
-            u = solve_adjoint(graph, z_in, g_full, attachment.layout, attachment.options)
+            solved, at = another_graph(attachment, z_in) if attachment.hooked else (graph, z_in)
+            u = solve_adjoint(solved, at, g_full, attachment.layout, attachment.options)
         return None, *(u[i] for i in graph.which), *nothing[len(graph.which) :]
 
 
@@ -112,6 +119,16 @@ def solve_adjoint(
     Where a sample does not converge its best iterate is returned, with a ``GradientWarning``.
     """
     return solve_linear(adjoint_map(graph, z, g, layout), adjoint_start(g, layout, options), g, layout, options)
+
+
+def another_graph(attachment: Attachment, z_in: Sequence[Tensor]) -> tuple[Graph, list[Tensor]]:
+    """The graph of one more evaluation, and the z that it is of.
+
+    For vjps where hooks decide what the first evaluation saved: checkpointing would make it anew at each of them.
+    """
+    z = [t.detach().requires_grad_() for t in z_in]
+    with torch.enable_grad(), autocast_as(attachment.layout.device.type, attachment.autocast):
+        return Graph(evaluate(attachment.f, z, attachment.args, attachment.layout, attachment.copy_z)), z
 
 
 class _Cut(torch.autograd.Function):

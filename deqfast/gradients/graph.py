@@ -80,6 +80,7 @@ class Attachment:
     autocast: tuple[bool, torch.dtype]
     z_in: list[Tensor]
     graph: Graph
+    hooked: bool  # hooks on saved tensors were in force
     inputs: list[Tensor]  # tensors beside z that f's output depends on
 
 

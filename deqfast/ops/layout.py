@@ -168,7 +168,7 @@ class Layout:
             TypeError, ValueError: naming ``name``, what was expected and what came.
         """
         tensors, spec = ([tree], _LEAF) if isinstance(tree, Tensor) else pytree.tree_flatten(tree)
-        if spec != self.spec:
+        if spec != self.spec and not self._alike(tree):
             hint = f"; the keys of a dict must come in {self.name}'s order" if isinstance(tree, dict) else ""
             got = _kind(tree) + hint
             raise TypeError(f"{name} must have the structure of {self.name}, expected {self._describe()}, got {got}")
@@ -214,8 +214,20 @@ class Layout:
         narrower = not leaf.complex and t.dtype in _NARROWER[leaf.dtype]
         return narrower and torch.is_autocast_enabled(self.device.type)
 
+    def _alike(self, tree: Any) -> bool:
+        """Whether a tree differs from z0 in what is a list and what a tuple, and in nothing else."""
+        own = pytree.tree_unflatten(["*"] * len(self.leaves), self.spec)
+        return pytree.tree_structure(_tuples(tree)) == pytree.tree_structure(_tuples(own))
+
     def _describe(self) -> str:
         return "one tensor" if self.single else str(pytree.tree_unflatten(["*"] * len(self.leaves), self.spec))
+
+
+def _tuples(tree: Any) -> Any:
+    """The tree with tuples for its lists."""
+    if type(tree) in (list, tuple):
+        return tuple(map(_tuples, tree))
+    return {key: _tuples(value) for key, value in tree.items()} if type(tree) is dict else tree
 
 
 def _kind(tree: Any) -> str:

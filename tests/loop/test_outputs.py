@@ -100,3 +100,12 @@ def test_an_f_without_habits_takes_the_quick_way_from_its_third_evaluation_on(so
     with torch.no_grad():
         _, quick = steps(state, ["fresh"] * 8, plain=True)
     assert quick >= 6
+
+
+def test_f_may_return_a_list_for_a_tuple():
+    z0 = (torch.zeros(3, 2), [torch.zeros(3, 4)])
+    sol = dq.fixed_point(lambda z: [0.5 * z[0] + 1, (0.5 * z[1][0] + 1,)], z0)
+    assert isinstance(sol.z, tuple) and isinstance(sol.z[1], list)
+    assert torch.allclose(sol.z[1][0], torch.full((3, 4), 2.0), rtol=1e-3)
+    with pytest.raises(TypeError, match="structure of z0"):
+        dq.fixed_point(lambda z: [z[0], {"a": z[1][0]}], z0)
