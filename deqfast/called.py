@@ -18,19 +18,20 @@ class Called:
         TypeError: ``kwargs`` is no mapping with names, or f does not return a pair where it should.
 
     Attributes:
+        f: the caller's.
         newest: aux of the last evaluation before ``hold``.
     """
 
     def __init__(self, f: Callable[..., Any], kwargs: Mapping[str, Any] | None, has_aux: bool) -> None:
         if kwargs is not None and not (isinstance(kwargs, Mapping) and all(isinstance(k, str) for k in kwargs)):
             raise TypeError(f"kwargs must be a mapping from names to values, got {type(kwargs).__name__}")
-        self._f, self._kwargs, self._has_aux = f, dict(kwargs or {}), has_aux
+        self.f, self._kwargs, self._has_aux = f, dict(kwargs or {}), has_aux
         self._held = False
         self.newest: Any = None
 
     def __call__(self, *args: Any) -> Any:
-        """Z alone."""
-        found = self._f(*args, **self._kwargs)
+        """What f returns, without aux."""
+        found = self.f(*args, **self._kwargs)
         if not self._has_aux:
             return found
         if not isinstance(found, tuple) or len(found) != 2:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
+from .called import Called
+
 try:
     from torch._C._dynamo.eval_frame import (
         _FrameAction,
@@ -106,6 +108,8 @@ def eager(f: Callable[..., Any]) -> Callable[..., Any]:
     alone, many times. (A cell of two 256 x 256 layers, batch 64, one thread of an EPYC, inductor, torch 2.13: 2.7 ms a
     backward, 1.1 ms eager. At 64 x 64 and 1024 x 1024 there was no difference.)
     """
+    if isinstance(f, Called):
+        f.f = eager(f.f)
     return f.f if isinstance(f, Compiled) else f
 
 

@@ -15,17 +15,19 @@ from .called import Called
 from .gradients.base import Gradient
 from .gradients.choose import choose_gradient
 from .loop.compaction import Compactor
-from .loop.conclude import conclude, out_of_evaluations, take_images, unsolved
-from .loop.images import Images
+from .loop.conclude import conclude, out_of_evaluations, unsolved
+from .loop.images import Images, take
 from .loop.progress import progress_bar
 from .loop.state import SolverState
 from .ops import contract
+from .ops.codes import Int
 from .ops.layout import layout_of
 from .options import Options, check_args, check_callable, check_flag
 from .problem import Problem
 from .solution import ConvergenceError, Solution
 from .solvers.base import Solver
 from .solvers.choose import choose_solver
+from .status import Status
 
 
 @compiled.entry("f")
@@ -147,7 +149,7 @@ def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Option
     solution = None
     if options.max_iter == 0:
         backend = contract.choose(options.backend, layout.device).name
-        solution = unsolved(layout, [t.detach().clone() for t in layout.tensors(start)], backend)
+        solution = unsolved(layout, [t.detach().clone() for t in layout.tensors(start)], backend, options.trace)
     elif options.mode != "loop" and layout.B and layout.N:
         solution = _replayed(problem, start)
     if solution is None and not transformed:
@@ -265,5 +267,6 @@ def _look_on(
         if bar is not None:
             bar.close()
     if options.returns == "next":
-        take_images(state, leaves, which)
+        converged = state.ws.int_row(Int.STATUS) == int(Status.CONVERGED)
+        take(state.layout, state.ws.x[state.ws.cur], converged, leaves, which)
     return rows, None if images is None else images.leaves

@@ -64,7 +64,7 @@ class Unroll(Gradient):
         if options.returns == "next":
             raise ValueError('returns="next" does not go together with backward=dq.Unroll()')
         if options.max_iter == 0:
-            return unsolved(problem.layout, problem.layout.tensors(z0), "unrolled")
+            return unsolved(problem.layout, problem.layout.tensors(z0), "unrolled", options.trace)
         rule = problem.stopping
         ws = options.solver.workspace(problem.layout, never(rule) if options.stop == "all" else rule)
         solution = _Unrolled(problem, ws, z0).run(options.returns, options.trace)
@@ -117,18 +117,15 @@ class _Unrolled:
                 self.x = moved.x
                 for row, where in moved.events.items():
                     self.counters[row] += where.int()
-            self._judge_again(f)
+            self._judge_again()
         return self._conclude(returns, rows if trace else None)
-
-    def _within(self, moved: Tensor, size: Tensor) -> Tensor:
-        rule = self.problem.stopping
-        return moved <= rule.atol + rule.rtol * size
 
     def _all_within(self, run: Tensor) -> bool:
         """With ``stop="all"``: whether it is time; then everybody has converged here."""
         stats = self.stats
         going = run & (stats.status != Status.NON_FINITE)
-        if not bool((self._within(self._sizes[0], self._sizes[1]) | ~going).all()):
+        (moved, size), rule = self._sizes, self.problem.stopping
+        if not bool(((moved <= rule.atol + rule.rtol * size) | ~going).all()):
             return False
         status = stats.status.masked_fill(going, int(Status.CONVERGED))
         best_step = stats.best_step.masked_fill(going, self.nfe)
@@ -138,14 +135,13 @@ class _Unrolled:
         self.best_f = torch.where(going[:, None], self._f, self.best_f)
         return True
 
-    def _judge_again(self, f: Tensor) -> None:
+    def _judge_again(self) -> None:
         """At the last evaluation: whoever had converged before and is not within tolerance there has not."""
         stats = self.stats
         if bool((stats.status == Status.RUNNING).any()):
             return
-        moved, size = self._sizes
-        margin = recheck.SLACK * (self.problem.stopping.atol + self.problem.stopping.rtol * size)
-        within = self._within(moved - margin - recheck.noise(self.ws) * size, size)
+        rule = self.problem.stopping
+        within = recheck.still_within(*self._sizes, rule.rtol, rule.atol, recheck.noise(self.ws))
         outside = (stats.status == Status.CONVERGED) & (stats.steps < self.nfe) & ~within
         if bool(outside.any()):
             self.counters[Int.WOKEN] += outside.int()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..called import Called
 from ..compiled import Compiled
 from ..ops.contract import Method
 from ..ops.layout import Layout
@@ -61,6 +62,8 @@ def forward_program(problem: Problem) -> Program:
     if problem.transformed:
         raise CannotRecord("a torch.func transform or forward mode surrounds the call")
     options = problem.options
+    if isinstance(problem.f, Called):
+        raise CannotRecord("kwargs and has_aux make another f of every call; hand tensors over through args")
     if options.stop == "all":
         raise CannotRecord('with stop="all" every evaluation is looked at')
     if options.returns in ("image", "next"):

@@ -57,18 +57,6 @@ def conclude(
     )
 
 
-def take_images(state: SolverState, leaves: list[Tensor], rows: Tensor | None) -> None:
-    """Move samples that have converged to the newest f, where it saw them; ``rows`` says where."""
-    ws, layout = state.ws, state.layout
-    moves = ws.int_row(Int.STATUS) == _CONVERGED
-    values = layout.rows(leaves)
-    if rows is not None:
-        moves = moves & (rows >= 0)
-        values = [value.index_select(0, rows.clamp(min=0)) for value in values]
-    for x, value in zip(layout.rows(ws.x[ws.cur]), values, strict=True):
-        x.copy_(torch.where(moves[:, None], value.to(x.dtype), x))
-
-
 def out_of_evaluations(state: SolverState) -> None:
     """The label of samples that run on, where the loop ended at its limit and not the kernels."""
     ws, made = state.ws, state.nfe
@@ -80,20 +68,21 @@ def out_of_evaluations(state: SolverState) -> None:
     state.finish(made)
 
 
-def unsolved(layout: Layout, start: list[Tensor], backend: str) -> Solution:
+def unsolved(layout: Layout, start: list[Tensor], backend: str, traced: bool) -> Solution:
     """The solution that no evaluation was spent on, ``max_iter=0``: the start, and nothing is known of it."""
     B, device = layout.B, layout.device
     counters = torch.zeros(16, B, dtype=torch.int32, device=device)
     status, steps = (counters[row] for row in _STATUS_AND_STEPS)
     status.fill_(Status.MAX_ITER if layout.N else Status.CONVERGED)
+    residual = torch.full((B,), torch.nan if layout.N else 0.0, dtype=layout.acc, device=device)
     return Solution(
         z=layout.unflatten(start),
         converged=layout.counted(status == _CONVERGED),
         steps=layout.counted(steps),
-        residual=layout.counted(torch.full((B,), torch.nan if layout.N else 0.0, dtype=layout.acc, device=device)),
+        residual=layout.counted(residual),
         evaluations=0,
         status=layout.counted(status),
-        trace=None,
+        trace=residual.new_empty(0, *layout.batch_shape) if traced else None,
         backend=backend,
         counters=counters,
     )

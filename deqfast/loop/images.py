@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ..ops.codes import Int
+from ..ops.layout import Layout
+from ..ops.recheck import rows_seen
 from ..status import Status
 from .state import SolverState
 
@@ -25,9 +27,12 @@ class Images:
         ws, layout = self._state.ws, self._state.layout
         better = ws.int_row(Int.BEST_STEP) == self._state.nfe
         better = better | (ws.int_row(Int.STATUS) == int(Status.CONVERGED))
-        values = layout.rows(fz)
-        if rows is not None:
-            better = better & (rows >= 0)
-            values = [value.index_select(0, rows.clamp(min=0)) for value in values]
-        for kept, value in zip(layout.rows(self.leaves), values, strict=True):
-            kept.copy_(torch.where(better[:, None], value.to(kept.dtype), kept))
+        take(layout, self.leaves, better, fz, rows)
+
+
+def take(layout: Layout, into: list[Tensor], which: Tensor, fz: list[Tensor], rows: Tensor | None) -> None:
+    """F's output into the leaves of some samples, of those that f saw; ``rows`` says where they are in it."""
+    values, seen = rows_seen(layout, fz, rows)
+    which = which if seen is None else which & seen
+    for target, value in zip(layout.rows(into), values, strict=True):
+        target.copy_(torch.where(which[:, None], value.to(target.dtype), target))

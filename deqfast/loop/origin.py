@@ -11,12 +11,11 @@ import math
 
 import torch
 
-from ..ops.anderson import AndersonWorkspace
 from ..ops.codes import Int, Real
 from ..ops.workspace import Workspace
 from ..status import Status
 
-EVERY = 16  # evaluations from one look to the next, a power of two
+EVERY = 16  # evaluations from one look to the next
 
 
 class Origin:
@@ -42,8 +41,5 @@ class Origin:
                 return False
             for x in ws.layout.rows(ws.x[ws.cur]):
                 x.masked_fill_(arrived[:, None], 0)
-            if isinstance(ws, AndersonWorkspace):
-                ws.forget(arrived)
-            else:
-                ws.int_row(Int.COUNT).masked_fill_(arrived, 0)
+            ws.forget(arrived)
         return True

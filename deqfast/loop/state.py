@@ -177,15 +177,10 @@ class SolverState(Recordable):
             if running is not None:
                 self.ws.cur ^= 1
                 self.nfe += 1
-                # Where every sample ran until now nobody can have converged before.
-                if self._together is not None:
-                    running = self._together.look()
-                elif running == 0 and not (self.bound.exact and self._running == self.layout.B):
-                    running = self._again(self.layout.tensors(fz), None)
-                self._running = running
-                if not self.nfe % EVERY:
-                    self._look_for_zero()
-                return running == 0
+                if running and self._together is None and self.nfe % EVERY:
+                    self._running = running
+                    return False
+                return self._close(running, self.layout.tensors(fz), None)
         return self.advance(self.layout.flatten(fz, "f(z)"), None)
 
     @compiled.skip
@@ -214,20 +209,20 @@ class SolverState(Recordable):
         running = self._outputs.careful(leaves, rows, self.nfe)
         self.ws.cur ^= 1
         self.nfe += 1
+        return self._close(running, self._outputs.newest, rows)
+
+    def _close(self, running: int, leaves: list[Tensor], rows: Tensor | None) -> bool:
+        """After a step of the kernels that left so many samples running, from f's ``leaves``; returns ``done``."""
         if self._together is not None:
             running = self._together.look()
         elif running == 0 and not (self.bound.exact and self._running == self.layout.B):
-            running = self._again(self._outputs.newest, rows)
+            running = self._again(leaves, rows)  # where every sample ran until now nobody can have converged before
         self._running = running
-        if not self.nfe % EVERY:
-            self._look_for_zero()
-        return self._running == 0
-
-    def _look_for_zero(self) -> None:
-        if self._running and (self._stopping.rtol or self._stopping.atol):
+        if running and not self.nfe % EVERY and (self._stopping.rtol or self._stopping.atol):
             self._origin = self._origin or Origin(self.ws)
             if self._origin.look():
                 self._outputs.note_versions()
+        return running == 0
 
     def _again(self, leaves: list[Tensor], rows: Tensor | None, said_so: bool = False) -> int:
         """The last sample has stopped: how many that had converged before go on; ``said_so``: even a sample alone."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import Tensor
+
+from .codes import Int
 from .layout import Layout
 from .workspace import Memory, Stopping, Workspace
 
@@ -42,3 +45,7 @@ class BroydenWorkspace(Workspace):
         self.gram = memory.new("gram", (B, side, side), acc)  # s_i . s_j, i >= j
         if fresh:
             self.begin()
+
+    def forget(self, which: Tensor) -> None:
+        """No steps from here: those of some of the (B,) samples no longer count."""
+        self.int_row(Int.COUNT).masked_fill_(which, 0)

@@ -83,8 +83,7 @@ class JointStep:
         status.masked_fill_(earlier, int(Status.CONVERGED))
         moved, size = norms[:, :, :B].unbind(1)
         rtol, atol, _ = norms.new_tensor(core.block_rules)[:, :, None].unbind(1)
-        allowed = (atol + rtol * size) * (1 + recheck.SLACK) + recheck.noise(core) * size
-        within = ((moved <= allowed) & torch.isfinite(moved + size)).all(0)
+        within = recheck.still_within(moved, size, rtol, atol, recheck.noise(core)).all(0)
         note(record.best_cost, record.best_norms, earlier & within, cost, norms)
         return earlier & ~within
 

@@ -8,6 +8,7 @@ need not be one given those of the newest.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..status import Status
 from .codes import At, Int, Real
 from .formulas.sums import norm_of_parts
+from .layout import Layout
 from .workspace import Stopping, Workspace
 
 SLACK = 0.125  # of the tolerance, for f's own rounding,
@@ -25,6 +27,20 @@ SAME = 1e-5  # relative difference of two residuals that comes of the order of t
 def noise(ws: Workspace) -> float:
     """What f's own rounding may make of a residual, relative to ||f(z)||."""
     return NOISE * torch.finfo(ws.layout.dtype).eps
+
+
+def rows_seen(layout: Layout, f: list[Tensor], f_rows: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+    """F's output as rows a sample, and which samples f saw (None: all); the rows of the others mean nothing."""
+    values = layout.rows(f)
+    if f_rows is None:
+        return values, None
+    return [rows.index_select(0, f_rows.clamp(min=0)) for rows in values], f_rows >= 0
+
+
+def still_within(moved: Tensor, size: Tensor, rtol: Any, atol: Any, rounding: float) -> Tensor:
+    """Whether what was within its tolerance still is, f's own rounding allowed for; what is no number is not."""
+    allowed = (atol + rtol * size) * (1 + SLACK) + rounding * size
+    return (moved <= allowed) & torch.isfinite(moved + size)
 
 
 def outside(
@@ -43,10 +59,8 @@ def outside(
     """
     layout, stopping = ws.layout, ws.stopping if rule is None else rule
     earlier = (ws.int_row(Int.STATUS) == int(Status.CONVERGED)) & (ws.int_row(Int.STEPS) < made)
-    values = layout.rows(f)
-    if f_rows is not None:
-        earlier = earlier & (f_rows >= 0)
-        values = [rows.index_select(0, f_rows.clamp(min=0)) for rows in values]
+    values, seen = rows_seen(layout, f, f_rows)
+    earlier = earlier if seen is None else earlier & seen
     values = [v.to(layout.acc) for v in values]
     if ws.own_residual is None:
         moved = [v - x.to(layout.acc) for v, x in zip(values, layout.rows(ws.x[ws.cur]), strict=True)]
@@ -55,8 +69,7 @@ def outside(
     largest = torch.stack([v.abs().amax(1) for v in values if v.shape[1]]).amax(0)
     largest = torch.where(largest > 0, largest, 1.0)  # divided by it, no square overflows or vanishes
     g_norm, f_norm = (norm_of_parts([v / largest[:, None] for v in parts], layout.acc) for parts in (moved, values))
-    allowed = (stopping.atol / largest + stopping.rtol * f_norm) * (1 + SLACK) + noise(ws) * f_norm
-    within = (g_norm <= allowed) & torch.isfinite(g_norm + f_norm)
+    within = still_within(g_norm, f_norm, stopping.rtol, stopping.atol / largest, noise(ws))
     relative = (g_norm / f_norm).nan_to_num(nan=0.0, posinf=math.inf)
     known = ws.real_row(Real.RESIDUAL)
     new = earlier & within & ~((relative - known).abs() <= SAME * known)

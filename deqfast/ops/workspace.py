@@ -115,6 +115,10 @@ class Workspace:
     def settle(self) -> None:
         """Everything where every backend looks for it, whatever the last one kept elsewhere."""
 
+    def forget(self, which: Tensor) -> None:
+        """What some of the (B,) samples have learned about f no longer counts."""
+        raise NotImplementedError
+
     def woken(self, which: Tensor) -> None:
         """Some samples run again at an iterate where they had stopped: what is of no use to them is forgotten."""
 

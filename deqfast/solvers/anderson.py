@@ -28,9 +28,8 @@ from .base import Solver
 _TEST_SPACE = {"mixed": 2.0, 1: 1.0, 2: 0.0}
 
 
-# When a column of the mixed test space is turned (``ops/formulas/anderson.py``). Counted over the suite of problems:
-# with ten columns the smaller costs half a per cent of the evaluations, the larger one per cent. Of few columns a row
-# that says nothing cannot be made up for by others.
+# When a column of the mixed test space is turned (``ops/formulas/anderson.py``). The larger is, the more of the columns
+# that do well as they are it takes along; of few columns a row that says nothing cannot be made up for by others.
 TURN, TURN_OF_FEW, FEW = 0.1, 0.2, 5
 
 

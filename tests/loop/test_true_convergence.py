@@ -116,7 +116,8 @@ def test_the_second_waking_says_what_to_do():
 def test_one_waking_says_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dq.fixed_point(two_unknowns, torch.zeros(2))
+        sol = dq.fixed_point(two_unknowns, torch.zeros(2))
+    assert sol.events["woken"].tolist() == [1, 0]
 
 
 @quiet

@@ -209,3 +209,7 @@ def test_names_from_elsewhere_are_understood_as_questions(name, meant):
         dq.DEQ(lambda z, x: z, **{name: 1})
     with pytest.raises(ValueError, match="got 'fixed_point_iter'; did you mean 'picard'"):
         dq.fixed_point(lambda z: z, torch.zeros(2, 2), solver="fixed_point_iter")
+
+
+def test_no_evaluation_leaves_an_empty_trace():
+    assert dq.fixed_point(lambda z: z, torch.ones(3, 4), max_iter=0, trace=True).trace.shape == (0, 3)

@@ -89,6 +89,19 @@ def expected_step(state: dq.SolverState, f: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("N", [4, 8, 20, 100, 1200])
 def test_a_step_with_turned_columns_is_that_of_the_formula(N, backend):
+    assert turned_columns(N, backend) > 0
+
+
+def test_one_column_solves_no_rotation_about_one():
+    """What docs/limits.md says is left: of either kind."""
+    angle = torch.full((B, 5), torch.pi / 3, dtype=torch.float64)
+    f = affine(torch.eye(10, dtype=torch.float64) + 0.5 * rotations(angle), torch.ones(B, 10, dtype=torch.float64))
+    for solver in (dq.Anderson(m=1), dq.Anderson(m=1, type=2)):
+        assert failures(f, 10, torch.float32, solver, "auto") == B
+
+
+def turned_columns(N: int, backend: str) -> int:
+    """Checks steps with turned columns against the formula; how many there were."""
     generator = torch.Generator().manual_seed(N)
     angle = 0.3 + 0.9 * torch.rand(6, N // 2, dtype=torch.float64, generator=generator)
     J = torch.eye(N, dtype=torch.float64) + angle.cos().repeat_interleave(2, 1)[:, :, None] * rotations(angle)
@@ -110,4 +123,4 @@ def test_a_step_with_turned_columns_is_that_of_the_formula(N, backend):
         expected = expected_step(state, fz)
         error = (state.ws.x[state.ws.cur][0].double() - expected).norm(dim=1) / expected.norm(dim=1)
         assert float(error.max()) < 3e4 * EPS[torch.float32], (k, error)
-    assert turned > 0
+    return turned
