@@ -89,7 +89,7 @@ class _Unrolled:
         none = torch.zeros(B, dtype=torch.int32, device=device)
         new = torch.zeros(B, dtype=self.layout.acc, device=device)
         self.stats = Stats(none, none, none, none, new, new, new + math.inf, new + math.inf, new, new, new)
-        self.codes = Codes(ws.stopping, max(1, self.layout.N), self.layout.acc, widest(device), device)
+        self.codes = Codes(ws.stopping, self.layout, widest(device))
         self.counters = torch.zeros(len(Int), B, dtype=torch.int32, device=device)
         self.nfe = 0
 

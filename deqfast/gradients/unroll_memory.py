@@ -11,6 +11,7 @@ from ..ops.anderson import AndersonWorkspace
 from ..ops.broyden import BroydenWorkspace
 from ..ops.codes import Int
 from ..ops.formulas import anderson, broyden
+from ..ops.formulas.columns import Evaluation, Known, difference, rows_of
 from ..ops.formulas.measure import Verdict
 from ..ops.formulas.sums import norm_of_parts
 from ..ops.layout import widest
@@ -59,6 +60,10 @@ class Differentiable:
         """It looks."""
         return not bool(mask.any())
 
+    def everywhere(self, mask: Tensor) -> bool:
+        """Likewise."""
+        return bool(mask.all())
+
     def solve(self, matrix: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """By LU; what cannot be solved is replaced before, so that it has no part in the gradient."""
         solvable = torch.linalg.solve_ex(matrix.detach(), rhs.detach()).info == 0
@@ -89,6 +94,9 @@ class _Columns:
         dF, dG = (torch.where(good[:, None], column, 0.0)[:, None] for column in new)
         self.dF, self.dG = torch.where(at, dF, self.dF), torch.where(at, dG, self.dG)
 
+    def rows(self, e: Evaluation, new: list[Tensor]) -> Tensor:
+        return rows_of(self.method, e, new)
+
     def _tests(self, c: Tensor | None) -> Tensor:
         return self.dG if c is None else self.dF - c[..., None] * self.dG
 
@@ -111,11 +119,11 @@ class AndersonMemory:
     def __init__(self, ws: AndersonWorkspace) -> None:
         self.ws = ws
         layout, m = ws.layout, ws.method.m
-        self.constants = anderson.Constants(ws.method, layout.acc, layout.device)
+        self.constants = anderson.Systems(ws.method, layout.acc, layout.device)
         self.columns = _Columns(ws)
         kinds = 2 if ws.method.test_space else 1
         options = {"dtype": layout.acc, "device": layout.device}
-        self.known = anderson.Known(
+        self.known = Known(
             torch.full((layout.B, kinds, m), torch.inf, **options),
             torch.zeros(layout.B, kinds, m, m, **options),
             torch.zeros(layout.B, m, dtype=torch.int32, device=layout.device),
@@ -127,15 +135,14 @@ class AndersonMemory:
         """The next iterate (B, N)."""
         ws, stats, going = self.ws, verdict.stats, verdict.going
         g = f - x
-        scaled = g * stats.unit[:, None]
-        e = anderson.Evaluation(made, x, f, g, scaled, going, verdict.reset, stats.unit, stats.norm, last_norm)
+        e = Evaluation(made, x, f, g, going, verdict.reset, stats.unit, stats.norm, last_norm)
         if ws.method.m == 0:
             return _settle(anderson.plain_step(ws.method, e), e.x, e.f, going, {}, ws)
         new = None
         if self.previous is not None:
             x_prev, f_prev = self.previous
-            dF = anderson.difference(f, f_prev, stats.unit)
-            new = [dF, dF - anderson.difference(x, x_prev, stats.unit)]
+            dF = difference(f, f_prev, stats.unit)
+            new = [dF, dF - difference(x, x_prev, stats.unit)]
         step = anderson.step(ws.method, ALGEBRA, self.constants, self.columns, self.known, e, new)
         events = {Int.RESCALES: verdict.reset} if made > 1 else {}
         if step.solved is not None:

@@ -37,6 +37,9 @@ class Algebra(Protocol):
     def nowhere(self, mask: Tensor) -> bool:
         """Whether a mask is known to be false everywhere: looked at only where that is no wait."""
 
+    def everywhere(self, mask: Tensor) -> bool:
+        """Whether a mask is known to be true everywhere."""
+
     def solve(self, matrix: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """(B, m) solutions of systems (B, m, m), with partial pivoting, and which of them are good."""
 

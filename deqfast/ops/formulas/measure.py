@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...status import Status
 from ..codes import DIVERGENCE, RUNAWAY, STALL_FRACTION, STALL_MIN_STEPS, UNIT_RANGE, At
+from ..layout import Layout
 from ..workspace import Stopping
 from .algebra import but_not, power_below
 
@@ -39,7 +40,9 @@ class Stats(NamedTuple):
 class Codes:
     """Constants as tensors, made once a solve: a Python number in an operation costs two more at every step."""
 
-    def __init__(self, stopping: Stopping, N: int, acc: torch.dtype, wide: torch.dtype, device: torch.device) -> None:
+    def __init__(self, stopping: Stopping, layout: Layout, wide: torch.dtype) -> None:
+        B, N, acc, device = layout.B, max(1, layout.N), layout.acc, layout.device
+
         def number(value: float, dtype: torch.dtype) -> Tensor:
             return torch.tensor(value, dtype=dtype, device=device)
 
@@ -52,6 +55,8 @@ class Codes:
         self.infinite, self.one, self.zero = (number(value, acc) for value in (math.inf, 1, 0))
         self.rtol, self.atol = number(stopping.rtol, wide), number(stopping.atol, wide)
         self.root = number(math.sqrt(N), wide)
+        self.smallest, self.greatest = math.sqrt(N) / UNIT_RANGE, math.sqrt(N) * UNIT_RANGE
+        self.nobody = torch.zeros(B, dtype=torch.bool, device=device)
 
 
 class Judged(NamedTuple):
@@ -73,6 +78,7 @@ class Verdict(NamedTuple):
         worse: those that ran and have a better iterate than this one. None: nobody, as for the next two.
         spill: those whose best iterate is the one before: it is about to be overwritten.
         from_saved: where the answer of a sample that stops now is the saved iterate and not this one.
+        calm: known on the host: every sample that ran goes on, in its unit, with finite f and g.
     """
 
     stats: Stats
@@ -82,6 +88,12 @@ class Verdict(NamedTuple):
     worse: Tensor | None
     spill: Tensor | None
     from_saved: Tensor | None
+    calm: bool = False
+
+    @property
+    def improved(self) -> bool:
+        """Calm, all samples are running, and none has a better iterate than this one."""
+        return self.calm and self.worse is None
 
 
 def measure(
@@ -98,6 +110,10 @@ def measure(
 
     ``looks``: whether to look at what may not be needed: where that is no wait.
     """
+    if looks and judged is None:
+        calm = _calm(stopping, c, old, g_norm, f_norm, made)
+        if calm is not None:
+            return calm
     atol = stopping.atol
     acc = old.unit.dtype
     run = old.status == c.running
@@ -141,6 +157,41 @@ def measure(
     least = torch.where(better, score, old.least)
     stats = Stats(status, old.steps + c.step, best_at, best_step, relative, norm, best, least, first, unit, high)
     return Verdict(stats, run, going, reset, worse, spill, from_saved)
+
+
+def _calm(stopping: Stopping, c: Codes, old: Stats, g_norm: Tensor, f_norm: Tensor, made: int) -> Verdict | None:
+    """The same verdict where nothing happens to any sample that runs, as at most evaluations; None: something may."""
+    if made == 1 or made == stopping.max_iter:
+        return None
+    run = old.status == c.running
+    everybody = bool(run.all())
+    relative = g_norm / f_norm
+    above = g_norm - (f_norm * c.rtol + c.atol) if stopping.atol else relative - c.rtol
+    scaled = torch.maximum(g_norm, f_norm) * old.unit
+    if not everybody:
+        above, scaled = torch.where(run, above, c.one), torch.where(run, scaled, c.root)
+    if not above.amin().item() > 0:
+        return None
+    lowest, highest = scaled.aminmax()
+    if not (lowest.item() > c.smallest and highest.item() < c.greatest):
+        return None
+    relative, norm = relative.to(old.unit.dtype), g_norm.to(old.unit.dtype)
+    worse = norm >= old.least
+    if everybody and not bool(worse.any()):
+        stats = old._replace(residual=relative, norm=norm, best=relative, least=norm)
+        return Verdict(stats, run, run, c.nobody, None, None, None, calm=True)
+    worse = run & worse
+    stats = old._replace(
+        residual=relative,
+        norm=norm,
+        best=torch.where(worse, old.best, relative),
+        least=torch.where(worse, old.least, norm),
+        best_at=torch.where(worse, c.saved, c.previous),
+        best_step=torch.where(worse, old.best_step, made),
+        steps=old.steps + c.step,
+        largest=torch.maximum(old.largest, norm),
+    )
+    return Verdict(stats, run, run, c.nobody, worse, worse & (old.best_at == c.previous), worse, calm=True)
 
 
 def has_run_away(c: Codes, old: Stats, norm: Tensor, f_norm: Tensor) -> Tensor:

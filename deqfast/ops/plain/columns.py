@@ -7,9 +7,9 @@ import weakref
 import torch
 from torch import Tensor
 
-from ..anderson import AndersonWorkspace
+from ..anderson import SCALED_DTYPES, AndersonWorkspace
 from ..codes import Int
-from ..formulas.anderson import Known
+from ..formulas.columns import Evaluation, Known
 from ..workspace import tile, untile
 from .codec import decode, encode, stored
 
@@ -46,6 +46,11 @@ class Columns:
                 ws.own_columns[:, : self.count].masked_fill_(~used[:, :, None], 0)
         self.base = torch.arange(2 * B, device=layout.device).view(2, B) * m
         self.pair: Tensor | None = None
+        # Memory that is new at every step costs more than the sums that fill it.
+        self.fresh = torch.empty(2, B, layout.N, dtype=layout.acc, device=layout.device)
+        self._rows = self.fresh.new_empty(B, 3 if ws.method.test_space else 2, layout.N)
+        self._codes: Tensor | None = None
+        self.into = self.fresh[0]  # where the next mix goes
         self._views = (-1, self.wide, self.wide)
         self._flat = self.wide.view(2 * B * m, layout.N)
 
@@ -57,14 +62,30 @@ class Columns:
             self.ws.own_columns[:, fresh].zero_()
         self.count = count
 
-    def round(self, pair: Tensor) -> Tensor:
+    def round(self, pair: Tensor, finite: bool) -> Tensor:
         """(2, B, N) dF and dG, or dF alone, as they will be stored; what is no number of a sample's becomes one.
 
-        Such a column is never used, but 0 times what is no number is none.
+        Such a column is never used, but 0 times what is no number is none. ``finite``: it is known that all are.
         """
-        pair.nan_to_num_(nan=0.0, posinf=LARGE, neginf=-LARGE)
-        self.pair = pair if self.ws.history.dtype == pair.dtype else decode(self.ws, *encode(self.ws, pair))
+        if not finite:
+            pair.nan_to_num_(nan=0.0, posinf=LARGE, neginf=-LARGE)
+        dtype = self.ws.history.dtype
+        self.pair = pair
+        if dtype in SCALED_DTYPES:
+            self.pair = decode(self.ws, *encode(self.ws, pair))
+        elif dtype != pair.dtype:
+            if self._codes is None:
+                self._codes = torch.empty_like(pair, dtype=dtype)
+            pair.copy_(self._codes.copy_(pair))
         return self.pair
+
+    def rows(self, e: Evaluation, new: list[Tensor]) -> Tensor:
+        """In the same memory every time."""
+        torch.mul(e.g, e.unit[:, None], out=self._rows[:, 0])
+        self._rows[:, 1].copy_(new[1])
+        if self.method.test_space:
+            torch.sub(*new, alpha=self.method.test_space, out=self._rows[:, 2])
+        return self._rows
 
     def put(self, slot: Tensor, new: list[Tensor], good: Tensor) -> None:
         """Write them, of every sample: one that is not good counts as empty."""
@@ -120,10 +141,10 @@ class Columns:
         """One batched product, two below full mixing."""
         beta = self.method.mixing
         dF, dG = self._columns()
-        mixed = torch.baddbmm(base[:, None], weights[:, None], dF, alpha=-1)
+        mixed = torch.baddbmm(base[:, None], weights[:, None], dF, alpha=-1, out=self.into[:, None])
         if beta != 1:
-            mixed = torch.baddbmm(mixed, weights[:, None], dG, alpha=1 - beta)
-        return mixed[:, 0]
+            mixed.baddbmm_(weights[:, None], dG, alpha=1 - beta)
+        return self.into
 
 
 class Rowwise:

@@ -14,6 +14,8 @@ from ..formulas.algebra import Definite
 from ..formulas.sums import chunked_norm, scaled_norm
 from .elimination import forward_substitution, gauss_jordan
 
+PLAIN_NORMS = (2.0**-40, 2.0**60)  # norms whose squares are numbers, as are those of all that counts in them
+
 
 @functools.cache
 def has_linalg(device_type: str) -> bool:
@@ -85,6 +87,22 @@ class Matrices:
     def nowhere(self, mask: Tensor) -> bool:
         """It looks on a CPU alone."""
         return self._looks and not bool(mask.any())
+
+    def everywhere(self, mask: Tensor) -> bool:
+        """Likewise."""
+        return self._looks and bool(mask.all())
+
+    def norms(self, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Of f and g, of any magnitude: on a CPU as if it were about one, and again if it was not."""
+        if self._looks:
+            sizes = torch.stack([chunked_norm(f), chunked_norm(g)])
+            lowest, highest = sizes.aminmax()
+            if lowest.item() > PLAIN_NORMS[0] and highest.item() < PLAIN_NORMS[1]:
+                return sizes[0], sizes[1]
+        if f.shape != g.shape:
+            return scaled_norm(f), scaled_norm(g)
+        sizes = scaled_norm(torch.stack([f, g]))
+        return sizes[0], sizes[1]
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """(B,) products."""

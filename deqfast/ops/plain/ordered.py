@@ -48,6 +48,10 @@ class Ordered:
         """It looks."""
         return not bool(mask.any())
 
+    def everywhere(self, mask: Tensor) -> bool:
+        """Likewise."""
+        return bool(mask.all())
+
     def solve(self, matrix: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """By LU with partial pivoting."""
         y, info = torch.linalg.solve_ex(matrix, rhs)

@@ -7,6 +7,8 @@ the count of what still runs, and that late (``lag``).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from ..codes import Int
 from ..contract import BoundStep, Leaves, Rows
 from ..formulas import anderson
 from ..formulas.algebra import but_not
+from ..formulas.columns import Evaluation, difference
 from ..formulas.measure import Verdict
 from ..lag import Lag
 from ..workspace import Workspace
@@ -30,11 +33,12 @@ class PortableStep(BoundStep):
         super().__init__(ws)
         device = ws.layout.device
         self.algebra = Matrices(ws.method[0], ws.layout.acc, device)
-        self.statistics = Statistics(ws, evaluations, ws.layout.acc)
+        self.statistics = Statistics(ws, evaluations, ws.layout.acc, device.type == "cpu")
         self.iterates = Iterates(ws)
         self._device = device.type
         self._lag = Lag(ws.layout.B, device, ws.stopping.max_iter, evaluations)
         self.exact = self._lag.exact
+        self._gs: list[Tensor] = []  # of this evaluation and of the one before
 
     def __call__(self, f: Leaves, f_prev: Leaves | None, f_rows: Rows, f_prev_rows: Rows) -> int:
         """One update."""
@@ -48,34 +52,40 @@ class PortableStep(BoundStep):
     def _step(self, f: Leaves, f_prev: Leaves | None, f_rows: Rows, f_prev_rows: Rows) -> int:
         ws = self.ws
         x, value = self.iterates.now(), gather(ws, f, f_rows)
-        if ws.own_residual is None:
-            both = torch.stack([value, value - x])
-            sizes = self.algebra.norm_of_any(both)
-            f_norm, g_norm = sizes[0], sizes[1]
-        else:
-            both = None
-            f_norm, g_norm = (self.algebra.norm_of_any(t) for t in (value, ws.own_residual))
+        g = self._residual(value, x) if ws.own_residual is None else ws.own_residual
+        f_norm, g_norm = self.algebra.norms(value, g)
         verdict = self.statistics.measure(g_norm, f_norm)
         answer = self.iterates.answers(x, verdict)
-        self.move(verdict, x, value, both, (f_prev, f_prev_rows), answer)
-        return self._lag.read(verdict.going.sum(dtype=torch.int32))
+        self.move(verdict, x, value, g, (f_prev, f_prev_rows), answer)
+        return ws.layout.B if verdict.improved else self._lag.read(verdict.going.sum(dtype=torch.int32))
+
+    def _residual(self, f: Tensor, x: Tensor) -> Tensor:
+        """G in one of two places in turn: memory that is new at every step costs more than the sum that fills it."""
+        if not self._gs:
+            self._gs = [torch.empty_like(f), torch.empty_like(f)]
+        self._gs.reverse()
+        return torch.sub(f, x, out=self._gs[0])
 
     def move(
         self,
         verdict: Verdict,
         x: Tensor,
         f: Tensor,
-        both: Tensor | None,
+        g: Tensor,
         before: tuple[Leaves | None, Rows],
         answer: Tensor,
     ) -> None:
-        """From the verdict to the next iterate. ``both``: (2, B, N) f and g, None with a residual of the caller's."""
+        """From the verdict to the next iterate."""
         raise NotImplementedError
 
-    def settle(self, x_new: Tensor, f: Tensor, answer: Tensor, going: Tensor) -> Tensor:
-        """Write the next iterate; which of the samples that go on took f's value instead."""
-        ws = self.ws
+    def settle(self, x_new: Tensor, f: Tensor, answer: Tensor, verdict: Verdict) -> Tensor | None:
+        """Write the next iterate; which of the samples that go on took f's value instead. None: nobody."""
+        ws, going = self.ws, verdict.going
         rounded = x_new if x_new.dtype == ws.layout.dtype else x_new.to(ws.layout.dtype)
+        if verdict.calm and math.isfinite(rounded.sum().item()):
+            every = verdict.improved or (self.iterates.looks and bool(going.all()))
+            self.iterates.write(rounded, going, None if every else answer)
+            return None
         taken = going & self.algebra.finite(rounded)
         every = self.iterates.looks and bool(taken.all())
         self.iterates.write(x_new, taken, None if every else anderson.fallback(f, answer, going))
@@ -89,9 +99,9 @@ class AndersonStep(PortableStep):
 
     def __init__(self, ws: AndersonWorkspace, evaluations: int) -> None:
         super().__init__(ws, evaluations)
-        self.constants = anderson.Constants(ws.method, ws.layout.acc, ws.layout.device)
+        self.constants = anderson.Systems(ws.method, ws.layout.acc, ws.layout.device)
         self._known: Rowwise | None = None
-        self._both: Tensor | None = None  # f and g of the evaluation before
+        self._g: Tensor | None = None  # of the evaluation before
 
     def _rowwise(self) -> Rowwise:
         """What is known of the columns; taken up from the tiles if another backend, or nobody, had it last."""
@@ -104,61 +114,72 @@ class AndersonStep(PortableStep):
         verdict: Verdict,
         x: Tensor,
         f: Tensor,
-        both: Tensor | None,
+        g: Tensor,
         before: tuple[Leaves | None, Rows],
         answer: Tensor,
     ) -> None:
         """Mix, and choose the slot of the next column."""
-        ws, method, statistics, going = self.ws, self.ws.method, self.statistics, verdict.going
+        method, statistics, going = self.ws.method, self.statistics, verdict.going
         stats, made = verdict.stats, statistics.made
-        g = ws.own_residual if both is None else both[1]
-        assert g is not None
-        unit, last_norm = stats.unit[:, None], statistics.stats.norm
-        scaled = None if both is None else both * unit
-        own = g * unit if scaled is None else scaled[1]
-        e = anderson.Evaluation(made, x, f, g, own, going, verdict.reset, stats.unit, stats.norm, last_norm)
+        e = Evaluation(
+            made,
+            x,
+            f,
+            g,
+            going,
+            verdict.reset,
+            stats.unit,
+            stats.norm,
+            statistics.stats.norm,
+            verdict.calm,
+            verdict.improved,
+        )
         if method.m == 0:
-            self.settle(anderson.plain_step(method, e), f, answer, going)
+            self.settle(anderson.plain_step(method, e), f, answer, verdict)
             statistics.write(verdict)
             return
         loose = self._rowwise()
         loose.grow(made)
-        new = self._new(e, loose.columns, scaled, before)
-        self._both = both
+        loose.columns.into = self.iterates.target()
+        new = self._new(e, loose.columns, before)
+        self._g = g
         step = anderson.step(method, self.algebra, self.constants, loose.columns, loose.known, e, new)
-        overflowed = self.settle(step.x, f, answer, going)
-        events, lost = {Int.STEP_FALLBACKS: overflowed}, overflowed
-        if step.solved is not None:
-            failed = but_not(going, step.solved)
-            events[Int.SOLVE_FALLBACKS], lost = failed, overflowed | failed
+        lost, events = self._lost(step, self.settle(step.x, f, answer, verdict), going)
         if step.grew is not None:
             events[Int.GROWTH_RESTARTS] = step.grew
-        if made > 1:
+        if made > 1 and not verdict.calm:
             events[Int.RESCALES] = verdict.reset
         chosen = anderson.choose_slot(method, self.algebra, self.constants, step, going, lost, made)
         if anderson.may_give_up(method, made):
             events[Int.EVICTIONS] = chosen.evicting
         loose.known = chosen.known
-        statistics.write(verdict, {Int.SLOT: chosen.known.slot.int(), Int.COUNT: chosen.used})
-        statistics.count(events)
+        statistics.write(verdict, chosen.rows())
+        if events:
+            statistics.count(events)
 
-    def _new(
-        self, e: anderson.Evaluation, columns: Columns, scaled: Tensor | None, before: tuple[Leaves | None, Rows]
-    ) -> list[Tensor] | None:
+    @staticmethod
+    def _lost(step: anderson.Step, overflowed: Tensor | None, going: Tensor) -> tuple[Tensor | None, dict[Int, Tensor]]:
+        """Samples whose step failed, None: nobody; and by what."""
+        failed = None if step.solved is None else but_not(going, step.solved)
+        events = {Int.STEP_FALLBACKS: overflowed, Int.SOLVE_FALLBACKS: failed}
+        known = {row: mask for row, mask in events.items() if mask is not None}
+        masks = list(known.values())
+        return (masks[0] | masks[1] if len(masks) == 2 else masks[0] if masks else None), known
+
+    def _new(self, e: Evaluation, columns: Columns, before: tuple[Leaves | None, Rows]) -> list[Tensor] | None:
         """DF and dG, rounded as they will be stored."""
         ws = self.ws
         f_prev, f_prev_rows = before
         if f_prev is None:
             return None
-        if scaled is None:
-            assert ws.own_previous is not None
-            dF = columns.round(anderson.difference(e.f, gather(ws, f_prev, f_prev_rows), e.unit)[None])[0]
-            dG = anderson.difference(e.g, ws.own_previous, e.unit)
+        value = gather(ws, f_prev, f_prev_rows)
+        if ws.own_previous is not None:
+            dF = columns.round(difference(e.f, value, e.unit)[None], e.calm)[0]
+            dG = difference(e.g, ws.own_previous, e.unit)
             return [dF, dG.nan_to_num_(nan=0.0, posinf=LARGE, neginf=-LARGE)]
-        last = self._both
-        if last is None:
-            value = gather(ws, f_prev, f_prev_rows)
-            last = torch.stack([value, value - self.iterates.before()])
-        # (now - before) unit with the product that is there already: a unit is a power of two, no bit changes.
-        pair = columns.round(torch.addcmul(scaled, last, e.unit[:, None], value=-1))
+        last = value - self.iterates.before() if self._g is None else self._g
+        pair = columns.fresh
+        torch.sub(e.f, value, out=pair[0])
+        torch.sub(e.g, last, out=pair[1])
+        pair = columns.round(pair.mul_(e.unit[:, None]), e.calm)
         return [pair[0], pair[1]]

@@ -95,18 +95,19 @@ class BroydenStep(PortableStep):
         verdict: Verdict,
         x: Tensor,
         f: Tensor,
-        both: Tensor | None,
+        g: Tensor,
         before: tuple[Leaves | None, Rows],
         answer: Tensor,
     ) -> None:
         """Apply the inverse, and keep the step."""
         ws, statistics, going = self.ws, self.statistics, verdict.going
-        assert both is not None
         self.steps.grow(statistics.made)
-        e = broyden.Evaluation(x, both[1], going, verdict.reset, verdict.stats.unit)
+        e = broyden.Evaluation(x, g, going, verdict.reset, verdict.stats.unit)
         count, scale = ws.int_row(Int.COUNT), ws.real_row(Real.SCALE)
         step = broyden.step(ws.method, self.algebra, self.steps, count, scale, e)
-        overflowed = self.settle(step.x, f, answer, going)
+        overflowed = self.settle(step.x, f, answer, verdict)
+        if overflowed is None:
+            overflowed = statistics.codes.nobody
         self.steps.put(step.kept, step.s)
         events = {Int.STEP_FALLBACKS: overflowed, Int.FULL_RESTARTS: step.full, Int.DENOMINATOR_RESTARTS: step.bad}
         if statistics.made > 1:

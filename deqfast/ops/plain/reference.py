@@ -16,7 +16,7 @@ from ..broyden import BroydenWorkspace
 from ..codes import Int, Real
 from ..contract import BoundStep, Leaves, Rows
 from ..formulas import anderson, broyden
-from ..formulas.anderson import Known
+from ..formulas.columns import Evaluation, Known, difference, rows_of
 from ..formulas.measure import Verdict
 from ..workspace import Workspace, tile, untile
 from .codec import decode, encode, stored
@@ -31,7 +31,7 @@ class _Step(BoundStep):
 
     def __init__(self, ws: Workspace, evaluations: int) -> None:
         super().__init__(ws)
-        self.statistics = Statistics(ws, evaluations, torch.float64)
+        self.statistics = Statistics(ws, evaluations, torch.float64, looks=False)
         self.iterates = Iterates(ws)
         self.iterates.looks = False
         self.exact = True
@@ -85,6 +85,9 @@ class _Columns:
             if scales is not None:
                 ws.scales[which, where, at] = scales[good]
 
+    def rows(self, e: Evaluation, new: list[Tensor]) -> Tensor:
+        return rows_of(self.ws.method, e, new)
+
     def _stored(self, which: int) -> Tensor:
         own = self.ws.own_columns if which == 1 else None
         columns = stored(self.ws, which) if own is None else own
@@ -120,16 +123,14 @@ class AndersonStep(_Step):
 
     def __init__(self, ws: AndersonWorkspace, evaluations: int) -> None:
         super().__init__(ws, evaluations)
-        self.constants = anderson.Constants(ws.method, ws.layout.acc, ws.layout.device)
+        self.constants = anderson.Systems(ws.method, ws.layout.acc, ws.layout.device)
 
     def move(self, verdict: Verdict, x: Tensor, f: Tensor, g: Tensor, f_prev: Tensor | None, answer: Tensor) -> None:
         """Mix, and choose the slot of the next column."""
         ws, statistics, going = self.ws, self.statistics, verdict.going
         stats = verdict.stats
         made = statistics.made
-        e = anderson.Evaluation(
-            made, x, f, g, g * stats.unit[:, None], going, verdict.reset, stats.unit, stats.norm, statistics.stats.norm
-        )
+        e = Evaluation(made, x, f, g, going, verdict.reset, stats.unit, stats.norm, statistics.stats.norm)
         if ws.method.m == 0:
             lost = self.settle(anderson.plain_step(ws.method, e), f, answer, going)
             statistics.write(verdict)
@@ -150,18 +151,18 @@ class AndersonStep(_Step):
             events[Int.RESCALES] = verdict.reset
         chosen = anderson.choose_slot(ws.method, ALGEBRA, self.constants, step, going, lost, made)
         events[Int.EVICTIONS] = chosen.evicting
-        statistics.write(verdict, {Int.SLOT: chosen.known.slot.int(), Int.COUNT: chosen.used})
+        statistics.write(verdict, chosen.rows())
         statistics.count(events)
         self._keep(chosen.known, going)
 
-    def _new(self, e: anderson.Evaluation, f_prev: Tensor) -> list[Tensor]:
+    def _new(self, e: Evaluation, f_prev: Tensor) -> list[Tensor]:
         """DF and dG, rounded as they will be stored."""
         ws = self.ws
-        dF = anderson.difference(e.f, f_prev, e.unit)
+        dF = difference(e.f, f_prev, e.unit)
         if ws.own_previous is not None:
-            dG = anderson.difference(e.g, ws.own_previous, e.unit)
+            dG = difference(e.g, ws.own_previous, e.unit)
             return [decode(ws, *encode(ws, dF)), dG]
-        dG = dF - anderson.difference(e.x, self.iterates.before(), e.unit)  # with the bits of the kernels
+        dG = dF - difference(e.x, self.iterates.before(), e.unit)  # with the bits of the kernels
         return [decode(ws, *encode(ws, column)) for column in (dF, dG)]
 
     def _known(self) -> Known:
