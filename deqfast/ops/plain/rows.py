@@ -131,8 +131,8 @@ class Statistics:
         """Write the verdict down, of the samples that ran; and more rows of those that go on."""
         if verdict.improved:
             self._write_improved(verdict)
-            for row, values in (more or {}).items():
-                self.ws.int_row(row).copy_(values)
+            for row, value in (more or {}).items():
+                self.ws.int_row(row).copy_(value)
             return
         new, run = verdict.stats, verdict.run
         ints, reals = new[: len(STATS_INTS)], new[len(STATS_INTS) :]
