@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from .loop.conclude import conclude, out_of_evaluations, unsolved
 from .loop.images import Images, take
 from .loop.progress import progress_bar
 from .loop.state import SolverState
+from .naming import check_names
 from .ops import contract
 from .ops.codes import Int
 from .ops.layout import layout_of
@@ -167,6 +169,9 @@ def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Option
     return solution
 
 
+_OPTIONS = [name for name, p in inspect.signature(fixed_point).parameters.items() if p.kind is p.KEYWORD_ONLY]
+
+
 @compiled.skip
 def root(g: Callable[..., Any], z0: Any, args: tuple[Any, ...] = (), **options: Any) -> Solution:
     """Solve g(z, *args) = 0 as the fixed point of z + g(z, *args).
@@ -174,6 +179,7 @@ def root(g: Callable[..., Any], z0: Any, args: tuple[Any, ...] = (), **options: 
     Takes every option of ``fixed_point``; stops a sample on ||g(z)|| <= atol + rtol ||z + g(z)||.
     """
     check_callable("g", g)
+    check_names("root", options, _OPTIONS)
     return fixed_point(functools.partial(_shifted, g), z0, args, **options)
 
 

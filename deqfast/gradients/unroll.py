@@ -20,6 +20,7 @@ from .. import transforms
 from ..loop.again import CouplingWarning
 from ..loop.conclude import unsolved
 from ..loop.together import never
+from ..naming import named
 from ..ops import recheck
 from ..ops.anderson import AndersonWorkspace
 from ..ops.broyden import BroydenWorkspace
@@ -35,6 +36,7 @@ from .base import Gradient
 from .unroll_memory import ALGEBRA, AndersonMemory, BroydenMemory
 
 
+@named()
 @dataclass(frozen=True)
 class Unroll(Gradient):
     """Gradients through every iteration of the solver, by ordinary autograd.

@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 from .. import compiled
 from ..called import Called
 from ..gradients.choose import choose_gradient
-from ..options import Options, check_callable, check_flag, did_you_mean
+from ..naming import did_you_mean
+from ..options import Options, check_callable, check_flag
 from ..solution import Solution
 from ..solve import fixed_point
 from ..solvers.choose import choose_solver
