@@ -91,17 +91,22 @@ class Compiled:
         self.f = f
         self.callback = callback
 
-    def __call__(self, *args: Any) -> Any:
-        """``f(*args)``."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """``f(*args, **kwargs)``."""
         before = set_eval_frame(self.callback)
         try:
-            return self.f(*args)
+            return self.f(*args, **kwargs)
         finally:
             set_eval_frame(before)
 
 
 def _compiled(f: Any, callback: Any) -> Any:
     return Compiled(f, callback) if callable(f) else f  # what is not gets its error message as usual
+
+
+def through(way: Callable[..., Any], f: Callable[..., Any]) -> Callable[..., Any]:
+    """``way(f, ...)`` as a function of the rest; ``way`` is a function with ``skip``."""
+    return Compiled(functools.partial(way, f.f), f.callback) if isinstance(f, Compiled) else functools.partial(way, f)
 
 
 def eager(f: Callable[..., Any]) -> Callable[..., Any]:

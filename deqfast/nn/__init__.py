@@ -68,6 +68,7 @@ class DEQ(nn.Module):
         merged = {**_OPTIONS, **options}
         chosen = {"solver": choose_solver(merged["solver"]), "backward": choose_gradient(merged["backward"])}
         Called(cell, merged.pop("kwargs"), check_flag("has_aux", merged.pop("has_aux")))  # checks them
+        check_flag("unpack", merged.pop("unpack"))
         Options(**{**merged, **chosen})
         self.cell = cell
         self.options = options
