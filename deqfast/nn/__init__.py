@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from ..options import Options, check_callable, check_flag
 from ..solution import Solution
 from ..solve import fixed_point
 from ..solvers.choose import choose_solver
+from ..warning import warn
 
 __all__ = ["DEQ", "ConvergenceWarning"]
 
@@ -93,11 +93,10 @@ class DEQ(nn.Module):
         solution = fixed_point(self.cell, z0, (x, *args), **self.options)
         if self.warn and self.options.get("max_iter") != 0 and solution.steps.numel() and not self._any(solution):
             self.warn = False
-            warnings.warn(
+            warn(
                 f"no sample of a batch converged in {type(self.cell).__name__}: {solution.summary()}. Raise max_iter=, "
                 "loosen rtol=, or look at solve(x).trace with trace=True; warn=False silences this",
                 ConvergenceWarning,
-                stacklevel=2,
             )
         return solution
 
