@@ -118,8 +118,9 @@ class AndersonStep(PortableStep):
         own = g * unit if scaled is None else scaled[1]
         e = anderson.Evaluation(made, x, f, g, own, going, verdict.reset, stats.unit, stats.norm, last_norm)
         if method.m == 0:
-            self.settle(anderson.plain_step(method, e), f, answer, going)
+            overflowed = self.settle(anderson.plain_step(method, e), f, answer, going)
             statistics.write(verdict)
+            statistics.count(statistics.of_any_solver(verdict, overflowed))
             return
         loose = self._rowwise()
         loose.grow(made)
@@ -127,14 +128,12 @@ class AndersonStep(PortableStep):
         self._both = both
         step = anderson.step(method, self.algebra, self.constants, loose.columns, loose.known, e, new)
         overflowed = self.settle(step.x, f, answer, going)
-        events, lost = {Int.STEP_FALLBACKS: overflowed}, overflowed
+        events, lost = statistics.of_any_solver(verdict, overflowed), overflowed
         if step.solved is not None:
             failed = but_not(going, step.solved)
             events[Int.SOLVE_FALLBACKS], lost = failed, overflowed | failed
         if step.grew is not None:
             events[Int.GROWTH_RESTARTS] = step.grew
-        if made > 1:
-            events[Int.RESCALES] = verdict.reset
         chosen = anderson.choose_slot(method, self.algebra, self.constants, step, going, lost, made)
         if anderson.may_give_up(method, made):
             events[Int.EVICTIONS] = chosen.evicting

@@ -108,9 +108,8 @@ class BroydenStep(PortableStep):
         step = broyden.step(ws.method, self.algebra, self.steps, count, scale, e)
         overflowed = self.settle(step.x, f, answer, going)
         self.steps.put(step.kept, step.s)
-        events = {Int.STEP_FALLBACKS: overflowed, Int.FULL_RESTARTS: step.full, Int.DENOMINATOR_RESTARTS: step.bad}
-        if statistics.made > 1:
-            events[Int.RESCALES] = verdict.reset
+        events = statistics.of_any_solver(verdict, overflowed)
+        events |= {Int.FULL_RESTARTS: step.full, Int.DENOMINATOR_RESTARTS: step.bad}
         new_count = (step.kept + self.statistics.codes.step).masked_fill(overflowed, 0)
         statistics.write(verdict, {Int.COUNT: new_count.int()})
         statistics.count(events)

@@ -134,6 +134,13 @@ class Statistics:
             self._views[first, last] = self.ws.ints[first : last + 1, : self.ws.layout.B]
         return self._views[first, last]
 
+    def of_any_solver(self, verdict: Verdict, overflowed: Tensor) -> dict[Int, Tensor]:
+        """What every solver counts, given who took f's value because the next iterate ``overflowed``."""
+        events = {Int.STEP_FALLBACKS: overflowed}
+        if self.made > 1:  # the first unit replaces none
+            events[Int.RESCALES] = verdict.reset
+        return events
+
     def count(self, events: dict[Int, Tensor]) -> None:
         """Count what happened to samples."""
         first, last = min(events), max(events)
