@@ -14,9 +14,12 @@ import torch
 import deqfast
 
 from . import ops
+from .ops.anderson import AndersonWorkspace
+from .ops.broyden import BroydenWorkspace
 from .ops.native import extension as native
 
-OPS = ("anderson_step", "broyden_step", "joint_step")
+# Each with the workspace that its step needs.
+OPS = {"anderson_step": AndersonWorkspace, "broyden_step": BroydenWorkspace, "joint_step": AndersonWorkspace}
 ENVIRONMENT = {
     "DEQFAST_BACKEND": 'what backend="auto" means',
     "DEQFAST_CPU_ISA": "instruction set of the CPU kernels",
@@ -74,12 +77,16 @@ def _device(device: torch.device) -> dict[str, Any]:
         auto = ops.choose("auto", device).name
     except ValueError as error:  # DEQFAST_BACKEND
         auto = f"an error: {error}"
-    reasons = {backend: ops.why_not(backend, device) for backend in ops.names()}
+    reasons = {backend.name: ops.why_not(backend.name, device) for backend in ops.backends()}
+
+    def answer(backend: ops.Backend, op: str) -> str:
+        return reasons[backend.name] or ("yes" if OPS[op] in backend.steps else f"it has no {op}")
+
     return {
         "device": str(device),
         "name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
         "auto": auto,
-        "ops": {op: {backend: reason or "yes" for backend, reason in reasons.items()} for op in OPS},
+        "ops": {op: {backend.name: answer(backend, op) for backend in ops.backends()} for op in OPS},
     }
 
 
@@ -98,13 +105,16 @@ def _build_lines(found: dict[str, Any]) -> list[str]:
 def _device_lines(device: dict[str, Any]) -> list[str]:
     name = f" ({device['name']})" if device["name"] else ""
     lines = [f'{device["device"]}{name}: backend="auto" is {device["auto"]}']
-    width = max(map(len, OPS)) + 2
-    lines.append("  " + " " * width + "".join(f"{backend:11s}" for backend in ops.names()).rstrip())
-    for op, row in device["ops"].items():
-        marks = ("yes" if row[backend] == "yes" else "no" for backend in ops.names())
+    rows = list(device["ops"].items())
+    if all(row == rows[0][1] for _, row in rows):
+        rows = [("every op", rows[0][1])]
+    width = max(len(op) for op, _ in rows) + 2
+    lines.append("  " + " " * width + "".join(f"{backend:11s}" for backend in rows[0][1]).rstrip())
+    for op, row in rows:
+        marks = ("yes" if why == "yes" else "no" for why in row.values())
         lines.append("  " + f"{op:{width}s}" + "".join(f"{mark:11s}" for mark in marks).rstrip())
-    reasons = device["ops"][OPS[0]]
-    return lines + [f"  {backend}: no, {why}" for backend, why in reasons.items() if why != "yes"]
+    refusals = dict.fromkeys((backend, why) for _, row in rows for backend, why in row.items() if why != "yes")
+    return lines + [f"  {backend}: no, {why}" for backend, why in refusals]
 
 
 def _environment_lines(environment: dict[str, str]) -> list[str]:

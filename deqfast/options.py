@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch.utils import _pytree as pytree
 
+from .naming import did_you_mean
 from .ops import contract
 from .ops.workspace import Stopping
 
@@ -58,32 +58,21 @@ def check_flag(name: str, value: object) -> bool:
     return value
 
 
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise ValueError unless the value is one of ``choices``."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         listed = [repr(choice) for choice in choices]
         known = f"one of {', '.join(listed)}" if len(listed) > 2 else " or ".join(listed)
-        meant = did_you_mean(value, [c for c in choices if isinstance(c, str)]) if isinstance(value, str) else ""
+        meant = did_you_mean(value, choices) if isinstance(value, str) else ""
         raise ValueError(f"{name} must be {known}, got {value!r}{meant}")
 
 
-# What others call it.
-_ELSEWHERE = {
-    **dict.fromkeys(("tol", "f_tol", "eps", "f_rtol", "threshold", "stop_tol"), "rtol"),
-    **dict.fromkeys(("abs_tol", "f_atol", "atol_tol"), "atol"),
-    **dict.fromkeys(("f_max_iter", "maxiter", "max_iters", "max_steps", "iters", "threshold_iter"), "max_iter"),
-    **dict.fromkeys(("f_solver", "method"), "solver"),
-    **dict.fromkeys(("b_solver", "grad", "ift", "backward_mode"), "backward"),
-    **dict.fromkeys(("fixed_point_iter", "simple_fixed_point_iter", "picard_iteration", "iteration"), "picard"),
-}
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The name of ``known`` that was meant, to be added to a message; nothing where there is none like it."""
-    names = list(known)
-    elsewhere = _ELSEWHERE.get(name)
-    close = [elsewhere] if elsewhere in names else difflib.get_close_matches(name, names, 1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def check_dtype(name: str, value: object, choices: Sequence[torch.dtype]) -> None:
+    """Raise ValueError unless the value is None or one of ``choices``; a name in place of a dtype is told its dtype."""
+    if value is not None and (not isinstance(value, torch.dtype) or value not in choices):
+        named = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else None
+        meant = f"; did you mean {named}, without quotes?" if named in choices else ""
+        raise ValueError(f"{name} must be None or one of {', '.join(map(str, choices))}, got {value!r}{meant}")
 
 
 def check_callable(name: str, value: object) -> None:

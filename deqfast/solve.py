@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,9 +20,10 @@ from .loop.conclude import conclude, out_of_evaluations, unsolved
 from .loop.images import Images, take
 from .loop.progress import progress_bar
 from .loop.state import SolverState
+from .naming import check_names
 from .ops import contract
 from .ops.codes import Int
-from .ops.layout import layout_of
+from .ops.layout import as_tuples, layout_of
 from .options import Options, check_args, check_callable, check_flag
 from .problem import Problem
 from .solution import ConvergenceError, Solution
@@ -43,6 +45,7 @@ def fixed_point(
     backward: Gradient | str | None = None,
     kwargs: Mapping[str, Any] | None = None,
     has_aux: bool = False,
+    unpack: bool = False,
     returns: str = "best",
     stop: str = "each",
     batch_dims: int = 1,
@@ -71,6 +74,7 @@ def fixed_point(
         backward: how gradients are made: ``Implicit()`` (None), ``Phantom``, ``OneStep``, ``Unroll``, or "none".
         kwargs: keyword arguments handed to f.
         has_aux: f returns (z, aux). ``Solution.aux`` is that of the last evaluation of the solve, without a graph.
+        unpack: z is a tuple or list, and f is called with its entries: f(*z, *args). f returns a tuple or list of them.
         returns: which z: "best" (default), the iterate with the least residual of each sample; "last", the newest;
             "image", f at the best one, for a masked copy an evaluation and no evaluation more; "next", where the solver
             would step from the newest (of a converged sample f there). ``Solution.residual`` is that of the iterate
@@ -123,6 +127,8 @@ def fixed_point(
         mode=mode,
         progress=progress,
     )
+    if unpack is not False:
+        f = _unpacked(f, z0, unpack)
     if kwargs is None and not has_aux:
         return solve(f, z0, args, options)
     check_callable("f", f)
@@ -167,6 +173,9 @@ def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Option
     return solution
 
 
+_OPTIONS = [name for name, p in inspect.signature(fixed_point).parameters.items() if p.kind is p.KEYWORD_ONLY]
+
+
 @compiled.skip
 def root(g: Callable[..., Any], z0: Any, args: tuple[Any, ...] = (), **options: Any) -> Solution:
     """Solve g(z, *args) = 0 as the fixed point of z + g(z, *args).
@@ -174,20 +183,51 @@ def root(g: Callable[..., Any], z0: Any, args: tuple[Any, ...] = (), **options: 
     Takes every option of ``fixed_point``; stops a sample on ||g(z)|| <= atol + rtol ||z + g(z)||.
     """
     check_callable("g", g)
-    return fixed_point(functools.partial(_shifted, g), z0, args, **options)
+    check_names("root", options, _OPTIONS)
+    unpack = options.pop("unpack", False)
+    if unpack is not False:
+        g = _unpacked(g, z0, unpack)
+    way = _shifted_beside_aux if options.get("has_aux") is True else _shifted
+    return fixed_point(functools.partial(way, g), z0, args, **options)
+
+
+def _unpacked(f: Callable[..., Any], z0: Any, unpack: object) -> Callable[..., Any]:
+    """``f(*z, *args)`` as a function of (z, *args)."""
+    check_callable("f", f)
+    if check_flag("unpack", unpack) and not isinstance(z0, (tuple, list)):
+        raise TypeError(f"unpack=True hands f the entries of a tuple or list, got z0 as {type(z0).__name__}")
+    return compiled.through(_spread, f)
 
 
 @compiled.skip
-def _shifted(g: Callable[..., Any], z: Any, *args: Any) -> Any:
-    value = g(z, *args)
+def _spread(f: Callable[..., Any], z: Any, *args: Any, **kwargs: Any) -> Any:
+    return f(*z, *args, **kwargs)
+
+
+@compiled.skip
+def _shifted_beside_aux(g: Callable[..., Any], z: Any, *args: Any, **kwargs: Any) -> Any:
+    found = g(z, *args, **kwargs)
+    if not isinstance(found, tuple) or len(found) != 2:
+        return found  # which is refused where aux is taken off
+    return _sum(z, found[0]), found[1]
+
+
+@compiled.skip
+def _shifted(g: Callable[..., Any], z: Any, *args: Any, **kwargs: Any) -> Any:
+    return _sum(z, g(z, *args, **kwargs))
+
+
+@compiled.skip
+def _sum(z: Any, value: Any) -> Any:
     expected, got = pytree.tree_structure(z), pytree.tree_structure(value)
-    if expected != got:
+    if expected != got and pytree.tree_structure(as_tuples(z)) != pytree.tree_structure(as_tuples(value)):
         raise TypeError(f"g(z) must have the structure of z0, expected {expected}, got {got}")
-    for t, v in zip(pytree.tree_leaves(z), pytree.tree_leaves(value), strict=True):
+    pairs = list(zip(pytree.tree_leaves(z), pytree.tree_leaves(value), strict=True))
+    for t, v in pairs:
         if not isinstance(v, Tensor) or v.shape != t.shape:
             shape = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
             raise ValueError(f"g(z) must have the shape of z0, expected {tuple(t.shape)}, got {shape}")
-    return pytree.tree_map(torch.add, z, value)
+    return pytree.tree_unflatten([t + v for t, v in pairs], expected)
 
 
 def _replayed(problem: Problem, start: Any) -> Solution | None:

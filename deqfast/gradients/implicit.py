@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import compiled
+from ..naming import named
 from ..ops.workspace import Stopping
 from ..options import DEFAULT_LIMIT, DEFAULT_RTOL, check_callable, stopping
 from ..problem import Problem
@@ -21,6 +22,7 @@ from .base import Gradient
 from .linear import LinearOptions
 
 
+@named()
 @dataclass(frozen=True)
 class Implicit(Gradient):
     """Gradients by the implicit function theorem: the backward solves u = J^T u + g with a solver of its own.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from ..ops.layout import Layout
 from ..ops.workspace import Stopping
 from ..solution import BackwardReport
 from ..status import Status
+from ..warning import warn
 
 
 class GradientWarning(RuntimeWarning):
@@ -63,12 +63,11 @@ def warn_of_failures(state: SolverState, known: list[Tensor]) -> None:
     count = int(failed.sum())
     if count:
         worst, rule = float(state.answer()[1][failed].max()), state.ws.stopping
-        warnings.warn(
+        warn(
             f"the linear solve of a derivative did not converge for {count} of {failed.shape[0]} samples: relative "
             f"residual up to {worst:.1e} after {state.nfe} evaluations, asked for rtol={rule.rtol:g} within "
             f"max_iter={rule.max_iter}. Raise Implicit(max_iter=), loosen Implicit(rtol=), or use dq.Phantom()",
             GradientWarning,
-            stacklevel=2,
         )
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ..naming import named
 from ..options import check_fraction, check_int
 from ..problem import Problem
 from .base import Gradient
 
 
+@named()
 @dataclass(frozen=True)
 class Phantom(Gradient):
     """Gradients of K damped applications of f from the solution, by ordinary autograd; returns the last iterate.
@@ -46,6 +48,7 @@ class Phantom(Gradient):
         return fz if self.damping == 1 else z + self.damping * (fz - z)
 
 
+@named()
 @dataclass(frozen=True)
 class OneStep(Gradient):
     """Gradients of one application of f at the solution: ``Phantom(steps=1)``.

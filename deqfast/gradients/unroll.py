@@ -8,7 +8,6 @@ numbers, gamma and the norms that scale it included, are. History is never round
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from .. import transforms
 from ..loop.again import CouplingWarning
 from ..loop.conclude import unsolved
 from ..loop.together import never
+from ..naming import named
 from ..ops import recheck
 from ..ops.anderson import AndersonWorkspace
 from ..ops.broyden import BroydenWorkspace
@@ -31,10 +31,12 @@ from ..ops.workspace import Workspace
 from ..problem import Problem
 from ..solution import ConvergenceError, Solution
 from ..status import Status
+from ..warning import warn
 from .base import Gradient
 from .unroll_memory import ALGEBRA, AndersonMemory, BroydenMemory
 
 
+@named()
 @dataclass(frozen=True)
 class Unroll(Gradient):
     """Gradients through every iteration of the solver, by ordinary autograd.
@@ -146,11 +148,10 @@ class _Unrolled:
         if bool(outside.any()):
             self.counters[Int.WOKEN] += outside.int()
             self.stats = stats._replace(status=stats.status.masked_fill(outside, int(Status.MAX_ITER)))
-            warnings.warn(
+            warn(
                 f"f couples samples: {int(outside.sum())} of {self.layout.B} are no longer within tolerance, and "
                 'dq.Unroll() cannot let them go on; give batch_dims=0, segments= or stop="all"',
                 CouplingWarning,
-                stacklevel=2,
             )
 
     def _measure(self, f: Tensor) -> Verdict:

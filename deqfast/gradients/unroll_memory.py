@@ -136,15 +136,15 @@ class AndersonMemory:
         ws, stats, going = self.ws, verdict.stats, verdict.going
         g = f - x
         e = Evaluation(made, x, f, g, going, verdict.reset, stats.unit, stats.norm, last_norm)
+        events = {Int.RESCALES: verdict.reset} if made > 1 else {}
         if ws.method.m == 0:
-            return _settle(anderson.plain_step(ws.method, e), e.x, e.f, going, {}, ws)
+            return _settle(anderson.plain_step(ws.method, e), e.x, e.f, going, events, ws)
         new = None
         if self.previous is not None:
             x_prev, f_prev = self.previous
             dF = difference(f, f_prev, stats.unit)
             new = [dF, dF - difference(x, x_prev, stats.unit)]
         step = anderson.step(ws.method, ALGEBRA, self.constants, self.columns, self.known, e, new)
-        events = {Int.RESCALES: verdict.reset} if made > 1 else {}
         if step.solved is not None:
             events[Int.SOLVE_FALLBACKS] = going & ~step.solved
         if step.grew is not None:

@@ -13,9 +13,7 @@ few used last. What cannot be recorded runs in the plain loop, with a ``ModeWarn
 
 from __future__ import annotations
 
-import sys
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import TypeVar
@@ -23,6 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .. import warning
 from ..loop.state import SolverState
 from . import recorder
 from .program import Program
@@ -69,12 +68,9 @@ def replayed(program: Program, start: list[Tensor], conclude: Callable[[SolverSt
 
 
 def warn(mode: str, reason: str) -> None:
-    """Say that a solve runs in the plain loop, and why; at the line of the caller outside of this package."""
+    """Say that a solve runs in the plain loop, and why."""
     text = f"mode={mode!r} is not possible here, the solve runs in the plain loop: {reason}"
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "deqfast":
-        frame, level = frame.f_back, level + 1
-    warnings.warn(text, ModeWarning, stacklevel=level)
+    warning.warn(text, ModeWarning)
 
 
 def _find(program: Program, start: list[Tensor]) -> Recording | str:

@@ -14,6 +14,7 @@ from .. import compiled
 from ..gradients import adjoint
 from ..gradients.implicit import Implicit
 from ..gradients.linear import LinearOptions
+from ..naming import named
 from ..ops.layout import Layout
 from ..ops.workspace import Stopping
 from ..options import DEFAULT_RTOL, stopping
@@ -24,6 +25,7 @@ from .problem import Problem, gradients
 from .solution import JointSolution
 
 
+@named()
 @dataclass(frozen=True)
 class Envelope:
     """Gradients of a joint solve at a fixed x: those of an outer loss that is the inner one.

@@ -49,7 +49,7 @@ class JointState:
             Part(kind, layout.leaves[i], chosen.index(i) if i in chosen else None, centers[i])
             for i, kind in enumerate(kinds)
         ]
-        backend = contract.choose(problem.options.backend, layout.device)
+        backend = contract.choose(problem.options.backend, layout.device, kind=type(core))
         self.backend = backend.name
         self.ws = JointWorkspace(core, parts, problem.map_options, problem.options.returns, problem.options.safeguard)
         for i, t in enumerate(start):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from ..gradients.linear import GradientWarning
 from ..ops.layout import Layout
 from ..options import check_args, check_callable, check_flag, check_int
 from ..solve import fixed_point
+from ..warning import warn
 from .problem import check_alike, check_cost, ordinary
 
 
@@ -129,7 +129,7 @@ def _gradient(
     failed = int((~solution.converged).sum())
     if failed:
         text = f"f's fixed point at x0 was not found for {failed} of {len(solution.converged)} samples"
-        warnings.warn(f"{text}; the curvature there is a guess", GradientWarning, stacklevel=4)
+        warn(f"{text}; the curvature there is a guess", GradientWarning)
     z = solution.z
     cost = loss(z, x_tree, *args)
     check_cost(cost, (x[0].shape[0],))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import Tensor
 
 from ..ops import recheck
@@ -11,6 +9,7 @@ from ..ops.codes import Int
 from ..ops.contract import BoundStep, Leaves, Rows
 from ..ops.lag import capturing
 from ..ops.workspace import Stopping, Workspace
+from ..warning import warn
 
 
 class CouplingWarning(RuntimeWarning):
@@ -56,17 +55,16 @@ def refuse(bound: BoundStep, ws: Workspace, f: Leaves, f_rows: Rows, made: int) 
 def warn_again(ws: Workspace) -> None:
     """Say what to do about an f that couples samples, at the second time that some had to go on."""
     count = int((ws.int_row(Int.WOKEN) > 0).sum())
-    warnings.warn(_MESSAGE.format(count=count, B=ws.layout.B), CouplingWarning, stacklevel=2)
+    warn(_MESSAGE.format(count=count, B=ws.layout.B), CouplingWarning)
 
 
 def warn_if_refused(which: Tensor, mode: str) -> None:
     """The same, where samples cannot go on: their solve ran as a graph."""
     count = int(which.sum())
     if count:
-        warnings.warn(
+        warn(
             f"f couples samples: {count} of {which.shape[0]} were within tolerance, and no longer once others had "
             f"moved. They end as MAX_ITER, for mode={mode!r} cannot let them go on; use mode='loop', batch_dims=0 or "
             "segments=",
             CouplingWarning,
-            stacklevel=2,
         )

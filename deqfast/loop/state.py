@@ -56,7 +56,6 @@ class SolverState(Recordable):
         self.options = options
         self.layout = Layout(z0) if layout is None else layout
         self._asked_for = backend
-        self._backend = contract.choose(backend, self.layout.device)
         rule = never(stopping) if together else stopping
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING:
             try:
@@ -66,6 +65,7 @@ class SolverState(Recordable):
                     f"no room for the history of {options} for {self.layout.B} samples of {self.layout.N} numbers: "
                     f"keep fewer columns, Anderson's in a narrower history_dtype, or solve a smaller batch. {error}"
                 ) from error
+        self._backend = contract.choose(backend, self.layout.device, kind=type(self.ws))
         self.nfe = 0
         self._running = self.layout.B if self.layout.N else 0
         start = [t.detach() for t in self.layout.tensors(z0)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from typing import Any
 
 import torch
@@ -13,10 +12,12 @@ from torch.utils import _pytree as pytree
 from .. import compiled
 from ..called import Called
 from ..gradients.choose import choose_gradient
-from ..options import Options, check_callable, check_flag, did_you_mean
+from ..naming import did_you_mean
+from ..options import Options, check_callable, check_flag
 from ..solution import Solution
 from ..solve import fixed_point
 from ..solvers.choose import choose_solver
+from ..warning import warn
 
 __all__ = ["DEQ", "ConvergenceWarning"]
 
@@ -67,6 +68,7 @@ class DEQ(nn.Module):
         merged = {**_OPTIONS, **options}
         chosen = {"solver": choose_solver(merged["solver"]), "backward": choose_gradient(merged["backward"])}
         Called(cell, merged.pop("kwargs"), check_flag("has_aux", merged.pop("has_aux")))  # checks them
+        check_flag("unpack", merged.pop("unpack"))
         Options(**{**merged, **chosen})
         self.cell = cell
         self.options = options
@@ -91,11 +93,10 @@ class DEQ(nn.Module):
         solution = fixed_point(self.cell, z0, (x, *args), **self.options)
         if self.warn and self.options.get("max_iter") != 0 and solution.steps.numel() and not self._any(solution):
             self.warn = False
-            warnings.warn(
+            warn(
                 f"no sample of a batch converged in {type(self.cell).__name__}: {solution.summary()}. Raise max_iter=, "
                 "loosen rtol=, or look at solve(x).trace with trace=True; warn=False silences this",
                 ConvergenceWarning,
-                stacklevel=2,
             )
         return solution
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..naming import did_you_mean
 from ..status import Status
 from . import recheck
 from .codes import Int
@@ -216,21 +217,53 @@ def register(backend: Backend, before: str | None = None) -> None:
     """Make a backend known by its name; ``before``: "auto" asks it before that one, else after all others.
 
     Raises:
+        TypeError: it is no ``Backend``, or its name or steps are missing or none.
         ValueError: the name is taken, or ``before`` names none.
     """
     global _backends  # replaced, not changed: another thread may be looking through it
+    _check(backend)
     if backend.name in _backends or backend.name == "auto":
         raise ValueError(f"a backend named {backend.name!r} is registered already")
-    if before is not None and before not in _backends:
-        raise ValueError(f"before must be one of {', '.join(map(repr, _backends))}, got {before!r}")
+    if before is not None:
+        _known("before", before)
     others = list(_backends.items())
     at = len(others) if before is None else list(_backends).index(before)
     _backends = dict([*others[:at], (backend.name, backend), *others[at:]])
 
 
+def _check(backend: object) -> None:
+    if not isinstance(backend, Backend):
+        got = f"the class {backend.__name__}" if isinstance(backend, type) else type(backend).__name__
+        raise TypeError(f"backend must be an instance of a Backend, got {got}")
+    made = type(backend).__name__
+    name, steps = getattr(backend, "name", None), getattr(backend, "steps", None)
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"{made}.name must be what users call it by, a str, got {name!r}")
+    if not isinstance(steps, Mapping) or not steps:
+        raise TypeError(f"{made}.steps must map kinds of workspaces to what binds one, got {steps!r}")
+    for kind, binder in steps.items():
+        if not (isinstance(kind, type) and issubclass(kind, Workspace)):
+            raise TypeError(f"{made}.steps must have kinds of workspaces for keys, got {kind!r}")
+        if not callable(binder):
+            raise TypeError(f"{made}.steps[{kind.__name__}] must be callable, got {binder!r}")
+
+
+def _known(what: str, name: str) -> Backend:
+    """The backend of that name; ValueError, with the known names, where there is none."""
+    if name not in _backends:
+        meant = did_you_mean(name, _backends) if isinstance(name, str) else ""
+        raise ValueError(f"{what} must be one of {', '.join(map(repr, _backends))}, got {name!r}{meant}")
+    return _backends[name]
+
+
 def unregister(name: str) -> None:
-    """Forget a backend; solves that it serves go on."""
+    """Forget a backend; solves that it serves go on.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
     global _backends
+    _known("name", name)
     _backends = {known: backend for known, backend in _backends.items() if known != name}
 
 
@@ -245,8 +278,12 @@ def names() -> tuple[str, ...]:
 
 
 def why_not(name: str, device: torch.device) -> str | None:
-    """Why the backend cannot serve ``device`` here, or None when it can."""
-    return _backends[name].why_not(device)
+    """Why the backend cannot serve ``device`` here, or None when it can.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    return _known("name", name).why_not(device)
 
 
 def wish(backend: str) -> str:
@@ -254,24 +291,45 @@ def wish(backend: str) -> str:
     return (os.environ.get("DEQFAST_BACKEND") or backend) if backend == "auto" else backend
 
 
-def choose(backend: str, device: torch.device, own_residual: bool = False) -> Backend:
+def choose(
+    backend: str, device: torch.device, own_residual: bool = False, kind: type[Workspace] | None = None
+) -> Backend:
     """The backend that serves: ``DEQFAST_BACKEND`` or the first available one for "auto", else the one asked for.
 
-    ``own_residual``: one whose Anderson step takes a residual of the caller's own.
+    Args:
+        backend: a name or "auto".
+        device: that it serves.
+        own_residual: "auto" takes one whose Anderson step takes a residual of the caller's own.
+        kind: of the workspace that "auto" takes one with a step for.
 
     Raises:
-        ValueError: unknown backend, or one that cannot serve this device, with the reason.
+        ValueError: unknown backend, or none that can serve this, with the reason.
     """
     asked = wish(backend)
-    source = "backend" if asked == backend else "DEQFAST_BACKEND"
     if asked == "auto":
+        reasons = []
         for candidate in _backends.values():
-            fits = candidate.own_residual or not own_residual
-            if fits and candidate.automatic(device) and candidate.why_not(device) is None:
+            reason = _why_not_automatic(candidate, device, own_residual, kind)
+            if reason is None:
                 return candidate
+            reasons.append(f"{candidate.name!r}: {reason}")
+        raise ValueError(f"backend='auto' found none that serves device {device}; {'; '.join(reasons) or 'none known'}")
+    source = "backend" if asked == backend else "DEQFAST_BACKEND"
     if asked not in _backends:
         raise ValueError(f"{source} must be one of 'auto', {', '.join(map(repr, _backends))}, got {asked!r}")
-    reason = why_not(asked, device)
+    reason = _backends[asked].why_not(device)
     if reason is not None:
         raise ValueError(f"{source}={asked!r} cannot serve device {device}: {reason}")
     return _backends[asked]
+
+
+def _why_not_automatic(
+    backend: Backend, device: torch.device, own_residual: bool, kind: type[Workspace] | None
+) -> str | None:
+    if own_residual and not backend.own_residual:
+        return "it takes no residual of the caller's own"
+    if kind is not None and kind not in backend.steps:
+        return f"it has no step for {kind.__name__}"
+    if not backend.automatic(device):
+        return "it serves those who name it"
+    return backend.why_not(device)

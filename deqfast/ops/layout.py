@@ -217,17 +217,17 @@ class Layout:
     def _alike(self, tree: Any) -> bool:
         """Whether a tree differs from z0 in what is a list and what a tuple, and in nothing else."""
         own = pytree.tree_unflatten(["*"] * len(self.leaves), self.spec)
-        return pytree.tree_structure(_tuples(tree)) == pytree.tree_structure(_tuples(own))
+        return pytree.tree_structure(as_tuples(tree)) == pytree.tree_structure(as_tuples(own))
 
     def _describe(self) -> str:
         return "one tensor" if self.single else str(pytree.tree_unflatten(["*"] * len(self.leaves), self.spec))
 
 
-def _tuples(tree: Any) -> Any:
+def as_tuples(tree: Any) -> Any:
     """The tree with tuples for its lists."""
     if type(tree) in (list, tuple):
-        return tuple(map(_tuples, tree))
-    return {key: _tuples(value) for key, value in tree.items()} if type(tree) is dict else tree
+        return tuple(map(as_tuples, tree))
+    return {key: as_tuples(value) for key, value in tree.items()} if type(tree) is dict else tree
 
 
 def _kind(tree: Any) -> str:

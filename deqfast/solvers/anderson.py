@@ -18,11 +18,12 @@ from typing import Literal
 
 import torch
 
+from ..naming import named
 from ..ops.anderson import HISTORY_DTYPES, AndersonMethod, AndersonWorkspace, most_given_up
 from ..ops.codes import Evict
 from ..ops.layout import Layout
 from ..ops.workspace import Stopping
-from ..options import check_choice, check_fraction, check_int, check_number
+from ..options import check_choice, check_dtype, check_fraction, check_int, check_number
 from .base import Solver
 
 _TEST_SPACE = {"mixed": 2.0, 1: 1.0, 2: 0.0}
@@ -33,6 +34,7 @@ _TEST_SPACE = {"mixed": 2.0, 1: 1.0, 2: 0.0}
 TURN, TURN_OF_FEW, FEW = 0.1, 0.2, 5
 
 
+@named("solver", tau="mixing", beta="mixing", lam="ridge", lamb="ridge", hsize="m", window="m")
 @dataclass(frozen=True)
 class Anderson(Solver):
     """Anderson acceleration.
@@ -68,15 +70,14 @@ class Anderson(Solver):
 
     def __post_init__(self) -> None:
         check_int("m", self.m, hint="; for no history use dq.Picard()")
-        if not any(self.type is known or self.type == known for known in _TEST_SPACE) or self.type is True:
+        if isinstance(self.type, bool) or not isinstance(self.type, (str, int)) or self.type not in _TEST_SPACE:
             raise ValueError(f"type must be 'mixed', 1 or 2, got {self.type!r}")
         check_fraction("mixing", self.mixing)
         if self.ridge is not None:
             check_number("ridge", self.ridge)
             if not 0 <= self.ridge < 1:
                 raise ValueError(f"ridge must be in [0, 1), got {self.ridge}")
-        if self.history_dtype is not None and self.history_dtype not in HISTORY_DTYPES:
-            raise ValueError(f"history_dtype must be None or one of {HISTORY_DTYPES}, got {self.history_dtype}")
+        check_dtype("history_dtype", self.history_dtype, HISTORY_DTYPES)
         check_choice("evict", self.evict, ("least_useful", "oldest"))
         check_int("mix_every", self.mix_every)
         if self.mix_every > most_given_up(self.m):

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..naming import named
 from ..ops.broyden import BroydenMethod, BroydenWorkspace
 from ..ops.layout import Layout
 from ..ops.workspace import Stopping
@@ -23,6 +24,7 @@ from .base import Solver
 DEFAULT_MEMORY = 100
 
 
+@named("solver", history_size="memory", max_history="memory")
 @dataclass(frozen=True)
 class Broyden(Solver):
     """Broyden's method, limited memory.

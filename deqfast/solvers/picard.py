@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..naming import named
 from ..ops.anderson import AndersonMethod, AndersonWorkspace
 from ..ops.layout import Layout
 from ..ops.workspace import Stopping
@@ -11,6 +12,7 @@ from ..options import check_fraction
 from .base import Solver
 
 
+@named("solver")
 @dataclass(frozen=True)
 class Picard(Solver):
     """x_{k+1} = x_k + damping (f(x_k) - x_k).

@@ -9,6 +9,9 @@ import torch
 
 import deqfast as dq
 from deqfast import ops
+from deqfast.ops import contract
+from deqfast.ops.anderson import AndersonWorkspace
+from deqfast.ops.broyden import BroydenWorkspace
 from deqfast.ops.codes import Int
 from deqfast.status import Status
 
@@ -124,6 +127,74 @@ def test_names_are_taken_once_and_forgotten_names_are_unknown(recording):
             dq.fixed_point(f, torch.zeros(2, 3), backend="recording")
     finally:
         ops.register(recording, before=ops.names()[0])
+
+
+STEPS = {AndersonWorkspace: ops.BoundStep}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({}, "Made.name must be what users call it by, a str, got None"),
+        ({"name": "", "steps": STEPS}, "Made.name must be what users call it by, a str, got ''"),
+        ({"name": 3, "steps": STEPS}, "Made.name must be .* got 3"),
+        ({"name": "made"}, "Made.steps must map kinds of workspaces to what binds one, got None"),
+        ({"name": "made", "steps": {}}, r"Made.steps must map .* got \{\}"),
+        (
+            {"name": "made", "steps": {"anderson": ops.BoundStep}},
+            "kinds of workspaces for keys, got 'anderson'",
+        ),
+        (
+            {"name": "made", "steps": {AndersonWorkspace: None}},
+            r"steps\[AndersonWorkspace\] must be callable",
+        ),
+    ],
+)
+def test_what_is_no_whole_backend_is_refused(wrong, message):
+    members = {"why_not": lambda self, device: None, "joint": lambda self, ws: None, **wrong}
+    with pytest.raises(TypeError, match=message):
+        ops.register(type("Made", (ops.Backend,), members)())
+    assert "made" not in ops.names()
+
+
+def test_what_is_no_backend_is_refused():
+    with pytest.raises(TypeError, match="backend must be an instance of a Backend, got the class Recording"):
+        ops.register(Recording)
+    with pytest.raises(TypeError, match="backend must be an instance of a Backend, got str"):
+        ops.register("native")
+
+
+@pytest.mark.parametrize("ask", [ops.unregister, lambda name: ops.why_not(name, CPU)])
+def test_unknown_names_are_told_the_known_ones(ask):
+    with pytest.raises(ValueError, match=r"^name must be one of 'native', .* got 'natve'; did you mean 'native'\?$"):
+        ask("natve")
+    with pytest.raises(ValueError, match=r"^name must be one of 'native', .* got None$"):
+        ask(None)
+
+
+def test_auto_passes_over_a_backend_without_the_step(recording, monkeypatch):
+    monkeypatch.delenv("DEQFAST_BACKEND", raising=False)
+    recording.steps = {AndersonWorkspace: recording.steps[AndersonWorkspace]}
+    assert dq.fixed_point(f, torch.zeros(2, 3)).backend == "recording"
+    assert dq.fixed_point(f, torch.zeros(2, 3), solver="broyden").backend != "recording"
+    with pytest.raises(ValueError, match="backend 'recording' has no step for a BroydenWorkspace"):
+        dq.fixed_point(f, torch.zeros(2, 3), solver="broyden", backend="recording")
+    recording.steps = {BroydenWorkspace: None}
+    x = torch.zeros(2, 3)
+    found = dq.joint_solve(lambda z, x: 0.5 * z + x, lambda z, x: z.square().sum(1), x, x, step_size=0.1, max_iter=2)
+    assert found.backend != "recording"
+
+
+def test_auto_that_finds_none_says_why_of_each(monkeypatch):
+    monkeypatch.delenv("DEQFAST_BACKEND", raising=False)
+    monkeypatch.setattr(contract, "_backends", {"reference": contract._backends["reference"]})
+    message = "^backend='auto' found none that serves device cpu; 'reference': it serves those who name it$"
+    with pytest.raises(ValueError, match=message):
+        dq.fixed_point(f, torch.zeros(2, 3))
+    assert dq.fixed_point(f, torch.zeros(2, 3), backend="reference").backend == "reference"
+    monkeypatch.setattr(contract, "_backends", {})
+    with pytest.raises(ValueError, match=r"^backend='auto' found none .* cpu; none known$"):
+        dq.fixed_point(f, torch.zeros(2, 3))
 
 
 def test_a_step_that_says_no_more_counts_failures_by_the_statistics(recording):

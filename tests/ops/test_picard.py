@@ -6,6 +6,7 @@ import pytest
 import torch
 from problems import (
     BACKENDS,
+    DEVICE,
     EPS,
     double_of,
     linear,
@@ -128,3 +129,24 @@ def test_damping_that_is_no_number_raises_with_its_name():
 def test_double_of_keeps_complex_complex():
     assert double_of(torch.complex64) == torch.complex128
     assert double_of(torch.bfloat16) == torch.float64
+
+
+# What a sample does to its unit: it stays, grows out of it, shrinks out of it, or was zero to begin with.
+RATES = [0.9, 30.0, -30.0, 0.01, 0.5]
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "unrolled"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("damping", [1.0, 0.5])
+@pytest.mark.parametrize("N", [3, 40, 2000])
+def test_events_are_those_of_the_oracle(N, damping, dtype, backend):
+    rate = torch.tensor(RATES, dtype=dtype, device=DEVICE)[:, None]
+    z0 = torch.ones(len(RATES), N, dtype=dtype, device=DEVICE)
+    z0[-1] = 0  # and stays there
+    options = {"solver": dq.Picard(damping=damping), "rtol": 0.0, "max_iter": 14}
+    expected = dq.fixed_point(lambda z: rate * z, z0, backend="reference", **options).events
+    assert int(expected["rescales"][0]) == 0 and int(expected["rescales"][1]) > 0
+    how = {"backward": dq.Unroll()} if backend == "unrolled" else {"backend": backend}
+    events = dq.fixed_point(lambda z: rate * z, z0.clone().requires_grad_(), **options, **how).events
+    for name in set(events) - {"growth_restarts"}:  # of a history, which there is none of
+        assert torch.equal(events[name], expected[name]), name

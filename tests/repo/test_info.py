@@ -11,6 +11,7 @@ import torch
 
 import deqfast as dq
 from deqfast import info, ops
+from deqfast.ops.anderson import AndersonWorkspace
 from deqfast.ops.native import extension as native
 
 CPU = torch.device("cpu")
@@ -35,13 +36,12 @@ def no_overrides(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_report_states_versions_threads_and_both_ops():
+def test_report_states_versions_threads_and_every_op():
     report = info.report()
     assert re.search(rf"^deqfast +{re.escape(dq.__version__)}$", report, re.MULTILINE)
     assert re.search(rf"^torch +{re.escape(torch.__version__)}$", report, re.MULTILINE)
     assert re.search(rf"^threads +{torch.get_num_threads()}\b", report, re.MULTILINE)
-    for op in info.OPS:
-        assert re.search(rf"^  {op} .*yes$", report, re.MULTILINE)
+    assert len(re.findall(r"^  every op .*yes$", report, re.MULTILINE)) == len(info.facts()["devices"])
 
 
 @built
@@ -75,6 +75,29 @@ def test_every_reason_is_printed(monkeypatch):
     report = info.report()
     assert "  native: no, native is off" in report
     assert "  triton: no, triton is off" in report
+
+
+def test_ops_have_rows_of_their_own_where_their_backends_differ():
+    class Half(type(next(ops.backends()))):  # type: ignore[misc]
+        name = "half"
+
+        def __init__(self):
+            self.steps = {AndersonWorkspace: ops.BoundStep}
+
+        def why_not(self, device):
+            return None
+
+    ops.register(Half())
+    try:
+        report = info.report()
+        facts = info.facts()["devices"][0]["ops"]
+    finally:
+        ops.unregister("half")
+    assert "every op" not in report
+    for op, mark in (("anderson_step", "yes"), ("broyden_step", "no"), ("joint_step", "yes")):
+        assert re.search(rf"^  {op} .* {mark}$", report, re.MULTILINE)
+        assert facts[op]["half"] == (mark if mark == "yes" else "it has no broyden_step")
+    assert "  half: no, it has no broyden_step" in report
 
 
 def test_command_prints_the_report_and_names_the_overrides_in_effect():

@@ -190,3 +190,16 @@ def test_throw_and_errors_of_f_pass_through_and_leave_the_compiler_as_it_was():
     expected = torch.sin(dq.fixed_point(cell, torch.zeros_like(x), (torch.cos(x),)).z)
     assert torch.equal(model(x, cell), expected)
     assert recorder.about("cos") and recorder.about("sin")
+
+
+def test_f_may_take_keywords_and_the_entries_of_a_tuple():
+    def f(a, b, *, scale):
+        return torch.tanh(b) * scale, torch.tanh(a) + 1
+
+    def solve(z0, scale):
+        return dq.fixed_point(f, (z0, z0), kwargs={"scale": scale}, unpack=True).z
+
+    recorder, z0 = Recorder(), torch.randn(4, 6)
+    found = torch.compile(solve, backend=recorder)(z0, 0.5)
+    assert_same(list(found), list(solve(z0, 0.5)))
+    assert len(recorder.about("tanh")) == 1, recorder.graphs

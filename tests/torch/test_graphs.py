@@ -162,6 +162,19 @@ def test_new_lambda_over_the_same_tensors_is_the_same_program(recorder):
     assert recorder.recorded == 3
 
 
+def test_f_with_the_entries_of_a_tuple_is_recorded_once(recorder):
+    x, z0 = torch.randn(2, 8), (torch.zeros(2, 8), torch.ones(2, 8))
+    options = {"unpack": True, "backward": "none"}
+
+    def solve(**more):
+        return dq.fixed_point(lambda a, b: (0.5 * torch.cos(b) + x, a / 2), z0, **options, **more)
+
+    for _ in range(3):
+        recorded = solve(mode="graph")
+    assert recorded.mode == "graph" and recorder.recorded == 3
+    assert_same(recorded, solve())
+
+
 def test_closure_over_ever_new_tensors_falls_back_and_says_so(recorder):
     alive = []
     with warnings.catch_warnings(record=True) as caught:

@@ -135,8 +135,9 @@ class AndersonStep(PortableStep):
             verdict.improved,
         )
         if method.m == 0:
-            self.settle(anderson.plain_step(method, e), f, answer, verdict)
+            overflowed = self.settle(anderson.plain_step(method, e), f, answer, verdict)
             statistics.write(verdict)
+            statistics.count(statistics.of_any_solver(verdict, overflowed))
             return
         loose = self._rowwise()
         loose.grow(made)
@@ -144,27 +145,19 @@ class AndersonStep(PortableStep):
         new = self._new(e, loose.columns, before)
         self._g = g
         step = anderson.step(method, self.algebra, self.constants, loose.columns, loose.known, e, new)
-        lost, events = self._lost(step, self.settle(step.x, f, answer, verdict), going)
+        lost = self.settle(step.x, f, answer, verdict)
+        events = statistics.of_any_solver(verdict, lost)
+        if step.solved is not None:
+            events[Int.SOLVE_FALLBACKS] = failed = but_not(going, step.solved)
+            lost = failed if lost is None else lost | failed
         if step.grew is not None:
             events[Int.GROWTH_RESTARTS] = step.grew
-        if made > 1 and not verdict.calm:
-            events[Int.RESCALES] = verdict.reset
         chosen = anderson.choose_slot(method, self.algebra, self.constants, step, going, lost, made)
         if anderson.may_give_up(method, made):
             events[Int.EVICTIONS] = chosen.evicting
         loose.known = chosen.known
         statistics.write(verdict, chosen.rows())
-        if events:
-            statistics.count(events)
-
-    @staticmethod
-    def _lost(step: anderson.Step, overflowed: Tensor | None, going: Tensor) -> tuple[Tensor | None, dict[Int, Tensor]]:
-        """Samples whose step failed, None: nobody; and by what."""
-        failed = None if step.solved is None else but_not(going, step.solved)
-        events = {Int.STEP_FALLBACKS: overflowed, Int.SOLVE_FALLBACKS: failed}
-        known = {row: mask for row, mask in events.items() if mask is not None}
-        masks = list(known.values())
-        return (masks[0] | masks[1] if len(masks) == 2 else masks[0] if masks else None), known
+        statistics.count(events)
 
     def _new(self, e: Evaluation, columns: Columns, before: tuple[Leaves | None, Rows]) -> list[Tensor] | None:
         """DF and dG, rounded as they will be stored."""

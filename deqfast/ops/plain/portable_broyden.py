@@ -106,13 +106,12 @@ class BroydenStep(PortableStep):
         count, scale = ws.int_row(Int.COUNT), ws.real_row(Real.SCALE)
         step = broyden.step(ws.method, self.algebra, self.steps, count, scale, e)
         overflowed = self.settle(step.x, f, answer, verdict)
-        if overflowed is None:
-            overflowed = statistics.codes.nobody
         self.steps.put(step.kept, step.s)
-        events = {Int.STEP_FALLBACKS: overflowed, Int.FULL_RESTARTS: step.full, Int.DENOMINATOR_RESTARTS: step.bad}
-        if statistics.made > 1:
-            events[Int.RESCALES] = verdict.reset
-        new_count = (step.kept + self.statistics.codes.step).masked_fill(overflowed, 0)
-        statistics.write(verdict, {Int.COUNT: new_count.int()})
+        events = statistics.of_any_solver(verdict, overflowed)
+        events |= {Int.FULL_RESTARTS: step.full, Int.DENOMINATOR_RESTARTS: step.bad}
+        new_count = step.kept + self.statistics.codes.step
+        if overflowed is not None:
+            new_count = new_count.masked_fill(overflowed, 0)
+        statistics.write(verdict, {Int.COUNT: new_count})
         statistics.count(events)
         torch.where(going, step.scale, scale, out=scale)

@@ -132,23 +132,22 @@ class AndersonStep(_Step):
         made = statistics.made
         e = Evaluation(made, x, f, g, going, verdict.reset, stats.unit, stats.norm, statistics.stats.norm)
         if ws.method.m == 0:
-            lost = self.settle(anderson.plain_step(ws.method, e), f, answer, going)
+            overflowed = self.settle(anderson.plain_step(ws.method, e), f, answer, going)
             statistics.write(verdict)
+            statistics.count(statistics.of_any_solver(verdict, overflowed))
             return
         known = self._known()
         columns = _Columns(ws, known.norms[:, 0] < torch.inf)
         new = None if f_prev is None else self._new(e, f_prev)
         step = anderson.step(ws.method, ALGEBRA, self.constants, columns, known, e, new)
         overflowed = self.settle(step.x, f, answer, going)
-        events = {Int.STEP_FALLBACKS: overflowed}
+        events = statistics.of_any_solver(verdict, overflowed)
         lost = overflowed
         if step.solved is not None:
             events[Int.SOLVE_FALLBACKS] = going & ~step.solved
             lost = lost | events[Int.SOLVE_FALLBACKS]
         if step.grew is not None:
             events[Int.GROWTH_RESTARTS] = step.grew
-        if made > 1:
-            events[Int.RESCALES] = verdict.reset
         chosen = anderson.choose_slot(ws.method, ALGEBRA, self.constants, step, going, lost, made)
         events[Int.EVICTIONS] = chosen.evicting
         statistics.write(verdict, chosen.rows())
@@ -238,13 +237,8 @@ class BroydenStep(_Step):
         if ws.gram.shape[1]:
             finite = torch.where(torch.isfinite(ws.history), ws.history, 0)
             ws.gram[where, at] = products(finite, step.s)[keep]
-        events = {
-            Int.STEP_FALLBACKS: overflowed,
-            Int.FULL_RESTARTS: step.full,
-            Int.DENOMINATOR_RESTARTS: step.bad,
-        }
-        if statistics.made > 1:
-            events[Int.RESCALES] = verdict.reset
+        events = statistics.of_any_solver(verdict, overflowed)
+        events |= {Int.FULL_RESTARTS: step.full, Int.DENOMINATOR_RESTARTS: step.bad}
         statistics.write(verdict, {Int.COUNT: torch.where(overflowed, 0, step.kept + 1).int()})
         statistics.count(events)
         scale.copy_(torch.where(going, step.scale, scale))

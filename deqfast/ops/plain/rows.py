@@ -163,8 +163,17 @@ class Statistics:
             self._views[first, last] = self.ws.ints[first : last + 1, : self.ws.layout.B]
         return self._views[first, last]
 
+    def of_any_solver(self, verdict: Verdict, overflowed: Tensor | None) -> dict[Int, Tensor]:
+        """What every solver counts, given who took f's value because the next iterate ``overflowed``; None: nobody."""
+        events = {} if overflowed is None else {Int.STEP_FALLBACKS: overflowed}
+        if self.made > 1 and not verdict.calm:  # the first unit replaces none
+            events[Int.RESCALES] = verdict.reset
+        return events
+
     def count(self, events: dict[Int, Tensor]) -> None:
         """Count what happened to samples."""
+        if not events:
+            return
         if len(events) == 1:
             ((row, mask),) = events.items()
             self._rows_of(row, row)[0].add_(mask)
