@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from . import compiled as _compiled
 from . import project
@@ -36,6 +38,13 @@ except PackageNotFoundError:  # used from a source tree that was never installed
     __version__ = "0+unknown"
 
 _compiled.skip_frames_of(__name__)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "compat":  # imported when it is first asked for
+        return import_module(f"{__name__}.compat")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "DEQ",
