@@ -171,6 +171,11 @@ class Roots:
         self._state, self._least_at = None, self.iterations
         return True
 
+    @property
+    def scale(self) -> float:
+        """The s of the steps, 1 where there was none."""
+        return 1.0 if self._scale is None else self._scale
+
     def end(self) -> None:
         """Give the history back."""
         if self._state is not None:
