@@ -8,9 +8,9 @@ said once by name (``IgnoredOption``), and a solve that did not converge is an e
 from __future__ import annotations
 
 from .. import compiled as _compiled
-from . import locuslab, scipy, xitorch
+from . import jaxopt, locuslab, scipy, xitorch
 from ._names import IgnoredOption
 
 _compiled.skip_frames_of(__name__)
 
-__all__ = ["IgnoredOption", "locuslab", "scipy", "xitorch"]
+__all__ = ["IgnoredOption", "jaxopt", "locuslab", "scipy", "xitorch"]
