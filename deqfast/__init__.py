@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from . import compiled as _compiled
 from . import project
@@ -40,10 +41,14 @@ except PackageNotFoundError:  # used from a source tree that was never installed
 _compiled.skip_frames_of(__name__)
 
 
-def __getattr__(name: str) -> Any:
-    if name == "compat":  # imported when it is first asked for
-        return import_module(f"{__name__}.compat")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if TYPE_CHECKING:
+    compat: ModuleType
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name == "compat":  # imported when it is first asked for
+            return import_module(f"{__name__}.compat")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [
