@@ -35,6 +35,8 @@ class Arrays:
         if batched and x.ndim < 1:
             raise ValueError("a batch has systems in dim 0, got a single number")
         self._shape = tuple(x.shape)
+        if 0 in self._shape:
+            raise ValueError(f"x must hold numbers, got shape {self._shape}")
         self._flat = (self._shape[0], x[0].size if not self._torch else x[0].numel()) if batched else (-1,)
         self.x: Tensor = self._inside(x)
         self.evaluations = 0
@@ -64,7 +66,8 @@ class Arrays:
             if not self._torch:
                 raise TypeError("F must return an array for an array, got a tensor")
             raise TypeError(f"F must return a tensor for a tensor, got {type(found).__name__}")
-        if np.shape(found) != self._shape and np.size(found) != self.x.numel():
+        size = found.numel() if isinstance(found, Tensor) else np.size(found)
+        if size != self.x.numel():
             raise ValueError(f"F(x) must have the shape of x, expected {self._shape}, got {tuple(np.shape(found))}")
         return found
 

@@ -76,14 +76,14 @@ class Batch:
             self._fx = fx = fx if self._rows is None else fx[self._rows]
             self.evaluations += 1
             moved = fx - self.x
-            both = torch.stack((torch.linalg.vector_norm(moved), torch.linalg.vector_norm(fx)))
+            both = torch.stack((_norm(moved), _norm(fx)))
             norms: list[float] = both.tolist()
             if not math.isfinite(norms[0]):
                 finite = moved.flatten(1).isfinite().all(1)
                 moved, kept = moved[finite], fx[finite]
-                norms = [float(moved.norm()), float(kept.norm())] if len(kept) else [math.inf, math.inf]
+                norms = [float(_norm(moved)), float(_norm(kept))] if len(kept) else [math.inf, math.inf]
             if self._measures_moves and self.evaluations > 1:
-                step, size = float((self.x - before).norm()), float(before.norm())
+                step, size = float(_norm(self.x - before)), float(_norm(before))
                 self.moves.append(step / size if size else step / 1e-9)
         return Measured(fx, *norms)
 
@@ -104,6 +104,11 @@ class Batch:
             return rows.clone()
         base = self._x0.clone() if others is None else torch.full_like(self._x0, others)
         return base.index_copy_(0, self._rows, rows)
+
+
+def _norm(v: Tensor) -> Tensor:
+    wide = torch.float32 if v.dtype in (torch.float16, torch.bfloat16) else None
+    return torch.linalg.vector_norm(v, dtype=wide)
 
 
 class Best:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..solvers.base import Solver
-from ._roots import PATIENCE, SHRINK, SHRINKS, Found, Rule, first_scale, secant_scale
+from ._roots import HOPELESS, PATIENCE, SHRINK, SHRINKS, Found, Rule, first_scale, secant_scale
 
 
 class Many:
@@ -77,7 +77,7 @@ class Many:
         state = self._solver.init(x, rtol=0.0, atol=0.0)
         out = [torch.empty_like(x), torch.empty_like(x)]
         scale = scale.masked_fill(self._done[:, None], 0.0)
-        before = x
+        before, size = x, torch.linalg.vector_norm(fx, dim=1)
         for k in range(min(iterations, self._limit - self.iterations)):
             # Where s is 0 the sample is at a fixed point, and the solver leaves it alone.
             if state.step(torch.addcmul(state.z, fx, scale, out=out[k & 1])):
@@ -90,6 +90,11 @@ class Many:
                 if bool(self._done.all()):
                     break
             before = x
+            if k % HOPELESS == HOPELESS - 1:
+                now = torch.linalg.vector_norm(fx, dim=1)
+                if not bool((~self._done & (now < 0.5 * size)).any()):
+                    break
+                size = now
         state.release()
         return x, fx
 

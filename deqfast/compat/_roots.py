@@ -27,6 +27,7 @@ CAREFUL = 1.0  # the same in the last search
 PATIENCE = 50  # iterations without a lower ||F|| before a search begins anew,
 SHRINK, SHRINKS = 0.3, 2  # with an s of that size at first
 HALVINGS = 12
+HOPELESS = 500  # iterations without a lower ||F|| after which it is given up
 
 
 def max_norm(v: Tensor) -> Any:
@@ -151,12 +152,16 @@ class Roots:
             elif self._lost() and self._begins_anew():
                 x, fx = (x.clone(), fx) if self._size <= _norm(self._start[1]) else self._start
                 self._size = self._least = _norm(fx)
-            elif not math.isfinite(self._size):
+            elif self._stuck() or self.iterations - self._least_at >= HOPELESS:
                 break
         return Found(x.clone(), fx, False, self.iterations)
 
     def _lost(self) -> bool:
-        return self.iterations - self._least_at >= PATIENCE or not math.isfinite(self._size)
+        return self.iterations - self._least_at >= PATIENCE or self._stuck()
+
+    def _stuck(self) -> bool:
+        """F is not finite, or x + s F is x in the numbers there are."""
+        return not math.isfinite(self._size) or (self._state is not None and self._state.done)
 
     def _begins_anew(self) -> bool:
         """The search got lost: begin with smaller steps, if that has not been tried."""

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,7 +110,8 @@ def anderson(
         x.
 
     Raises:
-        NoConvergence: with the last x, unless ``iter`` was given.
+        NoConvergence: with the last x, unless ``iter`` was given; before ``maxiter`` too, after 500 iterations that
+            made nothing better.
         TypeError, ValueError: an argument that there is none of, or a value that it cannot have.
     """
     refuse("anderson", unknown, _COMMON | {"w0": 0, "M": 0})
@@ -198,6 +198,7 @@ def root(
             ``M``, or of ``alpha``, ``reduction_method``, ``max_rank``.
         batched: as of ``anderson``; ``success`` then says whether all rows converged.
     """
+    method = method.lower()
     check_choice("method", method, ("anderson", "broyden1"))
     if jac is not None and jac is not False:
         ignored("root", ["jac"], "these methods form no Jacobian")
@@ -301,7 +302,7 @@ def _solve(function: str, F: Callable[[Any], Any], xin: Any, solver: Solver, opt
         x=arrays.user(found.x),
         success=success,
         status=1 if success else 2,
-        message="within the tolerances" if success else "not within the tolerances after the iterations allowed",
+        message="within the tolerances" if success else "not within the tolerances after the iterations",
         fun=arrays.user(found.fx),
         nit=found.iterations,
         nfev=arrays.evaluations,
@@ -328,7 +329,7 @@ def _tell(arrays: Arrays, verbose: bool, callback: Callable[[Any, Any], Any] | N
         if callback is not None:
             callback(arrays.user(x), arrays.user(fx))
         if verbose:
-            print(f"{tell.count}:  |F(x)| = {float(np.max(np.asarray(norm))):g}")  # type: ignore[attr-defined]
+            print(f"{tell.count}:  |F(x)| = {float(torch.as_tensor(norm).max()):g}")  # type: ignore[attr-defined]
         tell.count += 1  # type: ignore[attr-defined]
 
     tell.count = 0  # type: ignore[attr-defined]

@@ -294,3 +294,42 @@ def test_power_method():
     z = torch.randn(B, 1, 2, dtype=torch.float64, requires_grad=True)
     vector, value = locuslab.power_method(z @ turn, z, n_iters=400)
     assert vector.shape == z.shape and torch.allclose(value, torch.full_like(value, 0.8), atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_of_halves_do_not_overflow(dtype):
+    x = torch.full((B, 4, 2000), 300.0, dtype=dtype)
+    out = locuslab.anderson(lambda z: 0.5 * z + x, torch.zeros_like(x), eps=0.02)
+    assert out["lowest"] < 0.02 and torch.allclose(out["result"].float(), 2 * x.float(), rtol=0.05)
+
+
+def test_memory_format_autocast_and_inference_mode():
+    x0 = torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    conv = torch.nn.Conv2d(3, 3, 3, padding=1)
+    with torch.no_grad():
+        conv.weight.mul_(0.3)
+    z, _ = locuslab.tutorial_anderson(lambda z: torch.tanh(conv(z)) + 1, x0, tol=1e-4)
+    assert z.is_contiguous(memory_format=torch.channels_last) and not z.requires_grad
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half, _ = locuslab.tutorial_anderson(lambda z: torch.tanh(conv(z)) + 1, x0, tol=2e-2)
+    assert half.dtype == torch.float32 and torch.allclose(half, z, atol=0.1)
+    with torch.inference_mode():
+        assert torch.allclose(
+            locuslab.anderson(lambda z: torch.tanh(conv(z)) + 1, x0, eps=1e-4)["result"], z, atol=1e-3
+        )
+
+
+def test_f_that_writes_into_what_it_is_given_or_uses_its_output_again():
+    f, solution, x0 = affine(B, D, L)
+    buffer = torch.empty_like(x0)
+
+    def again(z):
+        return buffer.copy_(f(z))
+
+    def writes(z):
+        return z.copy_(f(z))
+
+    expected = locuslab.anderson(f, x0, eps=1e-9)
+    assert torch.equal(locuslab.anderson(again, x0, eps=1e-9)["result"], expected["result"])
+    out = locuslab.anderson(lambda z: writes(z.clone()), x0, eps=1e-9)
+    assert torch.allclose(out["result"], solution, atol=1e-6)

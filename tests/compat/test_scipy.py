@@ -127,6 +127,8 @@ def test_complex_systems():
     M, c = SPD + 1j * W / 4, b + 1j * b[::-1]
     x = ours.anderson(lambda x: c - M @ x, np.zeros(N, dtype=complex), f_tol=1e-10)
     assert np.allclose(x, np.linalg.solve(M, c), atol=1e-8)
+    assert np.allclose(ours.anderson(lambda x: x + 1j, b), -1j)  # x takes the type of F(x)
+    assert ours.anderson(lambda x: b - SPD @ x, np.zeros(N, dtype=np.float32)).dtype == np.float64
 
 
 def test_tolerances_are_scipys():
@@ -183,6 +185,18 @@ def test_no_convergence_carries_the_last_iterate():
         ours.broyden1(lambda x: x**2 + 1, np.ones(3), maxiter=300)
     with pytest.raises(ours.NoConvergence), np.errstate(all="ignore"):
         ours.anderson(lambda x: np.full_like(x, np.nan), np.ones(3))
+
+
+def test_what_cannot_get_better_is_given_up():
+    for F, x0 in (
+        (lambda x: np.sign(x) + 2, np.zeros(50)),
+        (lambda x: x - x + 1.0, np.full(50, 1e20)),  # no step changes x
+        (lambda x: np.where(np.arange(50) < 2, 1e-3 + x**2, -x), np.ones(50)),
+    ):
+        sol = ours.root(F, x0, options={"fatol": 1e-6})
+        assert not sol.success and sol.nfev < 2500
+        sol = ours.root(lambda x, F=F: np.stack([F(row) for row in x]), np.stack([x0, x0]), batched=True)
+        assert not sol.success and sol.nfev < 2500
 
 
 def test_iter_makes_so_many_iterations():
@@ -301,6 +315,7 @@ def test_verbose_prints_every_iteration(capsys):
         (lambda: ours.anderson(lambda x: x.numpy(), torch.zeros(2)), TypeError, "a tensor for a tensor"),
         (lambda: ours.anderson(lambda x: x, 1.0, batched=True), ValueError, "single number"),
         (lambda: ours.anderson(bratu, b, M=-1), ValueError, "M must be at least 0"),
+        (lambda: ours.anderson(lambda x: x, np.zeros((2, 0))), ValueError, "x must hold numbers"),
     ],
 )
 def test_refusals(call, error, message):
