@@ -1,9 +1,10 @@
 """F(x) = 0 to SciPy's stopping rules: the loop, over one system or a batch of them.
 
 Steps are those of f(x) = x + s F(x), one s a system: 1 / -s is the first guess of the Jacobian. Where the caller gives
-none the first is SciPy's, 0.5 max(||x||, 1) / ||F(x)||, for one evaluation, and what that says of F the final one: the
-secant slope -dx.dF / dF.dF, which has the right sign as well. A search that finds no lower ||F|| for a while begins
-anew, with smaller s: that of the start may not suit what comes.
+none the first is SciPy's, 0.5 max(||x||, 1) / ||F(x)||, for one evaluation, and what that says of F the final one:
+||dx|| / ||dF|| with the sign of -dx.dF. (-dx.dF / dF.dF, the slope along the step, nearly vanishes where F is
+indefinite, and fails more of such systems.) A search that finds no lower ||F|| for a while begins anew, with smaller s:
+that of the start may not suit what comes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..options import check_callable, check_number
 from ..solvers.base import Solver
 
 DEFAULT_F_TOL = torch.finfo(torch.float64).eps ** (1 / 3)
-CAUTION = 0.7  # of the secant slope: later ones may be steeper
+CAUTION = 0.7  # of the first slope: later ones may be steeper
 GROWTH = 1e3  # a step after which ||F|| is this many times what it was is taken back, if asked for
 CAREFUL = 1.0  # the same in the last search
 PATIENCE = 50  # iterations without a lower ||F|| before a search begins anew,
@@ -235,8 +236,7 @@ def first_scale(x: Tensor, fx: Tensor) -> Tensor:
 
 
 def secant_scale(dx: Tensor, df: Tensor) -> Tensor:
-    """-dx.dF / dF.dF of each row, times ``CAUTION``; 1 where that is 0 or not finite."""
-    product = -(dx.conj() * df).real.sum(-1) if dx.is_complex() else -(dx * df).sum(-1)
-    square = torch.linalg.vector_norm(df, dim=-1) ** 2
-    found = product / square
-    return torch.where(torch.isfinite(found) & (found != 0), CAUTION * found, 1.0)
+    """``CAUTION`` ||dx|| / ||dF|| of each row with the sign of -dx.dF; 1 where that is 0 or not finite."""
+    product = (dx.conj() * df).real.sum(-1) if dx.is_complex() else (dx * df).sum(-1)
+    found = CAUTION * torch.linalg.vector_norm(dx, dim=-1) / torch.linalg.vector_norm(df, dim=-1)
+    return torch.where(torch.isfinite(found) & (found != 0), torch.where(product > 0, -found, found), 1.0)

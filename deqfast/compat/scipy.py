@@ -2,7 +2,7 @@
 
 Same arguments, stopping rules and exceptions. An array comes back for an array, a tensor for a tensor, on its device
 and in its precision; nothing is differentiated, as there. Different on purpose: steps are deqfast's; without ``alpha``
-the first guess of the Jacobian is the secant slope of a first step, which has the right sign; and a line search looks
+the first guess of the Jacobian is the slope of a first step, which has the right sign; and a line search looks
 at full steps alone as long as they do well. ``batched=True`` solves the rows of dim 0 as systems of their own.
 
 Source: SciPy's reference, scipy.optimize.anderson, broyden1, root; V. Eyert, J. Comp. Phys. 124 (1996).

@@ -81,7 +81,7 @@ def equilibrium(
             ``f_tol`` (1e-6) and <= ``f_rtol`` (none) times that at y0, and the last step's size is <= ``x_tol`` (1e-6)
             and <= ``x_rtol`` (none) ||y||. ``verbose`` prints the residuals. ``line_search``: as in
             ``dq.compat.scipy``. ``alpha``: steps of alpha (fcn(y) - y), default 1, of "broyden1" and "broyden2"
-            the secant slope of a first step; of those ``max_rank``, the steps kept; of "anderson_acc" ``msize``
+            the slope of a first step; of those ``max_rank``, the steps kept; of "anderson_acc" ``msize``
             columns, mixing ``beta``, ridge ``lmbda``.
 
     Returns:
@@ -124,7 +124,7 @@ def rootfinder(
         bck_options: as of ``equilibrium``.
         method: "broyden1" (None), "broyden2" or "linearmixing".
         **fwd_options: as of ``equilibrium``, norms of fcn(y). ``alpha``: the first guess of the Jacobian is -1/alpha;
-            default the secant slope of a first step.
+            default the slope of a first step.
 
     Returns:
         y, with a gradient; the last one, with a ``ConvergenceWarning``, where none met the rule.

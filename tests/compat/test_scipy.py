@@ -79,6 +79,27 @@ def test_fewer_evaluations_than_scipy_over_the_suite(method):
     assert evaluations(ours.root) < 0.7 * evaluations(scipy.optimize.root)
 
 
+def indefinite(n, seed):
+    own = np.random.default_rng(seed)
+    Q = np.linalg.qr(own.standard_normal((n, n))).Q
+    M = Q * (own.choice([-1, 1], n) * own.uniform(0.3, 3, n)) @ Q.T
+    c = own.standard_normal(n)
+    return lambda x: M @ x + 0.2 * np.sin(x) - c
+
+
+@pytest.mark.parametrize("method", ["anderson", "broyden1"])
+def test_indefinite_systems_are_solved_as_often_as_by_scipy(method):
+    systems = [indefinite(n, n) for n in range(3, 23, 2)]
+
+    def solved(root):
+        found = [root(F, np.zeros(3 + 2 * i), method=method, options={"maxiter": 300}) for i, F in enumerate(systems)]
+        return sum(bool(sol.success) for sol in found), sum(sol.nfev for sol in found)
+
+    ours_solved, ours_evaluations = solved(ours.root)
+    theirs_solved, theirs_evaluations = solved(scipy.optimize.root)
+    assert ours_solved >= theirs_solved and ours_evaluations < theirs_evaluations
+
+
 @pytest.mark.parametrize("method", ["anderson", "broyden1"])
 def test_signatures_are_scipys(method):
     def names(function):
