@@ -82,7 +82,8 @@ def equilibrium(
             and <= ``x_rtol`` (none) ||y||. ``verbose`` prints the residuals. ``line_search``: as in
             ``dq.compat.scipy``. ``alpha``: steps of alpha (fcn(y) - y), default 1, of "broyden1" and "broyden2"
             the slope of a first step; of those ``max_rank``, the steps kept; of "anderson_acc" ``msize``
-            columns, mixing ``beta``, ridge ``lmbda``.
+            columns, mixing ``beta``, ridge ``lmbda``. In float32 the default tolerances are near rounding for more than
+            a few dozen numbers: give others.
 
     Returns:
         y, with a gradient; the last one, with a ``ConvergenceWarning``, where none met the rule.

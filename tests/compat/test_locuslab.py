@@ -266,36 +266,6 @@ def test_refusals(arguments, error, message):
         locuslab.anderson(f, x0, **arguments)
 
 
-def test_jac_loss_estimate_is_that_of_the_frobenius_norm():
-    W = torch.randn(6, 6, dtype=torch.float64, requires_grad=True)
-    z = torch.randn(50, 6, dtype=torch.float64, requires_grad=True)
-    loss = locuslab.jac_loss_estimate(z @ W, z, vecs=400)
-    assert loss.shape == () and loss.item() == pytest.approx(W.square().sum().item() / 6, rel=0.05)
-    (grad,) = torch.autograd.grad(loss, W)
-    assert torch.allclose(grad, 2 * W / 6, atol=0.2)
-    assert not locuslab.jac_loss_estimate(z @ W, z, create_graph=False).requires_grad
-
-
-def test_power_method():
-    A = torch.diag(torch.tensor([0.9, -0.5, 0.2], dtype=torch.float64))
-    z = torch.randn(B, 3, dtype=torch.float64, requires_grad=True)
-    vector, value = locuslab.power_method(z @ A, z)
-    assert vector.shape == z.shape and value.shape == (B, 1)
-    assert torch.allclose(value, torch.full_like(value, 0.9)) and torch.allclose(
-        vector[:, 0].abs(), torch.ones(B).double()
-    )
-    turn = (
-        0.8
-        * torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.float64)
-        @ torch.diag(torch.tensor([1.0, 1.0]).double())
-    )
-    skew = torch.tensor([[1.0, 3.0], [0.0, 1.0]], dtype=torch.float64)
-    turn = torch.linalg.inv(skew) @ turn @ skew  # a pair of complex eigenvalues of modulus 0.8, not normal
-    z = torch.randn(B, 1, 2, dtype=torch.float64, requires_grad=True)
-    vector, value = locuslab.power_method(z @ turn, z, n_iters=400)
-    assert vector.shape == z.shape and torch.allclose(value, torch.full_like(value, 0.8), atol=0.02)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_norms_of_halves_do_not_overflow(dtype):
     x = torch.full((B, 4, 2000), 300.0, dtype=dtype)
@@ -333,3 +303,21 @@ def test_f_that_writes_into_what_it_is_given_or_uses_its_output_again():
     assert torch.equal(locuslab.anderson(again, x0, eps=1e-9)["result"], expected["result"])
     out = locuslab.anderson(lambda z: writes(z.clone()), x0, eps=1e-9)
     assert torch.allclose(out["result"], solution, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", [locuslab.broyden, locuslab.mdeq_broyden])
+def test_masked_rows_of_broyden_stay_and_count_in_no_norm(solver):
+    f, solution, x0 = affine(B, D, L)
+    x0[1] = 1e3  # far from its solution, if it counted
+    given = f if solver is locuslab.broyden else lambda z: f(z) - z
+    out = solver(given, x0, 50, 1e-8, mask=ROWS)
+    assert torch.equal(out["result"][1], x0[1])
+    assert torch.allclose(out["result"][ROWS], solution[ROWS], atol=1e-6)
+    if "diff_detail" in out:
+        assert out["diff"] < 1e-8 and torch.equal(out["diff_detail"][1], torch.zeros(L, dtype=x0.dtype))
+
+
+def test_no_row_to_solve_for():
+    f, _, x0 = affine(B, D, L)
+    out = locuslab.anderson(f, x0 + 2, mask=torch.zeros(B, dtype=torch.bool))
+    assert torch.equal(out["result"], x0 + 2) and out["lowest"] == 0
