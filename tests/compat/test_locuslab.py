@@ -321,3 +321,10 @@ def test_no_row_to_solve_for():
     f, _, x0 = affine(B, D, L)
     out = locuslab.anderson(f, x0 + 2, mask=torch.zeros(B, dtype=torch.bool))
     assert torch.equal(out["result"], x0 + 2) and out["lowest"] == 0
+
+
+def test_what_f_must_return():
+    with pytest.raises(ValueError, match="must have the shape of x0"):
+        locuslab.anderson(lambda z: z[:1], torch.zeros(2, 3))
+    with pytest.raises(TypeError, match="x0 must be a tensor"):
+        locuslab.tutorial_anderson(lambda z: z, [1.0])

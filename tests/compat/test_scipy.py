@@ -152,6 +152,16 @@ def test_complex_systems():
     assert ours.anderson(lambda x: b - SPD @ x, np.zeros(N, dtype=np.float32)).dtype == np.float64
 
 
+def test_f_of_other_types_is_converted():
+    assert np.allclose(ours.anderson(lambda x: (2 - x).astype(np.float32), np.zeros(3)), 2)
+    assert ours.anderson(lambda x: np.zeros(3, dtype=int), np.ones(3)).tolist() == [1, 1, 1]
+    readonly = np.broadcast_to(np.float64(1.0), (3,))
+    assert np.allclose(ours.anderson(lambda x: readonly - x.sum(), np.zeros(3)), 1 / 3)
+    calls: list[Any] = []
+    with pytest.raises(TypeError, match="dtype of x"):
+        ours.anderson(lambda x: calls.append(x) or (x + 1 if len(calls) < 3 else x + 1j), np.ones(3))
+
+
 def test_tolerances_are_scipys():
     F, x0 = PROBLEMS["tanh"]
     F0 = np.abs(F(x0)).max()

@@ -67,3 +67,12 @@ def test_batches_by_a_norm_and_by_steps():
     assert ours.root(rows, np.zeros((B, N)), batched=True, tol=1e-8).success
     x = ours.anderson(rows, np.zeros((B, N)), batched=True, iter=2)
     assert x.shape == (B, N)
+
+
+def test_batches_that_are_solved_at_once_or_never():
+    found = ours.root(lambda x: 1 - x, np.ones((2, 3)), batched=True)
+    assert found.nfev == 1 and found.success
+    first = ours.root(lambda x: np.where(np.abs(x) > 0, 0.0, 1.0), np.zeros((2, 1)), batched=True)
+    assert first.nfev == 2 and first.success
+    never = ours.root(lambda x: np.sign(x) + 2, np.zeros((2, 60)), batched=True)
+    assert not never.success and never.nfev < 1500
