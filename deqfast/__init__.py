@@ -6,7 +6,10 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from . import compiled as _compiled
 from . import project
@@ -36,6 +39,17 @@ except PackageNotFoundError:  # used from a source tree that was never installed
     __version__ = "0+unknown"
 
 _compiled.skip_frames_of(__name__)
+
+
+if TYPE_CHECKING:
+    compat: ModuleType
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name == "compat":  # imported when it is first asked for
+            return import_module(f"{__name__}.compat")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "DEQ",
