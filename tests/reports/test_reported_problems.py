@@ -210,7 +210,7 @@ def test_graphs_of_a_batch_are_problems_of_their_own():
 
 @pytest.mark.parametrize("solver", ONE_OF_EACH)
 def test_personalised_page_rank_is_the_solution_of_its_linear_system(solver):
-    """Ranks stop before they have converged, since each moves by less than the tolerance (networkx/networkx#8651)."""
+    """Ranks stop before they have converged, since each moves by less than the tolerance (networkx/networkx#3276)."""
     f, start, exact = page_rank(60)
     sol = dq.fixed_point(f, start, batch_dims=0, solver=solver, rtol=1e-11, max_iter=500)
     assert sol.converged and relative(sol.z, exact) < 1e-9
@@ -351,7 +351,7 @@ def test_large_root_and_its_adjoint_are_those_of_a_banded_solve(solver):
     ids=["anderson", "anderson-2", "broyden"],
 )
 def test_well_conditioned_equations_of_an_expanding_map_are_solved(solver):
-    """Acceleration with a safeguard restarts for ever (cvxgrp/scs#129), the adjoint of NLsolve.jl#273 with 10 unknowns.
+    """Anderson acceleration is unstable (cvxgrp/scs#129): the adjoint of NLsolve.jl#273, with 10 unknowns.
 
     Eigenvalues of the map lie between -11 and -7, and of its equations between 8 and 12: condition 1.5. As many columns
     as unknowns are there, so that least squares have the answer after 11 evaluations.
@@ -369,7 +369,7 @@ def test_well_conditioned_equations_of_an_expanding_map_are_solved(solver):
 
 @pytest.mark.parametrize("solver", ONE_OF_EACH)
 def test_the_number_that_is_its_own_cosine(solver):
-    """A state of one number without dims, cos z = z (patrick-kidger/optimistix#217; scipy/scipy#5310)."""
+    """A state of one number without dims, cos z = z (patrick-kidger/optimistix#217)."""
     sol = dq.fixed_point(torch.cos, torch.tensor(1.0, dtype=F64), batch_dims=0, solver=solver, rtol=1e-12)
     assert sol.z.shape == () and sol.converged
     assert abs(float(sol.z) - 0.7390851332151607) < 1e-11

@@ -61,7 +61,7 @@ def test_absolute_tolerance_counts_in_the_units_of_the_state(solver, size):
 @pytest.mark.parametrize("start", [0.0, 1.0, -3e5])
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 def test_solution_at_zero_is_zero_and_converged(dtype, start, solver):
-    """f = z / 2 has no relative digits at its solution: it never converges, or 0 / 0 does not (tlm_adjoint#316)."""
+    """f = z / 2 has no relative digits at its solution: it never converges, or 0 / 0 does not (tlm-adjoint/tlm_adjoint#316)."""
     sol = dq.fixed_point(lambda z: 0.5 * z, torch.full((2, 3), start, dtype=dtype), solver=solver)
     assert sol.converged.all() and not sol.residual.any()
     assert float(sol.z.abs().max()) < 1e-150  # whose squares are 0
@@ -89,7 +89,7 @@ def test_map_that_runs_away_is_not_called_converged_and_gives_the_start_back(dty
 
 @pytest.mark.parametrize("solver", ACCELERATED)
 def test_map_that_only_plain_iteration_runs_away_from_is_solved(solver):
-    """f = 2 z + b has the solution -b: an accelerated solver gives up with the plain one (cvxgrp/scs#129)."""
+    """f = 2 z + b has the solution -b: an accelerated solver gives up with the plain one."""
     b = torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=F64)
     sol = dq.fixed_point(lambda z: 2 * z + b, torch.full((2, 2), 0.25, dtype=F64), solver=solver)
     assert sol.converged.all() and float((sol.z + b).abs().max()) < 1e-6
