@@ -285,7 +285,7 @@ def test_jacobian_penalty_is_the_mean_square_of_the_jacobian_and_its_descent_shr
     W, z = matrix(6, 1.5), torch.randn(4, 6, dtype=F64)
     generator = torch.Generator().manual_seed(0)
     penalty = dq.jacobian_penalty(lambda z: z @ W, z, probes=3000, generator=generator)
-    assert abs(float(penalty) / float(W.square().sum() / 6) - 1) < 0.02
+    assert close(penalty, W.square().sum() / 6, 0.02)
     (g,) = torch.autograd.grad(penalty, W)
     assert close(g, 2 * W.detach() / 6, 0.05)
     before = dq.spectral_radius(lambda z: z @ W, z)

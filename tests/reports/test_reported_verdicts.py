@@ -61,7 +61,7 @@ def test_absolute_tolerance_counts_in_the_units_of_the_state(solver, size):
 @pytest.mark.parametrize("start", [0.0, 1.0, -3e5])
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 def test_solution_at_zero_is_zero_and_converged(dtype, start, solver):
-    """f = z / 2 has no relative digits at its solution: it never converges, or 0 / 0 does not (tlm-adjoint/tlm_adjoint#316)."""
+    """f = z / 2 has no relative digits at its solution: 0 / 0 never converges (tlm-adjoint/tlm_adjoint#316)."""
     sol = dq.fixed_point(lambda z: 0.5 * z, torch.full((2, 3), start, dtype=dtype), solver=solver)
     assert sol.converged.all() and not sol.residual.any()
     assert float(sol.z.abs().max()) < 1e-150  # whose squares are 0
