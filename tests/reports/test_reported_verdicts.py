@@ -139,6 +139,24 @@ def test_bounded_step_without_end_is_not_called_converged(f, rtol):
     assert not sol.converged.any(), (float(sol.z), float(f(sol.z) - sol.z))
 
 
+FAR = pytest.mark.xfail(strict=True, reason="rounding of f(z) - z makes a column, and z + 1 = z where that leads")
+
+
+@pytest.mark.parametrize("solver", [pytest.param("anderson", marks=FAR), "broyden", "picard"])
+def test_step_of_one_is_not_called_converged_where_rounding_hides_it(solver):
+    """z + 1 from 0.001: differences of f(z) - z are rounding alone, and what they say leads to 1e16."""
+    sol = dq.fixed_point(lambda z: z + 1, torch.full((1, 1), 1e-3, dtype=F64), solver=solver)
+    assert not sol.converged.any(), float(sol.z)
+
+
+@pytest.mark.parametrize("solver", [pytest.param("anderson", marks=FAR), "broyden", "picard"])
+def test_ramp_up_to_a_bound_ends_at_the_bound(solver):
+    """The same with a solution: min(z + 1, 1000) has one, 1000."""
+    z0 = torch.full((1, 1), 1e-3, dtype=F64)
+    sol = dq.fixed_point(lambda z: torch.clamp(z + 1, max=1000.0), z0, solver=solver, max_iter=1100)
+    assert sol.converged.all() and abs(float(sol.z) - 1000) < 1e-4
+
+
 def test_two_cycle_is_not_called_converged_by_plain_iteration_and_solved_by_the_others():
     """An SCF or a network that oscillates between two states, z -> 1 - z from 0: right is 1 / 2."""
     z0 = torch.zeros(1, 1, dtype=F64)
