@@ -437,7 +437,7 @@ def test_transport_plan_of_sinkhorn_has_the_marginals(solver):
     assert float((plan.sum(0) * N - 1).abs().max()) < 1e-8 and float((plan.sum(1) * N - 1).abs().max()) < 1e-8
 
 
-@pytest.mark.parametrize("solver", ONE_OF_EACH)
+@pytest.mark.parametrize("solver", ACCELERATED)
 def test_value_of_a_decision_process_is_that_of_its_best_policy(solver):
     """Value iteration with a discount of .99: kinks where policies change, and thousands of plain steps."""
     P, R = torch.rand(4, 30, 30, dtype=F64) ** 8, torch.rand(4, 30, dtype=F64)
