@@ -15,7 +15,10 @@ from .constants import (
     CURRENT,
     DIVERGED,
     DIVERGENCE,
+    FALLEN,
+    FAR,
     FIRST,
+    GROWN,
     GROWTH_LIMIT,
     LARGEST,
     LEAST,
@@ -26,7 +29,6 @@ from .constants import (
     PREVIOUS,
     RESCALES,
     RESIDUAL,
-    RUNAWAY,
     RUNNING,
     SAVED,
     STALL_FRACTION,
@@ -94,6 +96,15 @@ def ratio(moved, size):
 
 
 @triton.jit
+def has_run_away(f_norm, g_norm, first, largest, settings, EPSILON: tl.constexpr):
+    """Whose ||g|| is small because ||f|| has become large."""
+    rounding = EPSILON * f_norm
+    hardly = (FALLEN * g_norm > largest) | (GROWN * rounding > first)
+    allowed = FAR * tl.load(settings + RTOL) * first + tl.load(settings + ATOL)
+    return (first > 0) & (f_norm > GROWN * first) & (hardly | ((g_norm > allowed) & (g_norm > rounding)))
+
+
+@triton.jit
 def judge(sample, stopping, max_iter, ff, gg, rule: tl.constexpr):
     """Take up the squared norms of f and the residual: returns the outcome's bits, the step and the unit.
 
@@ -103,6 +114,7 @@ def judge(sample, stopping, max_iter, ff, gg, rule: tl.constexpr):
     ints, reals, settings, padded = sample.ints, sample.reals, stopping.settings, sample.padded
     acc = reals.dtype.element_ty
     LIMIT: tl.constexpr = 120 if acc == tl.float32 else 1000  # a unit, and its inverse, must be normal numbers
+    EPSILON: tl.constexpr = 2.0**-23 if acc == tl.float32 else 2.0**-52
     BLOCKS: tl.constexpr = rule.BLOCKS
     f_norm, g_norm = tl.sqrt(ff), tl.sqrt(gg)
     steps = tl.load(ints + STEPS * padded) + 1
@@ -133,13 +145,15 @@ def judge(sample, stopping, max_iter, ff, gg, rule: tl.constexpr):
             relative = tl.maximum(relative, ratio(moved, size) * tl.load(of_block + 2))
     relative = tl.where(finite, relative, float("inf")).to(acc)
     norm = g_norm.to(acc)
-    first = tl.where(steps == 1, relative, first)
+    first = tl.where(steps == 1, relative if BLOCKS > 0 else tl.maximum(f_norm, g_norm).to(acc), first)
     largest = tl.where(steps == 1, norm, tl.maximum(largest, norm))
 
     score = relative if BLOCKS > 0 else norm
-    # The unit brought the sample to a magnitude of one to two when it was set.
-    extent = f_norm / tl.load(settings + ROOT_N) * unit.to(tl.float64)
-    ran_away = (steps > 1) & (2.0 * g_norm > largest.to(tl.float64)) & (extent > 2.0 * RUNAWAY) & (BLOCKS == 0)
+    ran_away = (
+        (steps > 1)
+        & (BLOCKS == 0)
+        & has_run_away(f_norm, g_norm, first.to(tl.float64), largest.to(tl.float64), settings, EPSILON)
+    )
     converged = finite & within & (ran_away == 0)
     better = finite & (converged | (best_at == NOWHERE) | (score < least))
     spill = (better == 0) & (best_at == PREVIOUS)
@@ -151,7 +165,7 @@ def judge(sample, stopping, max_iter, ff, gg, rule: tl.constexpr):
     idle = steps - best_step
     label = tl.where((idle >= STALL_MIN_STEPS) & (idle * STALL_FRACTION >= steps), STALLED, MAX_ITER)
     grown = (BLOCKS == 0) & (best_step == 1) & (g_norm > DIVERGENCE * least.to(tl.float64))
-    label = tl.where(grown | (relative > DIVERGENCE * first), DIVERGED, label)
+    label = tl.where(grown | ((first > 0) & (score > DIVERGENCE * first)), DIVERGED, label)
     status = tl.where((max_iter > 0) & (steps == max_iter), label, RUNNING)
     status = tl.where(finite, tl.where(converged, CONVERGED, status), NON_FINITE)
     going = status == RUNNING

@@ -100,7 +100,7 @@ struct AndersonSample {
         lanes.reset[i] = v.reset;
         lanes.steps[i] = A(a.at(kSteps, b));
         const bool grew = !v.reset && a.at(kSteps, b) > 1 && a.at<A>(kNorm, b) > A(kGrowthLimit) * A(v.previous_norm) &&
-                          (type2 || has_turned(b));
+                          ((type2 && a.m > 0) || has_turned(b));
         lanes.grew[i] = grew;
         if (grew) a.at(kGrowthRestarts, b)++;
         return true;

@@ -262,6 +262,7 @@ class AndersonShort {
         const Judged<A> j = judge_lanes<A>(a, t.b0, t.count, ff, gg, ordinary);
         const V one = splat<A>(1), zero = splat<A>(0), growth = splat<A>(A(kGrowthLimit));
         auto grew = lanes_of<A>(j.going) & (j.norm > growth * j.previous_norm);
+        if (a.m == 0) grew = zero > zero;
         if (!sample.type2 && any(grew)) {
             auto turned = zero > zero;
             const A* norms = sample.tile(t.b0 / kTile).norms + t.lane0;

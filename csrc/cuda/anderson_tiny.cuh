@@ -51,7 +51,7 @@ class TinyStep {
         if (!(outcome & kGoing)) return;
         unit = a.template at<A>(kUnit, b);
         each([&](int n) { g[n] = f[n] * unit - x[n] * unit; });
-        const bool grew = outcome & kGrew && (type2 || has_turned());
+        const bool grew = outcome & kGrew && ((type2 && m > 0) || has_turned());
         if (grew) a.at(kGrowthRestarts, b)++;
         const bool adding = a.has_previous && started && !(outcome & kReset);
         const int slot = adding ? a.at(kSlot, b) : -1;

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Iterable
 
+from ..naming import did_you_mean
 from ..nn import ConvergenceWarning
-from ..options import did_you_mean
+from ..warning import warn
 
 # Names for one thing, in whichever library.
 _SAME = (
@@ -40,19 +39,10 @@ def ignored(function: str, names: Iterable[str], why: str) -> None:
     if new:
         _said.update((function, name) for name in new)
         listed = ", ".join(f"{name}=" for name in new)
-        warnings.warn(f"{function}() does not use {listed}: {why}", IgnoredOption, stacklevel=_caller())
+        warn(f"{function}() does not use {listed}: {why}", IgnoredOption)
 
 
 def unsolved(function: str, found: float, asked: float, evaluations: int, more: str = "") -> None:
     """Warn that a solve did not reach its tolerance."""
     message = f"{function}() did not converge: residual {found:.3g} after {evaluations} evaluations, asked {asked:.3g}"
-    warnings.warn(message + more, ConvergenceWarning, stacklevel=_caller())
-
-
-def _caller() -> int:
-    """The stacklevel of the first frame above that is not this package's."""
-    level, frame = 1, sys._getframe(1)
-    package = __name__.partition(".")[0] + "."
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
-        level, frame = level + 1, frame.f_back
-    return level
+    warn(message + more, ConvergenceWarning)

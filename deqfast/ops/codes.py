@@ -10,7 +10,10 @@ BLOCK = 1024  # history numbers that share one scale (float16, int8)
 
 UNIT_RANGE = 2.0**40  # a sample whose magnitude leaves [1/UNIT_RANGE, UNIT_RANGE] in its unit gets a new unit
 GROWTH_LIMIT = 1.5  # Type II: a residual that grows by more forgets all but the newest column
-RUNAWAY = 10.0  # ||f|| this many times what it was at first, and ||f - z|| above half its largest: has run away
+# A sample whose ||f|| is GROWN times what f and f - z were at first has run away while ||f - z|| is above a FALLEN-th
+# of its largest, or above rtol FAR times what they were at first and not rounding (eps ||f||), or while a GROWN-th of
+# what they were at first is rounding. One that was at rest at 0 then, or has been woken, is not judged by it.
+GROWN, FALLEN, FAR = 10.0, 4.0, 1000.0
 DIVERGENCE = 10.0  # at max_iter: a residual this many times the first one is called diverged
 STALL_FRACTION = 3  # at max_iter: no better residual in the last third of the steps is called stalled,
 STALL_MIN_STEPS = 10  # if those were at least so many
@@ -54,7 +57,7 @@ class Real(IntEnum):
     NORM = 1  # ||f(z) - z|| at the newest evaluation
     BEST = 2  # RESIDUAL of the best iterate so far, infinite before the first finite one
     LEAST = 3  # ||f(z) - z|| of the best iterate so far: the least, until one converges; of blocks RESIDUAL
-    FIRST = 4  # RESIDUAL at the first evaluation
+    FIRST = 4  # at the first evaluation: the larger of ||f(z)|| and ||f(z) - z||; of blocks RESIDUAL
     UNIT = 5  # power of two that brings the sample to magnitude one; 0 before the first evaluation
     LARGEST = 6  # the largest NORM so far
     SCALE = 7  # Broyden: H0 = SCALE * I; 0 while not measured

@@ -86,6 +86,7 @@ def wake(ws: Workspace, which: Tensor, made: int) -> None:
     _overwrite(ws.int_row(Int.BEST_AT), which, int(At.NOWHERE))
     for row in (Real.BEST, Real.LEAST):
         _overwrite(ws.real_row(row), which, math.inf)
+    _overwrite(ws.real_row(Real.FIRST), which, 0)  # what was found then says nothing of how it goes on
     ws.int_row(Int.WOKEN).add_(which)
     ws.woken(which)
 

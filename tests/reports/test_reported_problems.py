@@ -391,8 +391,8 @@ def lasso(samples=24):
 
 
 SPLITTING = [
-    pytest.param("anderson", marks=pytest.mark.xfail(strict=True, reason="half stall, some are far off and converged")),
-    pytest.param("broyden", marks=pytest.mark.xfail(strict=True, reason="some are far off, and called converged")),
+    pytest.param("anderson", marks=pytest.mark.xfail(strict=True, reason="most stall: limits.md says so")),
+    pytest.param("broyden", marks=pytest.mark.xfail(strict=True, reason="some stall: limits.md says so")),
 ]
 
 
@@ -405,7 +405,9 @@ def test_lasso_by_proximal_gradient_steps_is_solved(solver):
     assert float(gap(sol.z).max()) < 1e-5
 
 
-@pytest.mark.parametrize("solver", [*SPLITTING, dq.Anderson(type=2)], ids=["anderson", "broyden", "anderson-2"])
+@pytest.mark.parametrize(
+    "solver", ["anderson", "broyden", dq.Anderson(type=2)], ids=["anderson", "broyden", "anderson-2"]
+)
 def test_what_is_called_converged_of_a_lasso_is_optimal(solver):
     """A solution that acceleration has left far behind is called accurate (cvxpy/cvxpy#876)."""
     f, z0, gap = lasso()

@@ -8,9 +8,9 @@
 
 namespace deqfast {
 
-DEQFAST_HD inline Status out_of_evaluations(double relative, double first, bool grown, int steps, int best_step) {
+DEQFAST_HD inline Status out_of_evaluations(double score, double first, bool grown, int steps, int best_step) {
     const int idle = steps - best_step;
-    if (grown || relative > kDivergence * first) return kDiverged;
+    if (grown || (first > 0 && score > kDivergence * first)) return kDiverged;
     return idle >= kStallMinSteps && idle * kStallFraction >= steps ? kStalled : kMaxIter;
 }
 
@@ -59,6 +59,15 @@ DEQFAST_HD inline Distance distance(const SolveArgs& a, int64_t b, double f_norm
     return d;
 }
 
+// Whose ||g|| is small because ||f|| has become large. `epsilon`: of the accumulation type.
+DEQFAST_HD inline bool has_run_away(const SolveArgs& a, double f_norm, double g_norm, double first, double largest,
+                                    double epsilon) {
+    const double rounding = epsilon * f_norm;
+    const bool hardly = kFallen * g_norm > largest || kGrown * rounding > first;
+    const bool far = g_norm > kFar * a.rtol * first + a.atol && g_norm > rounding;
+    return first > 0 && f_norm > kGrown * first && (hardly || far);
+}
+
 // f_norm, g_norm: true norms (not in the unit).
 template <class A>
 DEQFAST_HD inline Verdict measure(const SolveArgs& a, int64_t b, double f_norm, double g_norm) {
@@ -70,16 +79,17 @@ DEQFAST_HD inline Verdict measure(const SolveArgs& a, int64_t b, double f_norm, 
     v.previous_norm = double(a.at<A>(kNorm, b));
     a.at<A>(kResidual, b) = relative;
     a.at<A>(kNorm, b) = A(g_norm);
-    if (steps == 1) a.at<A>(kFirst, b) = relative;
+    A& first = a.at<A>(kFirst, b);
+    if (steps == 1) first = a.n_blocks ? relative : A(f_norm > g_norm ? f_norm : g_norm);
     A& largest = a.at<A>(kLargest, b);
     if (steps == 1 || A(g_norm) > largest) largest = A(g_norm);
 
     int32_t& best_at = a.at(kBestAt, b);
     A& least = a.at<A>(kLeast, b);
     const A score = a.n_blocks ? relative : A(g_norm);
-    // The unit brought the sample to a magnitude of one to two when it was set.
-    const double size = f_norm / std::sqrt(double(a.N)) * double(a.at<A>(kUnit, b));
-    const bool ran_away = a.n_blocks == 0 && steps > 1 && 2 * g_norm > double(largest) && size > 2 * kRunaway;
+    constexpr double epsilon = sizeof(A) == 8 ? 0x1p-52 : 0x1p-23;
+    const bool ran_away =
+        a.n_blocks == 0 && steps > 1 && has_run_away(a, f_norm, g_norm, double(first), double(largest), epsilon);
     const bool converged = finite && d.within && !ran_away;
     if (finite && (converged || best_at == kNowhere || score < least)) {
         best_at = kCurrent;
@@ -97,7 +107,7 @@ DEQFAST_HD inline Verdict measure(const SolveArgs& a, int64_t b, double f_norm, 
     else if (converged)
         status = kConverged;
     else if (a.max_iter && steps == a.max_iter)
-        status = out_of_evaluations(double(relative), double(a.at<A>(kFirst, b)),
+        status = out_of_evaluations(double(score), double(first),
                                     !a.n_blocks && a.at(kBestStep, b) == 1 && g_norm > kDivergence * double(least),
                                     steps, a.at(kBestStep, b));
     v.going = status == kRunning;

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...status import Status
-from ..codes import DIVERGENCE, RUNAWAY, STALL_FRACTION, STALL_MIN_STEPS, UNIT_RANGE, At
+from ..codes import DIVERGENCE, FALLEN, FAR, GROWN, STALL_FRACTION, STALL_MIN_STEPS, UNIT_RANGE, At
 from ..layout import Layout
 from ..workspace import Stopping
 from .algebra import but_not, power_below
@@ -54,6 +54,7 @@ class Codes:
         self.step = number(1, torch.int32)
         self.infinite, self.one, self.zero = (number(value, acc) for value in (math.inf, 1, 0))
         self.rtol, self.atol = number(stopping.rtol, wide), number(stopping.atol, wide)
+        self.epsilon = torch.finfo(acc).eps
         self.root = number(math.sqrt(N), wide)
         self.smallest, self.greatest = math.sqrt(N) / UNIT_RANGE, math.sqrt(N) * UNIT_RANGE
         self.nobody = torch.zeros(B, dtype=torch.bool, device=device)
@@ -132,16 +133,16 @@ def measure(
     better = score < old.least if made > 1 else finite
     if not (looks and not bool((run & within).any())):  # those that have stopped stay within
         if made > 1 and judged is None:
-            within = but_not(within, has_run_away(c, old, norm, f_norm))
+            within = but_not(within, has_run_away(c, old, g_norm, f_norm))
         better = better | within
     best_step = old.best_step.masked_fill(better, made)
-    first = relative if made == 1 else old.first
+    first = (largest if judged is None else relative).to(acc) if made == 1 else old.first
     high = norm if made == 1 else torch.maximum(old.largest, norm)
     status = torch.where(finite, within, c.non_finite)  # as numbers: RUNNING is 0 and CONVERGED 1
     going = but_not(run, status)
     if made == stopping.max_iter:
         grown = (best_step == 1) & (norm > DIVERGENCE * old.least) & (judged is None and made > 1)
-        status = torch.where(going, label(relative, first, made - best_step, made, grown).int(), status)
+        status = torch.where(going, label(score, first, made - best_step, made, grown).int(), status)
         going = torch.zeros_like(going)
     worse = spill = from_saved = None
     elsewhere = old.best_at
@@ -194,24 +195,25 @@ def _calm(stopping: Stopping, c: Codes, old: Stats, g_norm: Tensor, f_norm: Tens
     return Verdict(stats, run, run, c.nobody, worse, worse & (old.best_at == c.previous), worse, calm=True)
 
 
-def has_run_away(c: Codes, old: Stats, norm: Tensor, f_norm: Tensor) -> Tensor:
-    """Whose ||f|| is ``RUNAWAY`` times what it was at first, and ||g|| above half its largest.
+def has_run_away(c: Codes, old: Stats, g_norm: Tensor, f_norm: Tensor) -> Tensor:
+    """Whose ||f|| is ``GROWN`` times its first size, while ||g|| has hardly fallen or is small beside ||f|| alone.
 
-    There ||g|| / ||f|| gets small because ||f|| gets large: z + a bounded step has no fixed point at all. The unit
-    brought the sample to a magnitude of one to two when it was set.
+    There ||g|| / ||f|| gets small because ||f|| gets large: z + a bounded step has no fixed point at all.
     """
-    size = f_norm / c.root * old.unit
-    return (2 * norm > torch.maximum(old.largest, norm)) & (size > 2 * RUNAWAY)
+    rounding = c.epsilon * f_norm
+    hardly = (FALLEN * g_norm > old.largest) | (GROWN * rounding > old.first)
+    far = (g_norm > FAR * c.rtol * old.first + c.atol) & (g_norm > rounding)
+    return (f_norm > GROWN * old.first) & (old.first > 0) & (hardly | far)
 
 
-def label(relative: Tensor, first: Tensor, idle: Tensor, made: int, grown: Tensor) -> Tensor:
+def label(score: Tensor, first: Tensor, idle: Tensor, made: int, grown: Tensor) -> Tensor:
     """What a sample that used up its evaluations is called.
 
     ``grown``: whose ||g|| has never been below its first value and ended far above it.
     """
     stalled = (idle >= STALL_MIN_STEPS) & (idle * STALL_FRACTION >= made)
     found = torch.where(stalled, int(Status.STALLED), int(Status.MAX_ITER))
-    return torch.where(grown | (relative > DIVERGENCE * first), int(Status.DIVERGED), found)
+    return torch.where(grown | (score > DIVERGENCE * first) & (first > 0), int(Status.DIVERGED), found)
 
 
 def _unit(c: Codes, rms: Tensor, unit: Tensor, going: Tensor, made: int, may_rest: bool) -> tuple[Tensor, Tensor]:
