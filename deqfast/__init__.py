@@ -49,7 +49,7 @@ else:
 
     def __getattr__(name: str) -> Any:
         if name in ("compare", "compat"):  # imported when they are first asked for
-            return import_module(f"{__name__}.compat")
+            return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
