@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -123,16 +124,14 @@ def _torchdeq(case: Case, method: str) -> Contender:
     several, structure = not isinstance(case.z0, Tensor), type(case.z0)
     extra = 1 if method == "broyden" else 0  # it evaluates f once more than it is told
 
+    @functools.cache  # made once, as a model makes it
+    def made(rtol: float, max_iter: int, training: bool) -> Any:
+        options = {"solver": method, "max_iter": max(3, max_iter - extra), "tol": rtol, "stop_mode": "rel"}
+        both = {f"{way}_{name}": value for way in "fb" for name, value in options.items()}
+        return library.get_deq(**both, ift=True).train(training)
+
     def solve(f: Map, rtol: float, max_iter: int, training: bool = False) -> Any:
-        limit = max(3, max_iter - extra)
-        deq = library.get_deq(
-            **{f"{way}_{k}": v for way in "fb" for k, v in {"solver": method, "max_iter": limit, "tol": rtol}.items()},
-            f_stop_mode="rel",
-            b_stop_mode="rel",
-            ift=True,
-        )
-        deq.train(training)
-        z = deq((lambda *z: f(structure(z))) if several else f, case.z0)[0][-1]
+        z = made(rtol, max_iter, training)((lambda *z: f(structure(z))) if several else f, case.z0)[0][-1]
         return structure(z) if several else z
 
     return Contender(f"torchdeq {method}", solve, lambda f, rtol, max_iter: solve(f, rtol, max_iter, True), old=True)

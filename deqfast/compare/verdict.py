@@ -10,7 +10,7 @@ from .turns import quartiles
 
 _CLEAR = 1.1  # a ratio of times that is worth a change
 _SAME = 1.05
-_LESS_EXACT = 10.0
+_LESS_EXACT = 5.0
 _ELSEWHERE = 0.1  # relative distance from the reference that is another solution
 
 
@@ -85,7 +85,7 @@ def _more(old: Row, best: Row) -> str:
             notes += f" Its gradient is less exact ({b:.1e} against {a:.1e}): a smaller rtol makes up for that."
         elif a > _LESS_EXACT * b:
             notes += f" {old.name}'s gradient is less exact ({a:.1e} against {b:.1e})."
-    if old.products is None and best.products is not None:
+    if old.seconds and old.products is None and best.products is not None:
         notes += f" {old.name} gives no gradient, so forward solves are compared."
     if any(row.reached and row.error is not None and row.error > _ELSEWHERE for row in (old, best)):
         notes += " They ended at different solutions: f has more than one, or is nearly singular there."

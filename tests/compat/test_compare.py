@@ -148,6 +148,29 @@ def test_trees_and_torchdeq():
     assert all(row.reached for row in found.rows)
 
 
+def test_a_module_is_judged_in_float64_and_keeps_its_own_parameters():
+    cell = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.GroupNorm(1, 3), torch.nn.Tanh())
+    x = torch.randn(2, 3, 4, 4)
+    found = dq.compare(lambda z, x: 0.5 * cell(z + x), torch.zeros_like(x), (x,), old="locuslab", **QUICK)
+    assert found.reference.startswith("float64") and all(row.reached for row in found.rows)
+    assert all(p.dtype == torch.float32 and p.grad is None for p in cell.parameters())
+    assert all(row.gradient_error < 1e-2 for row in found.rows)
+
+
+def test_complex_states():
+    found = dq.compare(lambda z: 0.5j * z + 1, torch.zeros(2, 3, dtype=torch.complex64), old="locuslab", **QUICK)
+    assert found.reference.startswith("complex128") and all(row.reached for row in found.rows)
+
+
+def test_a_named_solver_that_cannot_solve_it_is_a_row_that_says_why():
+    _, z0, W, x = layer()
+    low = W.detach().bfloat16(), x.bfloat16()
+    found = dq.compare(lambda z: torch.tanh(z @ low[0] + low[1]), z0.bfloat16(), old="locuslab", **QUICK)
+    assert "not implemented for 'BFloat16'" in found.old.failed and not found.old.seconds
+    assert found.verdict.startswith("use deqfast") and "NotImplementedError" in found.verdict
+    assert "locuslab anderson *" in found.table() and all(row.reached for row in found.rows[1:])
+
+
 def test_batch_dims_decide_which_sample_is_the_worst():
     f, z0, *_ = layer()
     each = dq.compare(f, z0, old=plain(6), **QUICK)
