@@ -55,6 +55,15 @@ def test_everybody_reaches_the_target_by_a_residual_measured_outside(old):
     )  # the fused step is one call, and none of the dispatcher's
 
 
+def test_who_returns_the_image_of_what_he_judged_is_not_made_to_do_more_than_others():
+    pytest.importorskip("torchdeq")
+    slope = torch.full((1, 2), 0.1)
+    found = dq.compare(lambda z: slope * z + 1, torch.zeros(3, 2), old=TORCHDEQ[2], solvers=["picard"], **QUICK)
+    assert found.target == 1e-4
+    assert [row.evaluations for row in found.rows] == [4, 5]  # 1.111 has the residual 1e-4 after four applications
+    assert found.old.residual <= 1e-4 < found.old.rtol
+
+
 def test_residual_is_that_of_the_float64_map():
     f, z0, W, x = layer()
     case = Case(f, z0)
