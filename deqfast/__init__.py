@@ -42,12 +42,14 @@ _compiled.skip_frames_of(__name__)
 
 
 if TYPE_CHECKING:
+    from .compare import compare as compare
+
     compat: ModuleType
 else:
 
     def __getattr__(name: str) -> Any:
-        if name == "compat":  # imported when it is first asked for
-            return import_module(f"{__name__}.compat")
+        if name in ("compare", "compat"):  # imported when they are first asked for
+            return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

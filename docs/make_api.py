@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import deqfast  # noqa: E402
 from deqfast import info  # noqa: E402
+from deqfast.compare import Comparison, compare  # noqa: E402
 
 GROUPS = {
     "Solving": ["fixed_point", "root", "Solution", "Status", "ConvergenceError", "CouplingWarning"],
@@ -54,6 +55,16 @@ def page() -> str:
         parts.append(f"## {title}")
         for name in names:
             parts += _entry(name, getattr(deqfast, name))
+    module = sys.modules[compare.__module__]
+    parts += [
+        "## `python -m deqfast.compare`",
+        *_docstring(module),
+        _signature("dq.compare", compare),
+        *_docstring(compare),
+    ]
+    parts += ["### Comparison", *_docstring(Comparison)]
+    for member, value in _members(Comparison):
+        parts += [f"#### Comparison.{member}", *_docstring(value)]
     parts += ["## `python -m deqfast.info`", inspect.getdoc(info) or ""]
     for name in ("report", "facts"):
         function = getattr(info, name)

@@ -1,7 +1,10 @@
 """What the documentation says runs, links that it has lead somewhere, and what scripts write is up to date."""
 
+import functools
 import importlib.util
+import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,8 +14,11 @@ from typing import Any
 import matplotlib
 import pytest
 
+import deqfast
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MIGRATION = "docs/migration.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SWAP = "import torch; W = 0.3 * torch.eye(8); z0 = torch.ones(4, 8)\ndef f(z): return torch.tanh(z @ W + 1)\n"
 
@@ -33,17 +39,56 @@ def script(name: str):
     return module
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/joint.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/joint.md", MIGRATION])
 # torch.compile looks at .grad of whatever a graph receives, and hides the warning for that where it is no error.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
+    if page == MIGRATION:
+        pytest.importorskip("torchdeq")
+        pytest.importorskip("scipy")
     found = blocks(page, "python")
     assert found
     namespace: dict = {"__name__": "documentation"}
     for line, source in found:
         execute(source, namespace, page, line)
+
+
+def test_commands_of_the_migration_page_run(tmp_path):
+    pytest.importorskip("torchdeq")
+    assert {match[1] for match in BLOCK.finditer((ROOT / MIGRATION).read_text())} == {"python", "sh"}
+    for _, source in blocks(MIGRATION, "python"):
+        if source.startswith("# my_model.py"):
+            (tmp_path / "my_model.py").write_text(source)
+    commands = [line.split() for _, source in blocks(MIGRATION, "sh") for line in source.splitlines()]
+    assert len(commands) == 2
+    for command in commands:
+        assert command.pop(0) == "python"
+        command = [sys.executable, *command, "--rounds", "3", "--seconds", "0"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment())
+        assert done.returncode == 0, done.stderr
+        assert re.search("^(use|keep) ", done.stdout, re.MULTILINE), done.stdout
+    assert (tmp_path / "comparison.png").stat().st_size
+
+
+def test_migration_page_names_options_that_exist():
+    """Of every call in a table: ``dq.name(option=...)``."""
+    text = (ROOT / MIGRATION).read_text()
+    calls = re.findall(r"dq\.((?:\w+\.)*\w+)\(([^()`]*)\)", "\n".join(re.findall(r"`[^`\n]+`", text)))
+    assert len(calls) > 30
+    for name, arguments in calls:
+        if name.startswith("compat.torchdeq") and not hasattr(deqfast.compat, "torchdeq"):
+            continue
+        known = inspect.signature(functools.reduce(getattr, name.split("."), deqfast)).parameters
+        for option in re.findall(r"(\w+)=", arguments):
+            taken = known if name != "root" else inspect.signature(deqfast.fixed_point).parameters
+            assert option in taken, (name, option)
+
+
+def environment() -> dict[str, str]:
+    """Of a process that starts elsewhere: this package comes first."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
 def test_readme_swap_gives_the_same_fixed_point():
@@ -74,8 +119,6 @@ def test_api_reference_is_up_to_date():
 
 
 def test_api_reference_has_every_public_name():
-    import deqfast
-
     text = (ROOT / "docs" / "api.md").read_text()
     assert not [name for name in deqfast.__all__ if f"\n### {name}\n" not in text]
 
