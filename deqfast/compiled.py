@@ -48,14 +48,17 @@ def entry(*callables: str) -> Callable[[Function], Function]:
     """
 
     def decorate(function: Function) -> Function:
-        parameters = list(inspect.signature(function).parameters)
-        known = dict.fromkeys(parameters)
+        signature = inspect.signature(function).parameters
+        parameters = list(signature)
+        # One with **kwargs looks through them itself.
+        known = None if any(p.kind is p.VAR_KEYWORD for p in signature.values()) else dict.fromkeys(parameters)
         places = [(name, parameters.index(name)) for name in callables]
 
         @skip
         @functools.wraps(function)
         def enter(*args: Any, **kwargs: Any) -> Any:
-            check_names(function.__name__, kwargs, known)
+            if known is not None:
+                check_names(function.__name__, kwargs, known)
             callback = get_eval_frame_callback()
             if callback is None:
                 return function(*args, **kwargs)
