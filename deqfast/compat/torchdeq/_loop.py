@@ -1,0 +1,227 @@
+"""The loop of torchdeq's solvers: nobody stops before the worst sample, every residual is recorded, the best is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...loop.state import SolverState
+from ...ops.contract import Method
+from ...ops.layout import Layout, layout_of
+from ...ops.workspace import Stopping
+from ._stat import ABS, MODES, Counted, SolverStat, nothing_known, statistics
+from ._watch import DeviceWatch, HostWatch, Kept, Watch
+
+_STALL = 30  # Broyden: near tol, and hardly any progress in so many steps
+
+
+@dataclass
+class Request:
+    """One call of a solver, its arguments checked."""
+
+    func: Callable[[Any], Any]
+    x0: Any
+    max_iter: int
+    tol: float
+    stop_mode: str
+    indexing: Sequence[float]
+    final: bool
+
+
+class Stepper(Protocol):
+    """What makes the steps.
+
+    Attributes:
+        measured: (2, B) relative and absolute residuals of the newest evaluation, in memory that stays.
+        ended: whether no sample runs any more.
+    """
+
+    measured: Tensor
+
+    @property
+    def z(self) -> Any:
+        """The iterate to evaluate f at."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether no sample runs any more."""
+
+    def step(self, fz: Any) -> None:
+        """Take f there."""
+
+    def evaluated(self) -> list[Tensor]:
+        """Leaves of the iterate that was evaluated last, valid until the next step."""
+
+    def moved(self) -> list[Tensor]:
+        """Leaves of the iterate after it, valid until the second step from now."""
+
+    def best(self) -> list[Tensor] | None:
+        """Leaves of the iterates with the least ||f(z) - z||, or None where they are not kept."""
+
+    def evaluations(self) -> int:
+        """Evaluations until no sample ran any more."""
+
+    def release(self) -> None:
+        """No more steps."""
+
+
+class Kernels:
+    """Steps of deqfast's kernels.
+
+    Args:
+        solver: which.
+        x0: the start.
+        layout: of the state.
+        rule: stops every sample when all are within it, without the host waiting for it; None: the loop stops them.
+    """
+
+    def __init__(self, solver: Method, x0: Any, layout: Layout, rule: Stopping | None) -> None:
+        never = Stopping(0.0, -1.0)
+        self._state = SolverState(solver, x0, rule or never, layout=layout, together=rule is not None)
+        self._ws = self._state.ws
+        self.measured = self._ws.reals[:2, : layout.B]
+
+    @property
+    def z(self) -> Any:
+        """The iterate to evaluate f at."""
+        return self._state.z
+
+    @property
+    def ended(self) -> bool:
+        """Whether no sample runs any more."""
+        return self._state.done
+
+    def step(self, fz: Any) -> None:
+        """Take f there."""
+        self._state.step(fz)
+
+    def evaluated(self) -> list[Tensor]:
+        """Leaves of the iterate that was evaluated last."""
+        return self._ws.x[1 - self._ws.cur]
+
+    def moved(self) -> list[Tensor]:
+        """Leaves of the iterate after it."""
+        return self._ws.x[self._ws.cur]
+
+    def best(self) -> list[Tensor] | None:
+        """Leaves of the iterates with the least ||f(z) - z||."""
+        return self._state.answer("best")[0]
+
+    def evaluations(self) -> int:
+        """Evaluations until no sample ran any more."""
+        return max(1, int(self._state.steps.max()))
+
+    def release(self) -> None:
+        """Give the history back."""
+        self._state.release()
+
+
+@dataclass
+class Way:
+    """How a method's result is made.
+
+    Attributes:
+        counted: how it counts.
+        image: what it returns: True, f at the best iterate; False, the iterate itself.
+        mixed: tau of a plain iteration, whose image is the damped one; 0 for other methods.
+        stalls: whether it gives up near ``tol``.
+    """
+
+    counted: Counted
+    image: bool
+    mixed: float = 0.0
+    stalls: bool = False
+
+
+def layout_for(x0: Any) -> Layout:
+    """Samples as torchdeq counts them: by dim 0, and a tensor without dims is one."""
+    return layout_of(x0, 0 if isinstance(x0, Tensor) and x0.dim() == 0 else 1, name="x0")
+
+
+Maker = Callable[[Layout, "Stopping | None"], Stepper]
+
+
+@torch.no_grad()
+def solve(request: Request, way: Way, make: Maker) -> tuple[Any, list[Any], SolverStat]:
+    """The solution, the states that were asked for, and the statistics."""
+    layout = layout_for(request.x0)
+    indices = sorted(set(request.indexing))
+    start = [t.detach() for t in layout.tensors(request.x0)]
+    limit = request.max_iter + way.counted.beyond if request.max_iter else 0
+    if not limit or not layout.B or not layout.N:
+        found = [layout.unflatten([t.clone() for t in start]) for _ in range(len(indices) + 1)]
+        like = torch.empty(0, dtype=layout.acc, device=layout.device)
+        return found[0], found[1:], nothing_known(way.counted, request.max_iter, layout.B, like)
+    return _Solve(request, way, make, layout, start).run(limit, indices)
+
+
+class _Solve:
+    def __init__(self, request: Request, way: Way, make: Maker, layout: Layout, start: list[Tensor]) -> None:
+        self._request, self._way, self._layout = request, way, layout
+        self._mode = MODES[request.stop_mode]
+        self._host = layout.device.type == "cpu"
+        rule = None
+        if not self._host and not request.final:
+            rule = Stopping(0.0, request.tol) if self._mode == ABS else Stopping(request.tol)
+        self._stepper = make(layout, rule)
+        self._looks = not (request.final or (rule is not None and isinstance(self._stepper, Kernels)))
+        self._watch: Watch = (HostWatch if self._host else DeviceWatch)(self._stepper.measured, self._mode)
+        # The kernels keep the best iterate by its absolute residual, while they run.
+        kernels = isinstance(self._stepper, Kernels)
+        self._keeps = way.image or request.final or not kernels or not self._host or self._mode != ABS
+        self._kept = Kept(layout, start, lasting=not way.image or bool(way.mixed and self._host))
+
+    def run(self, limit: int, indices: list[float]) -> tuple[Any, list[Any], SolverStat]:
+        request, watch, stepper = self._request, self._watch, self._stepper
+        func, states = request.func, []
+        wanted = iter([*indices, None])
+        index = next(wanted)
+        for made in range(1, limit + 1):
+            z = stepper.z
+            fz = func(z)
+            stepper.step(fz)
+            watch.take()
+            if self._keeps:
+                self._keep(z, fz, request.final or watch.better())
+            while index is not None and index <= made:
+                states.append(self._best())
+                index = next(wanted)
+            if stepper.ended or (self._looks and self._over()):
+                break
+        result = self._best()
+        states += [self._best() for _ in range(len(indices) - len(states))]
+        rows = watch.measured()
+        if not self._host:
+            rows = rows[: stepper.evaluations()]
+        stepper.release()
+        return result, states, statistics(rows, self._way.counted, self._mode, request.max_iter, request.final)
+
+    def _over(self) -> bool:
+        tol = self._request.tol
+        return self._watch.within(tol) or (self._way.stalls and self._watch.stalled(tol, _STALL))
+
+    def _keep(self, z: Any, fz: Any, better: Any) -> None:
+        way, layout, stepper = self._way, self._layout, self._stepper
+        if not way.image:
+            leaves = stepper.evaluated()
+            if better is not False:
+                leaves = [t.clone() for t in leaves]
+            self._kept.take(leaves, better, [])
+            return
+        if way.mixed and self._host:
+            self._kept.take(stepper.moved(), better, [])
+            return
+        leaves = layout.tensors(fz)
+        if way.mixed not in (0.0, 1.0):
+            pairs = zip(stepper.evaluated(), leaves, strict=True)
+            leaves = [torch.lerp(x, t.to(x.dtype), way.mixed) for x, t in pairs]
+        self._kept.take([t.detach() for t in leaves], better, layout.tensors(z))
+
+    def _best(self) -> Any:
+        if self._keeps:
+            return self._kept.copy()
+        return self._layout.unflatten([t.clone() for t in self._stepper.best() or []])
