@@ -13,7 +13,7 @@ from ...loop.state import SolverState
 from ...ops.contract import Method
 from ...ops.layout import Layout, layout_of
 from ...ops.workspace import Stopping
-from ._stat import ABS, MODES, Counted, SolverStat, nothing_known, statistics
+from ._stat import ABS, MODES, Counted, SolverStat, nothing_known, room, statistics
 from ._watch import DeviceWatch, HostWatch, Kept, Watch
 
 _STALL = 30  # Broyden: near tol, and hardly any progress in so many steps
@@ -52,6 +52,9 @@ class Stepper(Protocol):
 
     def step(self, fz: Any) -> None:
         """Take f there."""
+
+    def given(self) -> list[Tensor]:
+        """What iterates lie in, if it is used again."""
 
     def evaluated(self) -> list[Tensor]:
         """Leaves of the iterate that was evaluated last, valid until the next step."""
@@ -98,6 +101,10 @@ class Kernels:
     def step(self, fz: Any) -> None:
         """Take f there."""
         self._state.step(fz)
+
+    def given(self) -> list[Tensor]:
+        """What iterates lie in."""
+        return [*self._ws.x[0], *self._ws.x[1]]
 
     def evaluated(self) -> list[Tensor]:
         """Leaves of the iterate that was evaluated last."""
@@ -169,57 +176,55 @@ class _Solve:
             rule = Stopping(0.0, request.tol) if self._mode == ABS else Stopping(request.tol)
         self._stepper = make(layout, rule)
         self._looks = not (request.final or (rule is not None and isinstance(self._stepper, Kernels)))
-        self._watch: Watch = (HostWatch if self._host else DeviceWatch)(self._stepper.measured, self._mode)
+        self._watch: Watch = (HostWatch if self._host else DeviceWatch)(
+            self._stepper.measured, self._mode, room(way.counted, request.max_iter)
+        )
         # The kernels keep the best iterate by its absolute residual, while they run.
         kernels = isinstance(self._stepper, Kernels)
         self._keeps = way.image or request.final or not kernels or not self._host or self._mode != ABS
-        self._kept = Kept(layout, start, lasting=not way.image or bool(way.mixed and self._host))
+        self._next = bool(way.mixed) and self._host  # the image is the next iterate
+        self._kept = Kept(layout, start, not way.image or self._next, self._stepper.given())
 
     def run(self, limit: int, indices: list[float]) -> tuple[Any, list[Any], SolverStat]:
-        request, watch, stepper = self._request, self._watch, self._stepper
-        func, states = request.func, []
-        wanted = iter([*indices, None])
-        index = next(wanted)
-        for made in range(1, limit + 1):
-            z = stepper.z
-            fz = func(z)
+        request, watch, stepper, keeps = self._request, self._watch, self._stepper, self._keeps
+        func, states, pending = request.func, [], indices[::-1]
+        made = 0
+        while made < limit:
+            fz = func(stepper.z)
             stepper.step(fz)
             watch.take()
-            if self._keeps:
-                self._keep(z, fz, request.final or watch.better())
-            while index is not None and index <= made:
+            made += 1
+            if keeps:
+                self._keep(fz, request.final or watch.better())
+            while pending and pending[-1] <= made:
+                pending.pop()
                 states.append(self._best())
-                index = next(wanted)
             if stepper.ended or (self._looks and self._over()):
                 break
         result = self._best()
-        states += [self._best() for _ in range(len(indices) - len(states))]
-        rows = watch.measured()
+        states += [self._best() for _ in pending]
         if not self._host:
-            rows = rows[: stepper.evaluations()]
+            made = stepper.evaluations()
         stepper.release()
-        return result, states, statistics(rows, self._way.counted, self._mode, request.max_iter, request.final)
+        found = statistics(watch, made, self._way.counted, self._mode, request.max_iter, request.final)
+        return result, states, found
 
     def _over(self) -> bool:
         tol = self._request.tol
         return self._watch.within(tol) or (self._way.stalls and self._watch.stalled(tol, _STALL))
 
-    def _keep(self, z: Any, fz: Any, better: Any) -> None:
-        way, layout, stepper = self._way, self._layout, self._stepper
-        if not way.image:
-            leaves = stepper.evaluated()
-            if better is not False:
-                leaves = [t.clone() for t in leaves]
-            self._kept.take(leaves, better, [])
-            return
-        if way.mixed and self._host:
-            self._kept.take(stepper.moved(), better, [])
-            return
-        leaves = layout.tensors(fz)
-        if way.mixed not in (0.0, 1.0):
-            pairs = zip(stepper.evaluated(), leaves, strict=True)
-            leaves = [torch.lerp(x, t.to(x.dtype), way.mixed) for x, t in pairs]
-        self._kept.take([t.detach() for t in leaves], better, layout.tensors(z))
+    def _keep(self, fz: Any, better: Any) -> None:
+        way, stepper = self._way, self._stepper
+        if self._next:
+            leaves = stepper.moved()
+        elif way.image:
+            leaves = self._layout.tensors(fz)
+            if way.mixed not in (0.0, 1.0):
+                pairs = zip(stepper.evaluated(), leaves, strict=True)
+                leaves = [torch.lerp(x, t.to(x.dtype), way.mixed) for x, t in pairs]
+        else:
+            leaves = [t.clone() for t in stepper.evaluated()] if better is True else stepper.evaluated()
+        self._kept.take(leaves, better)
 
     def _best(self) -> Any:
         if self._keeps:

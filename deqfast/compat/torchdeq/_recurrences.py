@@ -49,6 +49,10 @@ class Recurrence:
         """The iterate after x, where f is fx."""
         raise NotImplementedError
 
+    def given(self) -> list[Tensor]:
+        """Every iterate has memory of its own."""
+        return []
+
     def evaluated(self) -> list[Tensor]:
         """Leaves of the iterate that was evaluated last."""
         return self._leaves(self._before)

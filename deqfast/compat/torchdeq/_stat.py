@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ._watch import Watch
 
 UNKNOWN = 1e8  # what a trace begins with, and the lowest residual of a sample that never had a finite one
 
@@ -62,34 +65,38 @@ def nothing_known(counted: Counted, max_iter: int, batch: int, like: Tensor) -> 
     )
 
 
-def statistics(rows: Tensor, counted: Counted, mode: int, max_iter: int, final: bool) -> SolverStat:
-    """Statistics from (T, 2, B) measurements, T at least 1.
+def statistics(found: Watch, made: int, counted: Counted, mode: int, max_iter: int, final: bool) -> SolverStat:
+    """Statistics of a solve.
 
     Args:
-        rows: at every evaluation; what is not finite counts as no residual.
+        found: what was measured; overwritten. What is not finite counts as no residual.
+        made: evaluations, at least 1.
         counted: of the method.
         mode: the row by which the lowest is the lowest.
         max_iter: of the solve.
         final: the newest measurement counts, not the lowest.
     """
+    rows = found.all
     if final:
-        lowest = rows[-1]
-        at = torch.full_like(lowest[mode], rows.shape[0] - 1)
+        lowest = rows[made].clone()
+        step = torch.full_like(lowest[mode], made - 1 + counted.zero, dtype=torch.float32)
     else:
-        finite = torch.nan_to_num(rows, nan=UNKNOWN, posinf=UNKNOWN)
-        lowest, where = finite.min(0)
-        at = where[mode]
-    length = max(1, max_iter + counted.longer)
-    shown = rows[counted.first : counted.first + length - 1]
-    traces = rows.new_empty(length, *rows.shape[1:])
-    traces[0] = UNKNOWN
-    traces[1 : 1 + shown.shape[0]] = shown
-    traces[1 + shown.shape[0] :] = lowest
-    traces = traces.permute(1, 2, 0).contiguous()
+        lowest = found.lowest
+        step = (rows[1 : made + 1, mode] == lowest[mode]).to(torch.uint8).argmax(0).to(torch.float32)
+        step += counted.zero
+        lowest.masked_fill_(lowest == math.inf, UNKNOWN)
+    rows[made + 1 :] = lowest
+    rows[counted.first] = UNKNOWN
+    traces = rows[counted.first : counted.first + max(1, max_iter + counted.longer)].permute(1, 2, 0).contiguous()
     return SolverStat(
         abs_lowest=lowest[ABS],
         rel_lowest=lowest[REL],
         abs_trace=traces[ABS],
         rel_trace=traces[REL],
-        nstep=at.to(torch.float32) + counted.zero,
+        nstep=step,
     )
+
+
+def room(counted: Counted, max_iter: int) -> int:
+    """Rows that the statistics of a solve need, beside the first."""
+    return max(max_iter + counted.beyond, counted.first + max(1, max_iter + counted.longer) - 1)

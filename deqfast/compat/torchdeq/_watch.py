@@ -19,19 +19,29 @@ from ...ops.layout import Layout
 class Watch:
     """Residuals of every evaluation, read from ``now`` (2, B) after each.
 
+    Args:
+        now: the newest ones, in memory that stays.
+        mode: the row that counts.
+        room: evaluations at most.
+
     Attributes:
-        rows: copies of them, one an evaluation.
+        all: (room + 1, 2, B), evaluation k in row k; row 0 is nobody's.
+        lowest: (2, B) least so far, infinite before the first finite one.
+        made: evaluations recorded.
     """
 
-    def __init__(self, now: Tensor, mode: int) -> None:
+    def __init__(self, now: Tensor, mode: int, room: int) -> None:
         self._mode = mode
+        self.all = now.new_empty(room + 1, *now.shape)
+        self.lowest = torch.full_like(now, math.inf)
+        self.made = 0
 
     def take(self) -> None:
         """Record the newest evaluation."""
         raise NotImplementedError
 
     def better(self) -> Any:
-        """(B,) bool: which samples have never been as good as now. True: every one; False: none."""
+        """(B,) bool: which samples have never been as good as at the newest evaluation. True: every one; False: none."""
         raise NotImplementedError
 
     def within(self, tol: float) -> bool:
@@ -42,40 +52,36 @@ class Watch:
         """Near ``tol``, and no sample made progress to speak of in so many evaluations."""
         return False
 
-    def measured(self) -> Tensor:
-        """(T, 2, B): everything recorded."""
-        raise NotImplementedError
-
 
 class HostWatch(Watch):
     """On a CPU."""
 
-    def __init__(self, now: Tensor, mode: int) -> None:
-        super().__init__(now, mode)
-        self._now = now.numpy()
-        self._row = self._now[mode]
-        self._low = np.full_like(self._row, math.inf)
+    def __init__(self, now: Tensor, mode: int, room: int) -> None:
+        super().__init__(now, mode, room)
+        self._now, self._all, self._lowest = now.numpy(), self.all.numpy(), self.lowest.numpy()
+        self._row, self._low = self._now[mode], self._lowest[mode]
         self._better = np.empty(self._row.shape, dtype=np.bool_)
         self._slowest = 0
-        self.rows: list[Any] = []
 
     def take(self) -> None:
         """Record the newest evaluation."""
-        self.rows.append(self._now.copy())
+        self.made += 1
+        self._all[self.made] = self._now
+        np.less(self._row, self._low, out=self._better)
+        np.fmin(self._lowest, self._now, out=self._lowest)
 
     def better(self) -> Any:
         """(B,) bool tensor, or True for every sample, or False for none."""
-        np.less(self._row, self._low, out=self._better)
-        np.fmin(self._low, self._row, out=self._low)
-        if self._better.all():
+        found = self._better.tobytes()  # a tenth of what .all() takes
+        if b"\0" not in found:
             return True
-        return torch.from_numpy(self._better) if self._better.any() else False
+        return torch.from_numpy(self._better) if b"\1" in found else False
 
     def within(self, tol: float) -> bool:
         """Whether every finite sample is below ``tol`` now: looks at the one that was not, first."""
-        if self._row.item(self._slowest) >= tol:
-            return False
         row = self._row
+        if row.item(self._slowest) >= tol:
+            return False
         at = int(row.argmax())
         if not math.isfinite(row.item(at)):
             row = np.where(np.isfinite(row), row, -1.0)
@@ -85,42 +91,35 @@ class HostWatch(Watch):
 
     def stalled(self, tol: float, window: int) -> bool:
         """Near ``tol``, and no sample made progress to speak of in so many evaluations."""
-        if len(self.rows) <= window or not self._row.item(self._slowest) < 3 * tol or not self._row.max() < 3 * tol:
+        if self.made <= window or not self._row.item(self._slowest) < 3 * tol or not self._row.max() < 3 * tol:
             return False
-        last = np.stack([row[self._mode] for row in self.rows[-window:]])
+        last = self._all[self.made - window + 1 : self.made + 1, self._mode]
         return bool((last.max(0) < 1.3 * last.min(0)).all())
-
-    def measured(self) -> Tensor:
-        """(T, 2, B): everything recorded."""
-        return torch.from_numpy(np.stack(self.rows))
 
 
 class DeviceWatch(Watch):
     """On a device. Only ``within`` waits for it."""
 
-    def __init__(self, now: Tensor, mode: int) -> None:
-        super().__init__(now, mode)
-        self._now, self._row = now, now[mode]
-        self._low = torch.full_like(self._row, math.inf)
-        self.rows: list[Tensor] = []
+    def __init__(self, now: Tensor, mode: int, room: int) -> None:
+        super().__init__(now, mode, room)
+        self._now = now
+        self._better = now[0]
 
     def take(self) -> None:
         """Record the newest evaluation."""
-        self.rows.append(self._now.clone())
+        self.made += 1
+        self.all[self.made] = self._now
+        self._better = self._now[self._mode] < self.lowest[self._mode]
+        torch.fmin(self.lowest, self._now, out=self.lowest)
 
     def better(self) -> Any:
         """(B,) bool."""
-        better = self._row < self._low
-        self._low = torch.fmin(self._low, self._row)
-        return better
+        return self._better
 
     def within(self, tol: float) -> bool:
         """Whether every finite sample is below ``tol`` now."""
-        return bool(((self._row < tol) | ~torch.isfinite(self._row)).all())
-
-    def measured(self) -> Tensor:
-        """(T, 2, B): everything recorded."""
-        return torch.stack(self.rows)
+        row = self._now[self._mode]
+        return bool(((row < tol) | ~torch.isfinite(row)).all())
 
 
 class Kept:
@@ -133,58 +132,56 @@ class Kept:
         layout: of the state.
         start: leaves for samples that never have a finite residual.
         lasting: what is handed over lasts until the next time; else it may lie in memory that f uses again.
+        given: what f is given, or may be a view of.
     """
 
-    def __init__(self, layout: Layout, start: list[Tensor], lasting: bool) -> None:
-        self._layout, self._start = layout, start
+    def __init__(self, layout: Layout, start: list[Tensor], lasting: bool, given: list[Tensor]) -> None:
+        self._layout = layout
         self._lasting = lasting
         self._leaves: list[Tensor] = start
         self._own = False  # whether the leaves are nobody else's
+        self._given = [_place(t) for t in given]
         self._seen: list[Tensor] = []  # f's newest output, kept alive so that its address is not taken by another
         self._places: list[int] = []
         self._versions: list[int] = []
-        self._times = 0
-        self._reused = False
+        self._copies = 0 if lasting else 2  # of outputs of f before it is known that it leaves them alone
 
-    def take(self, leaves: list[Tensor], better: Any, z: list[Tensor]) -> None:
-        """Take ``leaves`` for samples that are ``better``; ``z`` is what f was given."""
+    def take(self, leaves: list[Tensor], better: Any) -> None:
+        """Take ``leaves`` for samples that are ``better``: (B,) bool, True for all, False for none."""
         if not self._lasting:
-            self._look(leaves, z)
-        if better is False:
-            better = None
+            self._look(leaves)
         if better is True:
-            if self._lasting or (self._times > 2 and not self._reused):
-                self._leaves, self._own = leaves, False
-            else:
-                self._leaves, self._own = [t.clone() for t in leaves], True
-        elif better is None:
-            if not self._own:
-                self._leaves, self._own = [t.clone() for t in self._leaves], True
-        else:
-            self._leaves = [
-                torch.where(better.view(-1, *([1] * (t.dim() - 1))), t.to(old.dtype), old)
-                for t, old in zip(leaves, self._widened(), strict=True)
-            ]
-            self._own = True
+            if self._copies:
+                self._copies -= 1
+                leaves = [t.clone() for t in leaves]
+            self._leaves, self._own = leaves, False
+        elif better is not False:
+            which = [better.view(-1, *([1] * (t.dim() - 1))) for t in leaves]
+            triples = zip(which, leaves, self._widened(), strict=True)
+            self._leaves, self._own = [torch.where(w, t.to(old.dtype), old) for w, t, old in triples], True
+        elif not self._own:
+            self._leaves, self._own = [t.clone() for t in self._leaves], True
+
+    def _look(self, leaves: list[Tensor]) -> None:
+        """Copy from now on if f returns memory that it had returned before, or what it was given."""
+        places = [_place(t) for t in leaves]
+        for i, place in enumerate(places):
+            again = place in self._places or place in self._given
+            if again or (self._seen and _version(self._seen[i]) != self._versions[i]):
+                self._copies = -1
+        self._seen, self._places = leaves, places
+        self._versions = [_version(t) for t in leaves]
 
     def _widened(self) -> list[Tensor]:
         return [t.to(leaf.dtype) for t, leaf in zip(self._leaves, self._layout.leaves, strict=True)]
 
-    def _look(self, leaves: list[Tensor], z: list[Tensor]) -> None:
-        """Whether f returns memory that it had returned before, or what it was given."""
-        self._times += 1
-        places = [t.untyped_storage().data_ptr() for t in leaves]
-        if not self._reused:
-            given = [t.untyped_storage().data_ptr() for t in z]
-            self._reused = not set(places).isdisjoint(self._places + given) or any(
-                _version(t) != v for t, v in zip(self._seen, self._versions, strict=True)
-            )
-        self._seen, self._places = leaves, places
-        self._versions = [_version(t) for t in leaves]
-
     def copy(self) -> Any:
         """The state with these leaves, in memory of its own."""
         return self._layout.unflatten([t.clone() for t in self._widened()])
+
+
+def _place(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
 
 
 def _version(t: Tensor) -> int:
