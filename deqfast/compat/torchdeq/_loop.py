@@ -37,7 +37,6 @@ class Stepper(Protocol):
 
     Attributes:
         measured: (2, B) relative and absolute residuals of the newest evaluation, in memory that stays.
-        ended: whether no sample runs any more.
     """
 
     measured: Tensor
@@ -46,12 +45,8 @@ class Stepper(Protocol):
     def z(self) -> Any:
         """The iterate to evaluate f at."""
 
-    @property
-    def ended(self) -> bool:
-        """Whether no sample runs any more."""
-
-    def step(self, fz: Any) -> None:
-        """Take f there."""
+    def step(self, fz: Any) -> bool:
+        """Take f there; whether no sample runs any more."""
 
     def given(self) -> list[Tensor]:
         """What iterates lie in, if it is used again."""
@@ -93,14 +88,9 @@ class Kernels:
         """The iterate to evaluate f at."""
         return self._state.z
 
-    @property
-    def ended(self) -> bool:
-        """Whether no sample runs any more."""
-        return self._state.done
-
-    def step(self, fz: Any) -> None:
-        """Take f there."""
-        self._state.step(fz)
+    def step(self, fz: Any) -> bool:
+        """Take f there; whether no sample runs any more."""
+        return self._state.step(fz)
 
     def given(self) -> list[Tensor]:
         """What iterates lie in."""
@@ -156,7 +146,7 @@ Maker = Callable[[Layout, "Stopping | None"], Stepper]
 def solve(request: Request, way: Way, make: Maker) -> tuple[Any, list[Any], SolverStat]:
     """The solution, the states that were asked for, and the statistics."""
     layout = layout_for(request.x0)
-    indices = sorted(set(request.indexing))
+    indices = sorted(request.indexing)
     start = [t.detach() for t in layout.tensors(request.x0)]
     limit = request.max_iter + way.counted.beyond if request.max_iter else 0
     if not limit or not layout.B or not layout.N:
@@ -188,10 +178,11 @@ class _Solve:
     def run(self, limit: int, indices: list[float]) -> tuple[Any, list[Any], SolverStat]:
         request, watch, stepper, keeps = self._request, self._watch, self._stepper, self._keeps
         func, states, pending = request.func, [], indices[::-1]
+        looks, tol, stalls = self._looks, request.tol, self._way.stalls
         made = 0
         while made < limit:
             fz = func(stepper.z)
-            stepper.step(fz)
+            ended = stepper.step(fz)
             watch.take()
             made += 1
             if keeps:
@@ -199,19 +190,15 @@ class _Solve:
             while pending and pending[-1] <= made:
                 pending.pop()
                 states.append(self._best())
-            if stepper.ended or (self._looks and self._over()):
+            if ended or (looks and (watch.within(tol) or (stalls and watch.stalled(tol, _STALL)))):
                 break
         result = self._best()
         states += [self._best() for _ in pending]
         if not self._host:
             made = stepper.evaluations()
         stepper.release()
-        found = statistics(watch, made, self._way.counted, self._mode, request.max_iter, request.final)
+        found = statistics(watch, made, self._way.counted, request.max_iter, request.final)
         return result, states, found
-
-    def _over(self) -> bool:
-        tol = self._request.tol
-        return self._watch.within(tol) or (self._way.stalls and self._watch.stalled(tol, _STALL))
 
     def _keep(self, fz: Any, better: Any) -> None:
         way, stepper = self._way, self._stepper

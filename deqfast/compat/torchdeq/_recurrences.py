@@ -19,8 +19,6 @@ _TINY = 1e-9  # added to ||f(z)||
 class Recurrence:
     """A ``Stepper`` whose next iterate a subclass gives."""
 
-    ended = False
-
     def __init__(self, x0: Any, layout: Layout) -> None:
         self._layout = layout
         self._x = torch.cat([t.clone() for t in layout.rows([t.detach() for t in layout.tensors(x0)])], dim=1)
@@ -33,8 +31,8 @@ class Recurrence:
         """The iterate to evaluate f at."""
         return self._layout.unflatten(self._leaves(self._x))
 
-    def step(self, fz: Any) -> None:
-        """Take f there."""
+    def step(self, fz: Any) -> bool:
+        """Take f there; False: samples are stopped by others."""
         layout = self._layout
         fx = torch.cat([t.to(self._x.dtype) for t in layout.rows(layout.flatten(fz, "f(z)"))], dim=1)
         moved = fx - self._x
@@ -44,6 +42,7 @@ class Recurrence:
         self._before = self._x
         self._x = self.next(self._x, fx, moved)
         self._made += 1
+        return False
 
     def next(self, x: Tensor, fx: Tensor, moved: Tensor) -> Tensor:
         """The iterate after x, where f is fx."""
@@ -74,7 +73,9 @@ class Recurrence:
 
     def _leaves(self, rows: Tensor) -> list[Tensor]:
         found = []
-        for part, leaf in zip(rows.split([leaf.n for leaf in self._layout.leaves], 1), self._layout.leaves, strict=True):
+        for part, leaf in zip(
+            rows.split([leaf.n for leaf in self._layout.leaves], 1), self._layout.leaves, strict=True
+        ):
             t = leaf.empty(self._layout.device)
             leaf.rows(t).copy_(part)
             found.append(t)

@@ -20,7 +20,7 @@ from .._names import ignored
 from . import _recurrences as own
 from ._arguments import check_max_iter, check_tau, request
 from ._loop import Kernels, Stepper, Way, layout_for, solve
-from ._stat import ANDERSON, BROYDEN, PLAIN, SolverStat
+from ._stat import ANDERSON, BROYDEN, PLAIN, Counted, SolverStat
 
 LAM = 1e-4
 _IMAGE = Way(ANDERSON, image=True)
@@ -184,17 +184,18 @@ def simple_fixed_point_iter(
     tau = check_tau(tau)
     layout = layout_for(x0)
     x = fx = [t.detach() for t in layout.tensors(x0)]
-    states = []
+    states, pending = [], sorted(asked.indexing, reverse=True)
     for made in range(1, asked.max_iter + 1):
         x = fx
         fx = [t.detach() for t in layout.flatten(func(layout.unflatten(x)), "f(x)")]
         if tau != 1:
             fx = [a + tau * (b - a) for a, b in zip(x, fx, strict=True)]
         fx = [t.to(leaf.dtype) for t, leaf in zip(fx, layout.leaves, strict=True)]
-        if made in asked.indexing:
+        while pending and pending[-1] <= made:
+            pending.pop()
             states.append(layout.unflatten([t.clone() for t in fx]))
     result = layout.unflatten([t.clone() for t in fx])
-    states += [result] * (len(set(asked.indexing)) - len(states))
+    states += [layout.unflatten([t.clone() for t in fx]) for _ in pending]
     return result, states, _last_step(layout, x, fx, asked.max_iter)
 
 
@@ -232,13 +233,13 @@ def _memory(thres: float | None, max_iter: int) -> int:
     return max(2, min(asked, DEFAULT_MEMORY if thres is None else asked))
 
 
-def linear_solver(function: Callable[..., Any], max_iter: int) -> Solver | None:
+def linear_solver(function: Callable[..., Any], max_iter: int) -> tuple[Solver, Counted] | None:
     """What makes the backward solves where one of these functions was asked for; None: it is none of them."""
-    name = getattr(function, "__name__", "")
     if not str(getattr(function, "__module__", "")).startswith(__package__ or "?"):
         return None
+    name = getattr(function, "__name__", "")
     if name == "anderson_solver":
-        return Anderson(m=6)
+        return Anderson(m=6), ANDERSON
     if name == "broyden_solver":
-        return Broyden(_memory(None, max_iter), scale="first_step")
-    return Picard() if name in ("fixed_point_iter", "simple_fixed_point_iter") else None
+        return Broyden(_memory(None, max_iter), scale="first_step"), BROYDEN
+    return (Picard(), PLAIN) if name in ("fixed_point_iter", "simple_fixed_point_iter") else None

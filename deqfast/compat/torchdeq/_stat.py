@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -65,35 +64,24 @@ def nothing_known(counted: Counted, max_iter: int, batch: int, like: Tensor) -> 
     )
 
 
-def statistics(found: Watch, made: int, counted: Counted, mode: int, max_iter: int, final: bool) -> SolverStat:
+def statistics(found: Watch, made: int, counted: Counted, max_iter: int, final: bool) -> SolverStat:
     """Statistics of a solve.
 
     Args:
         found: what was measured; overwritten. What is not finite counts as no residual.
         made: evaluations, at least 1.
         counted: of the method.
-        mode: the row by which the lowest is the lowest.
         max_iter: of the solve.
         final: the newest measurement counts, not the lowest.
     """
-    rows = found.all
-    if final:
-        lowest = rows[made].clone()
-        step = torch.full_like(lowest[mode], made - 1 + counted.zero, dtype=torch.float32)
-    else:
-        lowest = found.lowest
-        step = (rows[1 : made + 1, mode] == lowest[mode]).to(torch.uint8).argmax(0).to(torch.float32)
-        step += counted.zero
-        lowest.masked_fill_(lowest == math.inf, UNKNOWN)
-    rows[made + 1 :] = lowest
-    rows[counted.first] = UNKNOWN
-    traces = rows[counted.first : counted.first + max(1, max_iter + counted.longer)].permute(1, 2, 0).contiguous()
+    length = max(1, max_iter + counted.longer)
+    lowest, step, traces = found.finish(made, slice(counted.first, counted.first + length), final, UNKNOWN)
     return SolverStat(
         abs_lowest=lowest[ABS],
         rel_lowest=lowest[REL],
         abs_trace=traces[ABS],
         rel_trace=traces[REL],
-        nstep=step,
+        nstep=step.add_(counted.zero - 1),
     )
 
 

@@ -52,6 +52,30 @@ class Watch:
         """Near ``tol``, and no sample made progress to speak of in so many evaluations."""
         return False
 
+    def finish(self, made: int, shown: slice, final: bool, unknown: float) -> tuple[Tensor, Tensor, Tensor]:
+        """What is told of a solve; no more can be recorded.
+
+        Args:
+            made: evaluations that count.
+            shown: those of the traces, the first in place of ``unknown``.
+            final: the newest residual counts, not the lowest.
+            unknown: what a residual is that was never finite.
+
+        Returns:
+            (2, B) lowest residuals, (B,) float32 evaluations of those of the row that counts, (2, B, T) traces.
+        """
+        rows, mode = self.all, self._mode
+        if final:
+            lowest = rows[made].clone()
+            step = torch.full_like(lowest[mode], made, dtype=torch.float32)
+        else:
+            lowest = self.lowest
+            step = (rows[1 : made + 1, mode] == lowest[mode]).to(torch.uint8).argmax(0).to(torch.float32) + 1
+            lowest.masked_fill_(lowest == math.inf, unknown)
+        rows[made + 1 :] = lowest
+        rows[shown.start] = unknown
+        return lowest, step, rows[shown].permute(1, 2, 0).contiguous()
+
 
 class HostWatch(Watch):
     """On a CPU."""
@@ -95,6 +119,19 @@ class HostWatch(Watch):
             return False
         last = self._all[self.made - window + 1 : self.made + 1, self._mode]
         return bool((last.max(0) < 1.3 * last.min(0)).all())
+
+    def finish(self, made: int, shown: slice, final: bool, unknown: float) -> tuple[Tensor, Tensor, Tensor]:
+        """What is told of a solve; no more can be recorded."""
+        if final:
+            return super().finish(made, shown, final, unknown)
+        rows, lowest = self._all, self._lowest
+        step = (rows[1 : made + 1, self._mode] == self._low).argmax(0).astype(np.float32)
+        step += 1
+        lowest[lowest == math.inf] = unknown
+        rows[made + 1 :] = lowest
+        rows[shown.start] = unknown
+        traces = np.ascontiguousarray(rows[shown].transpose(1, 2, 0))
+        return self.lowest, torch.from_numpy(step), torch.from_numpy(traces)
 
 
 class DeviceWatch(Watch):
@@ -140,9 +177,9 @@ class Kept:
         self._lasting = lasting
         self._leaves: list[Tensor] = start
         self._own = False  # whether the leaves are nobody else's
-        self._given = [_place(t) for t in given]
+        self._given = {_place(t) for t in given}
+        self._avoided = self._given
         self._seen: list[Tensor] = []  # f's newest output, kept alive so that its address is not taken by another
-        self._places: list[int] = []
         self._versions: list[int] = []
         self._copies = 0 if lasting else 2  # of outputs of f before it is known that it leaves them alone
 
@@ -165,12 +202,10 @@ class Kept:
     def _look(self, leaves: list[Tensor]) -> None:
         """Copy from now on if f returns memory that it had returned before, or what it was given."""
         places = [_place(t) for t in leaves]
-        for i, place in enumerate(places):
-            again = place in self._places or place in self._given
-            if again or (self._seen and _version(self._seen[i]) != self._versions[i]):
-                self._copies = -1
-        self._seen, self._places = leaves, places
-        self._versions = [_version(t) for t in leaves]
+        if not self._avoided.isdisjoint(places) or [_version(t) for t in self._seen] != self._versions:
+            self._copies = -1
+        self._seen, self._versions = leaves, [_version(t) for t in leaves]
+        self._avoided = self._given.union(places)
 
     def _widened(self) -> list[Tensor]:
         return [t.to(leaf.dtype) for t, leaf in zip(self._leaves, self._layout.leaves, strict=True)]
