@@ -58,12 +58,13 @@ def check_flag(name: str, value: object) -> bool:
     return value
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[str | bool | None]) -> None:
     """Raise ValueError unless the value is one of ``choices``."""
-    if not isinstance(value, str) or value not in choices:
+    if not (value is None or isinstance(value, (str, bool))) or value not in choices:
         listed = [repr(choice) for choice in choices]
         known = f"one of {', '.join(listed)}" if len(listed) > 2 else " or ".join(listed)
-        meant = did_you_mean(value, choices) if isinstance(value, str) else ""
+        words = [choice for choice in choices if isinstance(choice, str)]
+        meant = did_you_mean(value, words) if isinstance(value, str) else ""
         raise ValueError(f"{name} must be {known}, got {value!r}{meant}")
 
 

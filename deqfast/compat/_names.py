@@ -6,8 +6,8 @@ import sys
 import warnings
 from collections.abc import Iterable
 
+from ..naming import did_you_mean
 from ..nn import ConvergenceWarning
-from ..options import did_you_mean
 
 # Names for one thing, in whichever library.
 _SAME = (

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ...naming import did_you_mean
 from ...options import check_callable, check_choice, check_flag, check_not_negative, check_number
 from .._names import ignored, refuse
 from ._loop import Request
@@ -20,7 +19,7 @@ KNOWN = {
     "simple_fixed_point_iter": (*_COMMON, "tau"),
 }
 # What a module hands on from its solver_kwargs, by the names of its own arguments.
-_OF_THE_MODULE = {"f_tol": "tol", "f_stop_mode": "stop_mode"}
+_OF_THE_MODULE = ("f_tol", "f_stop_mode")
 _OF_OTHERS = {name for names in KNOWN.values() for name in names}
 _WHY = {
     "m": "it keeps no columns",
@@ -50,10 +49,7 @@ def request(
         ValueError: a value that an argument cannot have.
     """
     given = {**more}
-    settings = {"tol": tol, "stop_mode": stop_mode}
-    for name, own in _OF_THE_MODULE.items():
-        if name in given:
-            settings[own] = given.pop(name)
+    tol, stop_mode = given.pop("f_tol", tol), given.pop("f_stop_mode", stop_mode)
     known = KNOWN[function]
     unknown = [name for name in given if name not in _OF_OTHERS]
     if unknown:
@@ -61,13 +57,13 @@ def request(
     for name in given:
         ignored(function, [name], _WHY.get(name, "it has no meaning there"))
     check_callable("func", func)
-    check_choice("stop_mode", settings["stop_mode"], tuple(MODES))
+    check_choice("stop_mode", stop_mode, tuple(MODES))
     return Request(
         func=func,
         x0=x0,
         max_iter=check_max_iter(max_iter),
-        tol=check_not_negative("tol", settings["tol"]),
-        stop_mode=settings["stop_mode"],
+        tol=check_not_negative("tol", tol),
+        stop_mode=stop_mode,
         indexing=_indices(indexing),
         final=check_flag("return_final", return_final),
     )
@@ -97,8 +93,3 @@ def _indices(indexing: Any) -> list[float]:
         if check_number("indexing", index) < 1:
             raise ValueError(f"indexing must hold evaluations, counted from 1, got {index}")
     return found
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """What was meant, for a message."""
-    return did_you_mean(name, names)

@@ -118,7 +118,7 @@ def installed(*, faithful: bool = False) -> Iterator[None]:
 
 
 class _Factory:
-    """torchdeq's backward_factory, for backward solvers of deqfast's ours."""
+    """torchdeq's backward_factory, where the backward solver is none of deqfast's."""
 
     def __init__(self, theirs: Callable[..., Any]) -> None:
         self.theirs = theirs
@@ -126,7 +126,7 @@ class _Factory:
     def __call__(self, grad_type: Any = "ift", *args: Any, **kwargs: Any) -> Any:
         """A functor that makes gradients."""
         solver = kwargs.get("b_solver", args[1] if len(args) > 1 else None)
-        if grad_type == "ift" and _solvers.linear_solver(solver, 1) is None:
+        if grad_type == "ift" and (solver is None or _solvers.linear_solver(solver, 1) is None):
             return self.theirs(grad_type, *args, **kwargs)  # somebody's own solver
         return _gradients.backward_factory(grad_type, *args, **kwargs)
 

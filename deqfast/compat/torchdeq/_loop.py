@@ -1,4 +1,4 @@
-"""The loop of torchdeq's solvers: nobody stops before the worst sample, every residual is recorded, the best is kept."""
+"""The loop of torchdeq's solvers: all stop with the worst sample, residuals are recorded, the best is kept."""
 
 from __future__ import annotations
 

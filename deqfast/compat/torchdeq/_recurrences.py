@@ -1,7 +1,7 @@
 """torchdeq's own recurrences in plain torch, for ``faithful=True``: its ridge, its tau, its memory, nobody frozen.
 
-Flat samples (B, N). Anderson's ridge is added to the Gram matrix of the residuals as it is, so that it means another thing
-at every scale; Broyden's memory, when it is full, is written over from its beginning.
+Flat samples (B, N). Anderson's ridge is added to the Gram matrix of the residuals as it is, so that it means another
+thing at every scale; Broyden's memory, when it is full, is written over from its beginning.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Plain(Recurrence):
 
 
 class Anderson(Recurrence):
-    """sum_i a_i (tau f(x_i) + (1 - tau) x_i) over the last m, with (G G^T + lam I) a ~ 1 and sum a = 1, G = f(X) - X."""
+    """sum_i a_i (tau f(x_i) + (1 - tau) x_i) over the last m; (G G^T + lam I) a ~ 1, sum a = 1, G = f(X) - X."""
 
     def __init__(self, x0: Any, layout: Layout, m: int, lam: float, tau: float) -> None:
         super().__init__(x0, layout)

@@ -107,7 +107,8 @@ def broyden_solver(
         **kwargs: as there.
 
     Returns:
-        Every sample's best iterate, detached; the states; a ``SolverStat``, traces (B, max_iter + 1) from the first step on.
+        Every sample's best iterate, detached; the states; a ``SolverStat``, traces (B, max_iter + 1) from the first
+        step on.
     """
     asked = request("broyden_solver", func, x0, max_iter, tol, stop_mode, indexing, kwargs, return_final)
     if check_flag("ls", ls):

@@ -41,7 +41,7 @@ class Watch:
         raise NotImplementedError
 
     def better(self) -> Any:
-        """(B,) bool: which samples have never been as good as at the newest evaluation. True: every one; False: none."""
+        """(B,) bool: which samples were never as good as at the newest evaluation. True: all of them; False: none."""
         raise NotImplementedError
 
     def within(self, tol: float) -> bool:
