@@ -24,16 +24,19 @@ iterate, Broyden the iterate, and a ``SolverStat`` has the lowest residuals and 
 
 from __future__ import annotations
 
+from ._deq import DEQ, get_deq
 from ._install import InstallWarning, install, installed, uninstall
 from ._solvers import anderson_solver, broyden_solver, fixed_point_iter, simple_fixed_point_iter
 from ._stat import SolverStat
 
 __all__ = [
+    "DEQ",
     "InstallWarning",
     "SolverStat",
     "anderson_solver",
     "broyden_solver",
     "fixed_point_iter",
+    "get_deq",
     "install",
     "installed",
     "simple_fixed_point_iter",

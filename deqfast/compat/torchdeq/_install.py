@@ -14,16 +14,11 @@ from typing import Any
 from ...options import check_flag
 from ...warning import warn
 from . import _faithful, _gradients, _solvers
+from ._config import SOLVERS
 
 KNOWN_VERSION = "0.1.0"
-_FAST: dict[str, Callable[..., Any]] = {
-    "anderson": _solvers.anderson_solver,
-    "broyden": _solvers.broyden_solver,
-    "fixed_point_iter": _solvers.fixed_point_iter,
-    "simple_fixed_point_iter": _solvers.simple_fixed_point_iter,
-}
 _FAITHFUL: dict[str, Callable[..., Any]] = {
-    **_FAST,
+    **SOLVERS,
     "anderson": _faithful.anderson_solver,
     "broyden": _faithful.broyden_solver,
     "fixed_point_iter": _faithful.fixed_point_iter,
@@ -76,7 +71,7 @@ def install(*, faithful: bool = False) -> None:
             return
         if _now is not None:
             _take_out(_now, solver, modules)
-        chosen = _FAITHFUL if faithful else _FAST
+        chosen = _FAITHFUL if faithful else SOLVERS
         theirs = {name: _registered(solver, name) for name in chosen}
         _warn_of_built(modules, theirs)
         for name, function in chosen.items():
