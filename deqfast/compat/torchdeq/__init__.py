@@ -20,6 +20,11 @@ iterate, Broyden the iterate, and a ``SolverStat`` has the lowest residuals and 
 - implicit gradients are ``dq.Implicit``'s: relative to every sample's own scale, twice differentiable or refused, fit
   for autocast, no hook; what does not converge says so (``GradientWarning``);
 - a tensor without dims stays one, half precision is solved, and a keyword that no solver has is a ``TypeError``.
+
+On a CPU the bookkeeping costs a few microseconds an evaluation; on other devices a masked copy, and the loop never
+waits. torch.func does not pass through these modules: use ``dq.fixed_point``.
+
+Source: torchdeq 0.1.0, https://github.com/locuslab/torchdeq.
 """
 
 from __future__ import annotations
