@@ -43,21 +43,21 @@ _REASON = (
 def entry(*callables: str) -> Callable[[Function], Function]:
     """Mark a function below which torch.compile compiles nothing but the arguments named ``callables``.
 
-    It also refuses keywords that the function does not have, with what was meant (``naming``); one that takes any does
-    so itself.
+    It also refuses keywords that the function does not have, with what was meant (``naming``).
     Outside of torch.compile it costs one look at the thread's callback, a few hundred nanoseconds in all.
     """
 
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function).parameters
-        parameters, takes_any = list(signature), any(p.kind is p.VAR_KEYWORD for p in signature.values())
-        known = dict.fromkeys(parameters)
+        parameters = list(signature)
+        # One with **kwargs looks through them itself.
+        known = None if any(p.kind is p.VAR_KEYWORD for p in signature.values()) else dict.fromkeys(parameters)
         places = [(name, parameters.index(name)) for name in callables]
 
         @skip
         @functools.wraps(function)
         def enter(*args: Any, **kwargs: Any) -> Any:
-            if not takes_any:
+            if known is not None:
                 check_names(function.__name__, kwargs, known)
             callback = get_eval_frame_callback()
             if callback is None:

@@ -150,7 +150,8 @@ def second_order(attachment: Attachment, z_in: Sequence[Tensor], g: list[Tensor]
     They are (df/dinput)^T u with f at the attached solution and with u attached as what it is, the fixed point of
     u -> J^T u + g: the same construction, so that any order works.
     """
-    args, layout, options = attachment.args, attachment.layout, replace(attachment.options, u0=None, tell=None)
+    args, layout = attachment.args, attachment.layout
+    options = replace(attachment.options, u0=None, tell=None, watch=None)
     device = layout.device.type
     gate = [False]
     with torch.enable_grad():

@@ -32,6 +32,7 @@ class LinearOptions:
     u0: Any = None  # start, or a function of the leaves of the right-hand side that gives it
     mode: str = "loop"
     tell: Callable[[BackwardReport], Any] | None = None  # who hears how it went
+    watch: Callable[[SolverState], Any] | None = None  # who looks after every evaluation, where a loop makes them
 
 
 def solve_linear(
@@ -46,6 +47,8 @@ def solve_linear(
         state = SolverState(options.solver, start, options.stopping, backend=options.backend, layout=layout)
         while not state.done:
             state.step(f(state.z))
+            if options.watch is not None:
+                options.watch(state)
         if layout.B and layout.N and state.failed():
             warn_of_failures(state, known)
         leaves, residual = state.answer()

@@ -35,7 +35,8 @@ class Origin:
             moved, relative = ws.real_row(Real.NORM), ws.real_row(Real.RESIDUAL)
             size = torch.where(relative > 0, moved / relative, 0.0).nan_to_num(posinf=0.0)
             running = ws.int_row(Int.STATUS) == int(Status.RUNNING)
-            arrived = running & (size < self._eps * self._largest)
+            # A residual of 0 says nothing of the size: that sample is at its solution, and runs for the sake of others.
+            arrived = running & (size < self._eps * self._largest) & (relative != 0)
             self._largest = torch.maximum(self._largest, size).masked_fill(arrived, 0)
             if self._looks and not bool(arrived.any()):
                 return False

@@ -9,7 +9,7 @@ import deqfast as dq
 
 CODE = """
 import sys
-sys.modules.update(dict.fromkeys(("scipy", "xitorch", "jaxopt", "jax"), None))  # importing one would raise
+sys.modules.update(dict.fromkeys(("scipy", "torchdeq", "xitorch", "jaxopt", "jax"), None))  # importing one would raise
 import deqfast as dq
 assert "deqfast.compat" not in sys.modules
 for name in dq.compat.__all__:
@@ -30,7 +30,7 @@ def test_nothing_else_is_made_up():
         _ = dq.kompat  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", ["jaxopt", "locuslab", "scipy", "xitorch"])
+@pytest.mark.parametrize("name", ["jaxopt", "locuslab", "scipy", "torchdeq", "xitorch"])
 def test_everything_public_has_a_docstring(name):
     module = getattr(dq.compat, name)
     assert module.__doc__ and "Source" in module.__doc__

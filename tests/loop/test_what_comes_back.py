@@ -213,3 +213,16 @@ def test_names_from_elsewhere_are_understood_as_questions(name, meant):
 
 def test_no_evaluation_leaves_an_empty_trace():
     assert dq.fixed_point(lambda z: z, torch.ones(3, 4), max_iter=0, trace=True).trace.shape == (0, 3)
+
+
+def test_a_sample_at_its_solution_stays_there_while_others_go_on():
+    rates = torch.tensor([0.1, 0.5, 0.98], dtype=torch.float64)[:, None]
+    seen = []
+
+    def f(z):
+        seen.append(z[:, 0].clone())
+        return rates * z + 1
+
+    z0 = torch.zeros(3, 4, dtype=torch.float64)
+    dq.fixed_point(f, z0, solver="picard", rtol=1e-12, max_iter=5000, stop="all", backward="none")
+    assert torch.stack(seen)[100:, :2].min() > 1.1
