@@ -19,6 +19,7 @@ from ..ops.workspace import Stopping, Workspace
 from ..status import Status
 from . import again, own_residual, saving
 from .answer import answer
+from .keeping import Keeping
 from .origin import EVERY, Origin
 from .outputs import Outputs
 from .recordable import Recordable
@@ -27,7 +28,7 @@ from .together import Together, never
 _NOTHING = contextlib.nullcontext()
 
 
-class SolverState(Recordable):
+class SolverState(Recordable, Keeping):
     """One solve in progress, for a loop of your own.
 
     ::

@@ -112,6 +112,16 @@ class Workspace:
         self.block_norms = torch.zeros(len(rules), 2, padded, dtype=widest(device), device=device)
         self.block_rules = rules
 
+    def take(self, other: Any, which: Tensor) -> None:
+        """Become what another workspace, of the same method and stopping rule, holds of some of its samples."""
+        self.cur = other.cur
+        count = which.numel()
+        for mine, theirs in ((self.ints, other.ints), (self.reals, other.reals)):
+            mine[:, :count] = theirs.index_select(1, which)
+        for own, leaves in zip((*self.x, self.saved), (*other.x, other.saved), strict=True):
+            for t, leaf in zip(own, leaves, strict=True):
+                torch.index_select(leaf, 0, which, out=t)
+
     def settle(self) -> None:
         """Everything where every backend looks for it, whatever the last one kept elsewhere."""
 
