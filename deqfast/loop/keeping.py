@@ -9,34 +9,22 @@ import torch
 from torch import Tensor
 
 from .. import compiled
-from ..ops import contract
 from ..ops.codes import Int, Real
-from ..ops.layout import Layout
-from ..ops.workspace import Stopping, Workspace
+from ..ops.workspace import Workspace
 from ..options import check_choice
 from ..solution import Solution
 from ..status import Status
 from .answer import answer
+from .history import Inheriting
 from .origin import Origin
-from .outputs import Outputs
 from .together import Together
 
 
-class Keeping:
+class Keeping(Inheriting):
     """The part of ``SolverState`` for batches that shrink."""
 
-    options: contract.Method
-    ws: Workspace
-    layout: Layout
-    bound: contract.BoundStep
-    nfe: int
-    _backend: contract.Backend
-    _outputs: Outputs
-    _running: int
     _showing: bool
     _shown: list[Any]
-    _stopping: Stopping
-    _together: Together | None
     _origin: Origin | None
 
     @compiled.skip
@@ -75,14 +63,14 @@ class Keeping:
         layout = self.layout.resized(stay.numel())
         ws: Workspace = self.options.workspace(layout, old.stopping)
         ws.take(old, which)
-        bound = self._backend.bind(ws, self.nfe)
+        bound = self._backend.bind(ws, self.made)
         self.layout, self.ws, self.bound = layout, ws, bound
         self._shown = [layout.unflatten(x) for x in ws.x] if layout.single else []
         self._outputs.take(ws, bound, which)
         if self._origin is not None:
             self._origin.take(ws, which)
         if self._together is not None:
-            self._together = Together(ws, self._stopping, self.nfe)
+            self._together = Together(ws, self._stopping, self.made)
         self._running = self._running and int((ws.int_row(Int.STATUS) == int(Status.RUNNING)).sum())
         old.release()
 
@@ -110,7 +98,7 @@ class Keeping:
         return Solution(
             z=layout.unflatten(self.layout.select(leaves, which)),
             converged=layout.counted(status == int(Status.CONVERGED)),
-            steps=layout.counted(counters[int(Int.STEPS)]),
+            steps=layout.counted(ws.steps().index_select(0, which)),
             residual=layout.counted(residual),
             evaluations=self.nfe,
             status=layout.counted(status),
