@@ -60,11 +60,9 @@ class Inheriting(Recordable):
         if not isinstance(other, Inheriting):
             raise TypeError(f"history must be a SolverState, got {type(other).__name__}")
         ws, old = self.ws, other.ws
-        if not isinstance(ws, AndersonWorkspace) or not ws.method.m or ws.method.mix_every > 1:
-            raise ValueError(
-                f"history needs dq.Anderson with mix_every=1, got {self.options}: Picard has none, and Broyden's steps "
-                "say something in a row alone"
-            )
+        reason = ws.why_no_start()
+        if reason is not None or not isinstance(ws, AndersonWorkspace):
+            raise ValueError(f"history cannot be that of {self.options}: {reason}")
         pairs = {
             "solver": (other.options, self.options),
             "layout": (repr(other.layout), repr(self.layout)),

@@ -162,6 +162,12 @@ class AndersonWorkspace(Workspace):
             self.own_residual = other.own_residual.index_select(0, which)
             self.own_columns = other.own_columns.index_select(0, which)
 
+    def why_no_start(self) -> str | None:
+        """None where columns are kept that do not come in turns."""
+        if not self.method.m:
+            return "it keeps none"
+        return "mix_every=1 is needed, for its mixes come in turn" if self.method.mix_every > 1 else None
+
     def columns(self, which: int) -> Tensor:
         """(B, m, N) columns as stored, without their scales: a view, or for tiny samples a copy."""
         return self.history[which] if self.keeps_products else untile(self.history[which], self.layout.B)

@@ -123,6 +123,10 @@ class Workspace:
             for t, leaf in zip(own, leaves, strict=True):
                 torch.index_select(leaf, 0, which, out=t)
 
+    def why_no_start(self) -> str | None:
+        """Why no other solve can begin with such a history; None: one can."""
+        return "its steps say something in a row alone"
+
     def settle(self) -> None:
         """Everything where every backend looks for it, whatever the last one kept elsewhere."""
 
