@@ -35,7 +35,7 @@ GROUPS = {
 # How the package talks to itself; and what torch.nn.Module calls.
 INTERNAL = {"workspace", "uses_previous", "attach", "solves", "advance", "answer", "evaluated", "release", "extra_repr"}
 INTERNAL |= {"copies_z", "update", "previous", "restart", "resume", "finish", "known_running", "failed", "judge"}
-INTERNAL |= {"replay"}
+INTERNAL |= {"replay", "made", "take_over"}
 SECTIONS = ("Args", "Attributes", "Returns", "Raises")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from ..ops.codes import Int, Real
 from ..ops.workspace import Workspace
@@ -27,6 +28,11 @@ class Origin:
         self._largest = math.sqrt(ws.layout.N) / ws.real_row(Real.UNIT)
         self._looks = ws.layout.device.type == "cpu"
         self._eps = torch.finfo(ws.layout.dtype).eps
+
+    def take(self, ws: Workspace, which: Tensor) -> None:
+        """Look from now on at a workspace that holds some of the samples."""
+        self._ws = ws
+        self._largest = self._largest.index_select(0, which)
 
     def look(self) -> bool:
         """Send samples to 0 that have come to it, after a step; whether there may have been any."""

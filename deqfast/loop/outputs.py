@@ -87,6 +87,16 @@ class Outputs:
         self.note_versions()
         self.look()
 
+    def take(self, ws: Workspace, bound: BoundStep, which: Tensor) -> None:
+        """Feed the step of a workspace that holds some of the samples; f's previous output is read where it lies."""
+        self.ws, self._shape = ws, ws.layout.shapes[0]
+        rows = self.previous_rows
+        if self.previous is not None:
+            self.previous_rows = which.to(torch.int32) if rows is None else rows.index_select(0, which)
+        self.start = [t.index_select(0, which) for t in self.start]
+        self.newest, self._copies = [], ([], [])
+        self.bind(bound)
+
     def look(self) -> None:
         """Whether the next step may take the quick way."""
         self.plain = (

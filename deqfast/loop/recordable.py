@@ -21,6 +21,11 @@ class Recordable:
     _running: int
 
     @property
+    def made(self) -> int:
+        """Evaluations as steps count them: with those that a history was taken over from."""
+        return self.nfe + self.ws.before
+
+    @property
     def previous(self) -> list[Tensor] | None:
         """What f returned at the previous iterate, as the next step will read it."""
         return self._outputs.previous

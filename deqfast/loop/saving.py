@@ -10,7 +10,7 @@ from ..ops.layout import Layout
 from ..ops.workspace import Workspace
 from .outputs import Outputs
 
-ENTRIES = ("options", "layout", "nfe", "running", "wakings", "copies_f", "copies_z", "tensors")
+ENTRIES = ("options", "layout", "nfe", "before", "running", "wakings", "copies_f", "copies_z", "tensors")
 
 
 def save(method: Any, ws: Workspace, outputs: Outputs, nfe: int, running: int, wakings: int) -> dict[str, Any]:
@@ -24,6 +24,7 @@ def save(method: Any, ws: Workspace, outputs: Outputs, nfe: int, running: int, w
         "options": repr(method),
         "layout": repr(ws.layout),
         "nfe": nfe,
+        "before": ws.before,
         "running": running,
         "wakings": wakings,
         "copies_f": outputs.copies_f,

@@ -19,15 +19,15 @@ from ..ops.workspace import Stopping, Workspace
 from ..status import Status
 from . import again, own_residual, saving
 from .answer import answer
+from .keeping import Keeping
 from .origin import EVERY, Origin
 from .outputs import Outputs
-from .recordable import Recordable
 from .together import Together, never
 
 _NOTHING = contextlib.nullcontext()
 
 
-class SolverState(Recordable):
+class SolverState(Keeping):
     """One solve in progress, for a loop of your own.
 
     ::
@@ -82,7 +82,7 @@ class SolverState(Recordable):
         self._outputs = Outputs(self.ws, self.bound, options.uses_previous, start)
 
     def _bind(self) -> None:
-        self.bound = self._backend.bind(self.ws, self.nfe)
+        self.bound = self._backend.bind(self.ws, self.made)
         self._outputs.bind(self.bound)
 
     @property
@@ -144,7 +144,7 @@ class SolverState(Recordable):
     @compiled.skip
     def steps(self) -> Tensor:
         """(B,) int32: evaluations each sample has used."""
-        return self.layout.counted(self.ws.int_row(Int.STEPS))
+        return self.layout.counted(self.ws.steps())
 
     @property
     @compiled.skip
@@ -229,14 +229,14 @@ class SolverState(Recordable):
         ws = self.ws
         if self.layout.B < 2 and not said_so:
             return 0
-        which = again.judge(self.bound, ws, leaves, rows, self.nfe, self._stopping)
+        which = again.judge(self.bound, ws, leaves, rows, self.made, self._stopping)
         if which is None:
             return 0
         if self._together is not None:
             which = ws.int_row(Int.STATUS) == int(Status.CONVERGED)  # who stopped together goes on together
-        recheck.wake(ws, which, self.nfe)
+        recheck.wake(ws, which, self.made)
         ws.cur ^= 1  # the same step once more, for them
-        self.bound = self._backend.bind(ws, self.nfe - 1)
+        self.bound = self._backend.bind(ws, self.made - 1)
         running = self.bound(leaves, None, rows, None)  # they did not move, which is no column
         ws.cur ^= 1
         self._outputs.bind(self.bound)
@@ -249,7 +249,7 @@ class SolverState(Recordable):
     def judge(self, rows: Tensor | None = None) -> None:
         """After ``advance``: converged samples that are not within tolerance at the newest f end as MAX_ITER."""
         if self._together is None:
-            again.refuse(self.bound, self.ws, self._outputs.newest, rows, self.nfe)
+            again.refuse(self.bound, self.ws, self._outputs.newest, rows, self.made)
 
     def _step_with_residual(self, fz: Any, residual: Any) -> bool:
         first = self.nfe == 0 or self._own_residual
@@ -315,12 +315,13 @@ class SolverState(Recordable):
             own.set_residual(torch.empty_like(saved["tensors"]["own_residual"], device=self.layout.device))
         saving.load(saved, self.ws, self._outputs)
         self.nfe = saved["nfe"]
+        self._count_from(saved["before"])
         self._running, self.wakings = saved["running"], saved["wakings"]
         self._bind()
 
     def __reduce__(self) -> Any:
         together = self._together is not None
-        settings = {"stopping": self._stopping, "backend": self._asked_for, "together": together}
+        settings = {"stopping": self._own_rule(), "backend": self._asked_for, "together": together}
         given = self.options, self.evaluated(), self.layout.samples, settings
         return _rebuild, (type(self), *given, self.state_dict())
 

@@ -145,6 +145,29 @@ class AndersonWorkspace(Workspace):
         begun = which[:, None] & (slots == self.int_row(Int.SLOT)[:, None])
         self.norms[:, 0].masked_fill_(tile(begun, self.tiles), 0)
 
+    def take(self, other: AndersonWorkspace, which: Tensor) -> None:
+        """And the columns of those samples."""
+        super().take(other, which)
+        theirs, mine = other.own(), self.own()
+        if self.keeps_products:
+            for name in ("history", "scales"):
+                torch.index_select(theirs.pop(name), 1, which, out=mine.pop(name))
+        else:
+            for into, columns in zip(mine.pop("history"), theirs.pop("history"), strict=True):
+                into.copy_(tile(untile(columns, other.layout.B)[which], self.tiles))
+            del mine["scales"]  # there are none
+        for name, into in mine.items():
+            into.copy_(tile(untile(theirs[name], other.layout.B)[which], self.tiles))
+        if other.own_residual is not None and other.own_columns is not None:
+            self.own_residual = other.own_residual.index_select(0, which)
+            self.own_columns = other.own_columns.index_select(0, which)
+
+    def why_no_start(self) -> str | None:
+        """None where columns are kept that do not come in turns."""
+        if not self.method.m:
+            return "it keeps none"
+        return "mix_every=1 is needed, for its mixes come in turn" if self.method.mix_every > 1 else None
+
     def columns(self, which: int) -> Tensor:
         """(B, m, N) columns as stored, without their scales: a view, or for tiny samples a copy."""
         return self.history[which] if self.keeps_products else untile(self.history[which], self.layout.B)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .codes import Int
@@ -45,6 +46,12 @@ class BroydenWorkspace(Workspace):
         self.gram = memory.new("gram", (B, side, side), acc)  # s_i . s_j, i >= j
         if fresh:
             self.begin()
+
+    def take(self, other: BroydenWorkspace, which: Tensor) -> None:
+        """And the steps of those samples."""
+        super().take(other, which)
+        for name in self.kept:
+            torch.index_select(getattr(other, name), 0, which, out=getattr(self, name))
 
     def forget(self, which: Tensor) -> None:
         """No steps from here: those of some of the (B,) samples no longer count."""

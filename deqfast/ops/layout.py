@@ -9,6 +9,7 @@ leaf; nothing is ever concatenated. Trees have the caller's shapes, lists of lea
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from typing import Any
@@ -96,6 +97,12 @@ class Leaf:
         shape = self.shape if batch is None else (batch, *self.shape[1:])
         return torch.empty_strided(shape, self.stride, dtype=self.dtype, device=device)
 
+    def resized(self, batch: int) -> Leaf:
+        """The same leaf of so many samples."""
+        leaf = copy.copy(self)
+        leaf.shape = torch.Size((batch, *self.shape[1:]))
+        return leaf
+
     def rows(self, t: Tensor) -> Tensor:
         """``t`` as (B, n) real numbers in memory order: a view where ``t`` is dense in that order, else a copy."""
         t = t.permute(self.order)
@@ -159,6 +166,20 @@ class Layout:
         leaves = ", ".join(f"{tuple(leaf.shape)} {leaf.dtype} in order {leaf.order}" for leaf in self.leaves)
         return f"{self._describe()}: {leaves}{samples}"
 
+    def resized(self, rows: int) -> Layout:
+        """The layout of such a state with so many rows of dim 0.
+
+        Raises:
+            ValueError: samples are no rows of dim 0.
+        """
+        layout = copy.copy(self)
+        layout.samples = self.samples.resized(rows)
+        layout.batch_shape = (rows, *self.batch_shape[1:])
+        layout.B = math.prod(layout.batch_shape)
+        layout.shapes = [torch.Size((rows, *shape[1:])) for shape in self.shapes]
+        layout.leaves = [leaf.resized(layout.B) for leaf in self.leaves]
+        return layout
+
     def flatten(self, tree: Any, name: str, batch: int | None = None) -> list[Tensor]:
         """The leaves of ``tree``, checked against this layout; under autocast a narrower float is accepted.
 
@@ -205,6 +226,13 @@ class Layout:
     def empty(self, batch: int | None = None) -> list[Tensor]:
         """Uninitialised leaves in this layout."""
         return [leaf.empty(self.device, batch) for leaf in self.leaves]
+
+    def select(self, leaves: list[Tensor], which: Tensor) -> list[Tensor]:
+        """Copies of some samples, in the memory order of the leaves, which ``index_select`` alone would not keep."""
+        chosen = self.empty(which.numel())
+        for out, t in zip(chosen, leaves, strict=True):
+            torch.index_select(t, 0, which, out=out)
+        return chosen
 
     def rows(self, leaves: list[Tensor]) -> list[Tensor]:
         """Each leaf as (B, n) real numbers in memory order."""

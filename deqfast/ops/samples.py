@@ -45,6 +45,14 @@ class Samples:
         """The inverse of ``split``."""
         raise NotImplementedError
 
+    def resized(self, rows: int) -> Samples:
+        """The same way to count, for tensors of so many rows of dim 0.
+
+        Raises:
+            ValueError: samples are no rows of dim 0.
+        """
+        raise NotImplementedError
+
 
 class FirstDim(Samples):
     """A sample is a row of dim 0; ``shape`` is the layout's to know."""
@@ -76,6 +84,10 @@ class FirstDim(Samples):
     def join(self, t: Tensor) -> Tensor:
         """It is in that form."""
         return t
+
+    def resized(self, rows: int) -> Samples:
+        """The same for every number of rows."""
+        return self
 
 
 FIRST_DIM = FirstDim()
@@ -121,6 +133,12 @@ class LeadingDims(Samples):
             return t.squeeze(0)
         first = t.shape[0] // self.inner if self.inner else self.shape[0]
         return t.unflatten(0, (first, *self.shape[1:]))
+
+    def resized(self, rows: int) -> Samples:
+        """All samples of so many rows."""
+        if not self.count:
+            raise ValueError("no row can be left out: with batch_dims=0 the whole state is one sample")
+        return LeadingDims(self.count, (rows, *self.shape[1:]))
 
 
 class Segments(Samples):
@@ -171,6 +189,10 @@ class Segments(Samples):
         """The rows, one after the other."""
         rows = t.flatten(0, 1)
         return rows if self.views else rows.index_select(0, self._place)
+
+    def resized(self, rows: int) -> Samples:
+        """They cannot be: rows are of samples of unequal length."""
+        raise ValueError("no row can be left out of a state with segments: a row of dim 0 is no sample there")
 
 
 def segments_of(given: Any, rows: int, device: torch.device) -> Segments:

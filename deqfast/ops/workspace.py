@@ -85,6 +85,7 @@ class Workspace:
         x, x_prev, self.saved = memory.iterates(layout)
         self.x = x, x_prev
         self.cur = 0
+        self.before = 0  # evaluations that came before this solve's first one, for whoever counts them
         self.ints = memory.zeros("ints", (16, padded), torch.int32)
         self.reals = memory.zeros("reals", (8, padded), layout.acc)
         self.buffer: Tensor | None = None  # what the history lies in, if it is worth keeping for another solve
@@ -111,6 +112,20 @@ class Workspace:
         device = self.layout.device
         self.block_norms = torch.zeros(len(rules), 2, padded, dtype=widest(device), device=device)
         self.block_rules = rules
+
+    def take(self, other: Any, which: Tensor) -> None:
+        """Become what another workspace, of the same method and stopping rule, holds of some of its samples."""
+        self.cur, self.before = other.cur, other.before
+        count = which.numel()
+        for mine, theirs in ((self.ints, other.ints), (self.reals, other.reals)):
+            mine[:, :count] = theirs.index_select(1, which)
+        for own, leaves in zip((*self.x, self.saved), (*other.x, other.saved), strict=True):
+            for t, leaf in zip(own, leaves, strict=True):
+                torch.index_select(leaf, 0, which, out=t)
+
+    def why_no_start(self) -> str | None:
+        """Why no other solve can begin with such a history; None: one can."""
+        return "its steps say something in a row alone"
 
     def settle(self) -> None:
         """Everything where every backend looks for it, whatever the last one kept elsewhere."""
@@ -149,6 +164,11 @@ class Workspace:
     def int_row(self, row: Int) -> Tensor:
         """(B,) int32 view."""
         return self.ints[int(row), : self.layout.B]  # torch takes twice as long to read an enum
+
+    def steps(self) -> Tensor:
+        """(B,) int32: evaluations that each sample has used in this solve; a view where it can be."""
+        used = self.int_row(Int.STEPS)
+        return used - self.before if self.before else used
 
     def real_row(self, row: Real) -> Tensor:
         """(B,) view in the accumulation dtype."""

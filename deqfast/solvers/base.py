@@ -35,6 +35,7 @@ class Solver:
         batch_dims: int = 1,
         segments: Any = None,
         backend: str = "auto",
+        history: SolverState | None = None,
     ) -> SolverState:
         """A state for a loop of your own, starting at a copy of ``z0``; see ``SolverState``.
 
@@ -48,9 +49,15 @@ class Solver:
             batch_dims: leading dims that count samples, as there.
             segments: samples of unequal length, as there.
             backend: "auto", "native", "triton", "torch" or "reference".
+            history: an earlier solve with the same solver and a state of the same structure, shape and dtype, whose
+                columns are copied: of an f that has changed a little they save evaluations from the first one on.
+                ``dq.Anderson`` with ``mix_every=1`` alone. The earlier state keeps its memory as long as you keep it.
         """
         check_choice("stop", stop, ("each", "all"))
         check_samples(batch_dims, segments)
         layout = layout_of(z0, batch_dims, segments)
         rule = stopping(rtol, atol, max_iter, layout.dtype)
-        return SolverState(self, z0, rule, backend=backend, layout=layout, together=stop == "all")
+        state = SolverState(self, z0, rule, backend=backend, layout=layout, together=stop == "all")
+        if history is not None:
+            state.take_over(history)
+        return state

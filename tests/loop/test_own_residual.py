@@ -41,12 +41,13 @@ def test_residual_of_your_own_is_given_always_or_never():
         other.step(0.5 * z, residual=r)
 
 
-def test_residual_in_another_space_steers_as_the_same_residual_does():
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_residual_in_another_space_steers_as_the_same_residual_does(backend):
     """An orthogonal change of space keeps every product that the least-squares problem is made of."""
     p = problem(4, 12, dtype=torch.float64, slowest=0.8)
     Q = torch.linalg.qr(torch.randn(20, 12, dtype=torch.float64))[0]
     solver = dq.Anderson(m=4, type=2)
-    states = [solver.init(p.z0, rtol=1e-7, max_iter=60, backend="reference") for _ in range(2)]
+    states = [solver.init(p.z0, rtol=1e-7, max_iter=60, backend=backend) for _ in range(2)]
     while not states[0].done:
         f = [pull(s.z, *p.args) for s in states]
         states[0].step(f[0])

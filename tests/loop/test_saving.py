@@ -185,7 +185,9 @@ def test_saved_state_of_another_memory_format_or_structure_is_refused(backend):
         solver.init({"a": image}, backend=backend).load_state_dict(solver.init({"b": image}).state_dict())
 
 
-@pytest.mark.parametrize("missing", ["options", "layout", "nfe", "running", "copies_f", "copies_z", "tensors"])
+@pytest.mark.parametrize(
+    "missing", ["options", "layout", "nfe", "before", "running", "copies_f", "copies_z", "tensors"]
+)
 def test_incomplete_saved_state_is_refused_and_changes_nothing(missing):
     solver = dq.Anderson(m=3)
     saved = solver.init(torch.ones(2, 3)).state_dict()

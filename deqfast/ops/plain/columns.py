@@ -81,6 +81,9 @@ class Columns:
 
     def rows(self, e: Evaluation, new: list[Tensor]) -> Tensor:
         """In the same memory every time."""
+        width = e.g.shape[1]
+        if self._rows.shape[2] != width:  # a residual of the caller's own, in another space
+            self._rows = self._rows.new_empty(*self._rows.shape[:2], width)
         torch.mul(e.g, e.unit[:, None], out=self._rows[:, 0])
         self._rows[:, 1].copy_(new[1])
         if self.method.test_space:
