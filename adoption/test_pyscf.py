@@ -22,7 +22,7 @@ COLUMNS = 7  # of differences: PySCF keeps eight Fock matrices
 def stepper(diis: Any) -> type:
     """PySCF's DIIS class with deqfast's steps."""
 
-    class Stepped(diis.CDIIS):  # type: ignore[misc]
+    class Stepped(diis.CDIIS):
         state: Any = None
 
         def update(self, s: Any, d: Any, f: Any, *args: Any, **kwargs: Any) -> Any:
