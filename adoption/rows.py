@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench import timing
 
@@ -78,7 +79,22 @@ class Counted:
         return solve(), self.calls - before
 
 
-def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+def apart(a: Tensor, b: Tensor) -> float:
     """Largest difference of two answers, relative to the largest number of the first."""
     scale = float(a.detach().abs().max())
     return float((a - b).detach().abs().max()) / (scale or 1.0)
+
+
+class Passes(torch.autograd.Function):
+    """Identity that counts its backward passes."""
+
+    count = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        Passes.count += 1
+        return gradient

@@ -13,28 +13,13 @@ import torch
 from torch import Tensor
 
 import deqfast as dq
-from adoption.rows import Record, Row, apart, in_turns
+from adoption.rows import Passes, Record, Row, apart, in_turns
 
 SIZE, IMAGES = 32, 4
 NOISE = 0.02
 THRESHOLD = 1e-5
 LIMIT = 1000
 STEPS = 800  # unrolled
-
-
-class Passes(torch.autograd.Function):
-    """Identity that counts its backward passes."""
-
-    count = 0
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        Passes.count += 1
-        return gradient
 
 
 def images(count: int, generator: torch.Generator) -> Tensor:
