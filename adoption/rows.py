@@ -55,10 +55,10 @@ class Record:
 
 
 def in_turns(
-    own: Callable[[], object], ours: Callable[[], object], rounds: int = 11, budget: float = 12.0
+    own: Callable[[], object], ours: Callable[[], object], rounds: int = 11, budget: float = 12.0, least: int = 7
 ) -> tuple[float, float, float]:
     """Own time over deqfast's: the median of turns, and its interval."""
-    found = timing.alternate({"own": own, "deqfast": ours}, rounds=rounds, least_rounds=7, budget=budget)
+    found = timing.alternate({"own": own, "deqfast": ours}, rounds=rounds, least_rounds=least, budget=budget)
     ratio = timing.ratio(found["own"].seconds, found["deqfast"].seconds)
     return ratio.ratio, ratio.low, ratio.high
 
