@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.0
 TORCH_MIN ?= torch==2.9.0
 VENV ?= .venv
 VENV_MIN ?= .venv-min
+# Other packages, with deqfast as their solver; an environment of its own, see adoption.
+VENV_ADOPTION ?= .venv-adoption
 PYTEST_ARGS ?=
 # Test processes: one a core.
 WORKERS ?= auto
@@ -33,7 +35,7 @@ LOCK = $(if $(FLOCK),$(FLOCK) $(1))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build inplace demo examples test test-triton test-packaging test-min-torch lint bench bench-report gpu sanitize emulated check-aarch64 check-cuda format clean
+.PHONY: help venv build inplace demo examples test test-triton test-packaging test-min-torch lint bench bench-report adoption gpu sanitize emulated check-aarch64 check-cuda format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-16s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -116,6 +118,20 @@ bench: build ## Run the benchmarks; results go to bench/results/
 bench-report: venv ## Write the tables of the documentation from bench/results/
 	$(BIN)/python -m bench.report
 	$(BIN)/python docs/make_readme.py
+
+# The tree's deqfast is the one that `python -m` finds. One thread: the problems are small, and each package brings an
+# OpenMP of its own, whose threads would wait for one another.
+$(VENV_ADOPTION)/.deps: adoption/requirements.txt
+	$(PYTHON) -m venv $(VENV_ADOPTION)
+	$(VENV_ADOPTION)/bin/python $(PIP_INSTALL) "$(TORCH)" numpy
+	$(VENV_ADOPTION)/bin/python $(PIP_INSTALL) -r adoption/requirements.txt "$(TORCH)"
+	touch $@
+
+ADOPTION = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV_ADOPTION)/bin/python
+
+adoption: build $(VENV_ADOPTION)/.deps ## Solve other packages' problems with deqfast in place of their solvers (minutes)
+	$(ADOPTION) -m pytest adoption -p no:cacheprovider --adoption-out bench/results/$$(date +%Y-%m-%d)-adoption.json $(PYTEST_ARGS)
+	$(ADOPTION) -m adoption.report
 
 # No environment of its own: PYTHON's torch, which brings its CUDA along; see docs/gpu-notes.md.
 gpu: ## On a machine with a GPU: build, test, sanitize and measure there (ten minutes, no network)
