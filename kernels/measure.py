@@ -18,6 +18,7 @@ from .constants import (
     FALLEN,
     FAR,
     FIRST,
+    GONE,
     GROWN,
     GROWTH_LIMIT,
     LARGEST,
@@ -99,7 +100,7 @@ def ratio(moved, size):
 def has_run_away(f_norm, g_norm, first, largest, settings, EPSILON: tl.constexpr):
     """Whose ||g|| is small because ||f|| has become large."""
     rounding = EPSILON * f_norm
-    hardly = (FALLEN * g_norm > largest) | (GROWN * rounding > first)
+    hardly = (FALLEN * g_norm > largest) | (rounding > largest) | (f_norm > GONE * first)
     allowed = FAR * tl.load(settings + RTOL) * first + tl.load(settings + ATOL)
     return (first > 0) & (f_norm > GROWN * first) & (hardly | ((g_norm > allowed) & (g_norm > rounding)))
 

@@ -7,7 +7,7 @@ from naming import ROOT, files_naming
 
 PAGES = ROOT / "docs" / "contributing"
 CODE = ("deqfast", "csrc", "kernels", "CMakeLists.txt")
-COMPAT = "deqfast/compat/"  # says what others say: by their names for their options, whatever is added here
+OUTSIDE = ("deqfast/compat/", "deqfast/compare/")  # users of what is there, by the names that others have for it
 # An example of what a page adds, and what code that knows it says.
 EXAMPLES = {
     "op": ("broyden", r"(?i)broyden", CODE),
@@ -30,7 +30,7 @@ def test_every_file_on_a_page_exists(page):
 
 
 def naming(pattern: str, *folders: str) -> set[str]:
-    return {file for file in files_naming(pattern, *folders) if not file.startswith(COMPAT)}
+    return {file for file in files_naming(pattern, *folders) if not file.startswith(OUTSIDE)}
 
 
 def on_page(page: str) -> set[str]:

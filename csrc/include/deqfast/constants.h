@@ -15,9 +15,9 @@ constexpr double kUnitRange = 1099511627776.0;  // 2^40
 // Type II: a residual that grows by more forgets all but the newest column.
 constexpr double kGrowthLimit = 1.5;
 // A sample whose ||f|| is kGrown times what f and g were at first has run away while ||g|| is above a kFallen-th of its
-// largest, or above rtol kFar times what they were at first and not rounding (eps ||f||), or while a kGrown-th of
-// what they were at first is rounding: that ||g|| / ||f|| is small does not make it converged.
-constexpr double kGrown = 10, kFallen = 4, kFar = 1000;
+// largest, or above rtol kFar times what they were at first and not rounding (eps ||f||), or while rounding is
+// above that largest, or kGone times what they were at first: that ||g|| / ||f|| is small does not make it converged.
+constexpr double kGrown = 10, kFallen = 4, kFar = 1000, kGone = 1e13;
 // A sample out of evaluations has diverged when its residual ended this far above the first, and has stalled when the
 // best residual came before the last third of its evaluations, and these are at least kStallMinSteps.
 constexpr double kDivergence = 10;
@@ -65,6 +65,7 @@ constexpr Named kConstants[] = {
     {"GROWN", kGrown},
     {"FALLEN", kFallen},
     {"FAR", kFar},
+    {"GONE", kGone},
     {"DIVERGENCE", kDivergence},
     {"STALL_FRACTION", kStallFraction},
     {"STALL_MIN_STEPS", kStallMinSteps},

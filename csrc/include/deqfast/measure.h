@@ -63,7 +63,7 @@ DEQFAST_HD inline Distance distance(const SolveArgs& a, int64_t b, double f_norm
 DEQFAST_HD inline bool has_run_away(const SolveArgs& a, double f_norm, double g_norm, double first, double largest,
                                     double epsilon) {
     const double rounding = epsilon * f_norm;
-    const bool hardly = kFallen * g_norm > largest || kGrown * rounding > first;
+    const bool hardly = kFallen * g_norm > largest || rounding > largest || f_norm > kGone * first;
     const bool far = g_norm > kFar * a.rtol * first + a.atol && g_norm > rounding;
     return first > 0 && f_norm > kGrown * first && (hardly || far);
 }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...status import Status
-from ..codes import DIVERGENCE, FALLEN, FAR, GROWN, STALL_FRACTION, STALL_MIN_STEPS, UNIT_RANGE, At
+from ..codes import DIVERGENCE, FALLEN, FAR, GONE, GROWN, STALL_FRACTION, STALL_MIN_STEPS, UNIT_RANGE, At
 from ..layout import Layout
 from ..workspace import Stopping
 from .algebra import but_not, power_below
@@ -201,7 +201,7 @@ def has_run_away(c: Codes, old: Stats, g_norm: Tensor, f_norm: Tensor) -> Tensor
     There ||g|| / ||f|| gets small because ||f|| gets large: z + a bounded step has no fixed point at all.
     """
     rounding = c.epsilon * f_norm
-    hardly = (FALLEN * g_norm > old.largest) | (GROWN * rounding > old.first)
+    hardly = (FALLEN * g_norm > old.largest) | (rounding > old.largest) | (f_norm > GONE * old.first)
     far = (g_norm > FAR * c.rtol * old.first + c.atol) & (g_norm > rounding)
     return (f_norm > GROWN * old.first) & (old.first > 0) & (hardly | far)
 
