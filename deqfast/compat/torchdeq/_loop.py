@@ -139,6 +139,11 @@ def layout_for(x0: Any) -> Layout:
     return layout_of(x0, 0 if isinstance(x0, Tensor) and x0.dim() == 0 else 1, name="x0")
 
 
+def on_host(layout: Layout) -> bool:
+    """Whether a look at the residuals waits for nobody."""
+    return layout.device.type == "cpu"
+
+
 Maker = Callable[[Layout, "Stopping | None"], Stepper]
 
 
@@ -160,7 +165,7 @@ class _Solve:
     def __init__(self, request: Request, way: Way, make: Maker, layout: Layout, start: list[Tensor]) -> None:
         self._request, self._way, self._layout = request, way, layout
         self._mode = MODES[request.stop_mode]
-        self._host = layout.device.type == "cpu"
+        self._host = on_host(layout)
         rule = None
         if not self._host and not request.final:
             rule = Stopping(0.0, request.tol) if self._mode == ABS else Stopping(request.tol)
