@@ -178,7 +178,8 @@ class _Solve:
         kernels = isinstance(self._stepper, Kernels)
         self._keeps = way.image or request.final or not kernels or not self._host or self._mode != ABS
         self._next = bool(way.mixed) and self._host  # the image is the next iterate
-        self._kept = Kept(layout, start, not way.image or self._next, self._stepper.given())
+        lasting = not way.image or self._next
+        self._kept = Kept(layout, start, lasting, self._stepper.given(), self._instead)
 
     def run(self, limit: int, indices: list[float]) -> tuple[Any, list[Any], SolverStat]:
         request, watch, stepper, keeps = self._request, self._watch, self._stepper, self._keeps
@@ -217,6 +218,9 @@ class _Solve:
         else:
             leaves = [t.clone() for t in stepper.evaluated()] if better is True else stepper.evaluated()
         self._kept.take(leaves, better)
+
+    def _instead(self) -> list[Tensor]:
+        return self._stepper.best() or [t.clone() for t in self._stepper.evaluated()]
 
     def _best(self) -> Any:
         if self._keeps:
