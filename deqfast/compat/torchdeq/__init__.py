@@ -23,7 +23,7 @@ iterate, Broyden the iterate, and a ``SolverStat`` has the lowest residuals and 
 - a tensor without dims stays one, half precision is solved, and a keyword that no solver has is a ``TypeError``.
 
 On a CPU the bookkeeping costs a few microseconds an evaluation; on other devices a masked copy, and the loop never
-waits. torch.func does not pass through these modules: use ``dq.fixed_point``.
+waits. torch.func's grad, vjp and jvp pass through ``get_deq``'s modules as through ``dq.fixed_point``.
 
 Source: torchdeq 0.1.0, https://github.com/locuslab/torchdeq.
 """

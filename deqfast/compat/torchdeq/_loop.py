@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ... import transforms
 from ...loop.state import SolverState
 from ...ops.contract import Method
 from ...ops.layout import Layout, layout_of
@@ -144,12 +145,20 @@ def on_host(layout: Layout) -> bool:
     return layout.device.type == "cpu"
 
 
-Maker = Callable[[Layout, "Stopping | None"], Stepper]
+Maker = Callable[[Layout, Any, "Stopping | None"], Stepper]
 
 
 @torch.no_grad()
 def solve(request: Request, way: Way, make: Maker) -> tuple[Any, list[Any], SolverStat]:
-    """The solution, the states that were asked for, and the statistics."""
+    """The solution, the states that were asked for, and the statistics; within torch.func on the values alone."""
+    if not transforms.active():
+        return _solve(request, way, make)
+    x0 = transforms.values(request.x0)
+    with transforms.Outside() as outside, torch.no_grad():
+        return _solve(replace(request, func=outside.inside(request.func), x0=x0), way, make)
+
+
+def _solve(request: Request, way: Way, make: Maker) -> tuple[Any, list[Any], SolverStat]:
     layout = layout_for(request.x0)
     indices = sorted(request.indexing)
     start = [t.detach() for t in layout.tensors(request.x0)]
@@ -169,7 +178,7 @@ class _Solve:
         rule = None
         if not self._host and not request.final:
             rule = Stopping(0.0, request.tol) if self._mode == ABS else Stopping(request.tol)
-        self._stepper = make(layout, rule)
+        self._stepper = make(layout, request.x0, rule)
         self._looks = not (request.final or (rule is not None and isinstance(self._stepper, Kernels)))
         self._watch: Watch = (HostWatch if self._host else DeviceWatch)(
             self._stepper.measured, self._mode, room(way.counted, request.max_iter)
@@ -225,4 +234,7 @@ class _Solve:
     def _best(self) -> Any:
         if self._keeps:
             return self._kept.copy()
-        return self._layout.unflatten([t.clone() for t in self._stepper.best() or []])
+        stepper = self._stepper
+        # Where every sample is at its best, no mask has to say which one is.
+        leaves = stepper.evaluated() if self._watch.better() is True else stepper.best() or []
+        return self._layout.unflatten([t.clone() for t in leaves])
