@@ -141,6 +141,7 @@ class Options:
     segments: Any = None
     compact: Any = False
     trace: bool = False
+    states: Any = None
     callback: Callable[[int, Any], bool | None] | None = None
     throw: bool = False
     backend: str = "auto"
@@ -164,6 +165,7 @@ class Options:
             if not leaves or not all(isinstance(leaf, bool) for leaf in leaves):
                 raise TypeError(f"compact must be a bool or a tree of bools shaped like args, got {self.compact!r}")
         check_backend(self.backend)
+        self._check_states()
         check_flag("trace", self.trace)
         check_flag("throw", self.throw)
         check_flag("progress", self.progress)
@@ -181,6 +183,14 @@ class Options:
         if self.stop == "all":
             raise ValueError('compact leaves out samples that have stopped; with stop="all" they stop together')
 
+    def _check_states(self) -> None:
+        wanted = () if self.states is None else self.states
+        if not isinstance(wanted, Sequence) or isinstance(wanted, str):
+            raise TypeError(f"states must be a list of evaluations, counted from 1, got {type(wanted).__name__}")
+        for at in wanted:
+            check_int("states", at, hint="; the first evaluation is 1")
+        object.__setattr__(self, "states", tuple(wanted))
+
     def _check_tolerances(self) -> None:
         if self.rtol is not None or type(self.atol) is not float or self.atol:
             self.stopping(torch.float32)
@@ -189,7 +199,12 @@ class Options:
         check_choice("mode", self.mode, MODES)
         if self.mode == "loop":
             return
-        looks = {"trace": self.trace, "callback": self.callback is not None, "progress": self.progress}
+        looks = {
+            "trace": self.trace,
+            "states": bool(self.states),
+            "callback": self.callback is not None,
+            "progress": self.progress,
+        }
         for name, used in {**looks, "compact": self.compact}.items():
             if used is not False:
                 raise ValueError(f"mode={self.mode!r} cannot be combined with {name}, which looks at every evaluation")
@@ -203,6 +218,7 @@ class Options:
     def looks(self) -> bool:
         """Whether something has to be done between evaluations beside stepping."""
         watched = self.trace or self.progress or self.callback is not None or self.compact is not False
+        watched = watched or bool(self.states)
         return watched or self.returns in ("image", "next")
 
     def stopping(self, dtype: torch.dtype) -> Stopping:

@@ -53,6 +53,7 @@ class Solution:
         nfe: evaluations of f by the solver; reading it waits for the device if the loop ran there.
         status: (B,) int32 of ``dq.Status``.
         trace: (nfe, B) relative residuals if asked for, NaN once a sample has stopped; else None.
+        states: with ``states=`` what would have come back after each of those evaluations, without a graph; else None.
         backend: the backend that ran the updates.
         mode: how the loop ran: "loop", "graph" or "device".
         counters: what ``events`` reads.
@@ -72,6 +73,7 @@ class Solution:
     mode: str = "loop"
     reports: list[BackwardReport] = field(default_factory=list, repr=False)
     aux: Any = field(default=None, repr=False)
+    states: list[Any] | None = field(default=None, repr=False)
 
     @property
     def backward(self) -> BackwardReport | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from .loop.compaction import Compactor
 from .loop.conclude import conclude, out_of_evaluations, unsolved
 from .loop.images import Images, take
 from .loop.progress import progress_bar
+from .loop.sampled import Sampled
 from .loop.state import SolverState
 from .naming import check_names
 from .ops import contract
@@ -52,6 +53,7 @@ def fixed_point(
     segments: Any = None,
     compact: Any = False,
     trace: bool = False,
+    states: Sequence[int] | None = None,
     callback: Callable[[int, SolverState], bool | None] | None = None,
     throw: bool = False,
     backend: str = "auto",
@@ -91,6 +93,8 @@ def fixed_point(
             tensor in args whose dim 0 is that of z0, and one evaluation of all of them at the end confirms it; or a
             pytree of bools shaped like args that says which tensors follow, and is believed.
         trace: record the (nfe, B) residuals.
+        states: evaluations, counted from 1, whose answer so far is wanted too: ``Solution.states`` has what ``returns``
+            asks for as it was then, in ascending order, copies without a gradient. After the end it is that of the end.
         callback: called after every evaluation as callback(k, state) with a ``SolverState`` to look at; True stops.
         throw: raise ``ConvergenceError`` unless every sample converged.
         backend: "auto" (default), "native", "triton", "torch" or "reference"; ``python -m deqfast.info`` says what is
@@ -99,7 +103,7 @@ def fixed_point(
             step are captured once as a CUDA graph, and a few evaluations replayed at a time. "device": the whole loop
             runs on the GPU. Both give the bits of "loop", may evaluate f a few times more, and run f's Python once per
             shape, not once per evaluation. Where that is impossible the plain loop runs, with a ``ModeWarning`` that
-            says why, and ``Solution.mode`` is "loop". Not with trace, callback, progress or compact.
+            says why, and ``Solution.mode`` is "loop". Not with trace, states, callback, progress or compact.
         progress: show a tqdm bar of evaluations.
 
     Returns:
@@ -121,6 +125,7 @@ def fixed_point(
         segments=segments,
         compact=compact,
         trace=trace,
+        states=states,
         callback=callback,
         throw=throw,
         backend=backend,
@@ -156,6 +161,7 @@ def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Option
     if options.max_iter == 0:
         backend = contract.choose(options.backend, layout.device).name
         solution = unsolved(layout, [t.detach().clone() for t in layout.tensors(start)], backend, options.trace)
+        solution.states = [pytree.tree_map(torch.clone, solution.z) for _ in options.states] or None
     elif options.mode != "loop" and layout.B and layout.N:
         solution = _replayed(problem, start)
     if solution is None and not transformed:
@@ -257,15 +263,17 @@ def _run(f: Callable[..., Any], args: tuple[Any, ...], problem: Problem, start: 
     state = SolverState(
         options.solver, start, rule, backend=options.backend, layout=problem.layout, together=options.stop == "all"
     )
-    rows = images = None
+    rows = images = sampled = None
     with torch.no_grad():
         if options.looks:
-            rows, images = _look_on(f, args, state, options)
+            rows, images, sampled = _look_on(f, args, state, options)
         else:
             while not state.done:
                 state.step(f(state.z, *args))
     shared = options.callback is not None  # it may have kept the state
     solution = conclude(state, options.returns, rows, shared, images)
+    if sampled is not None:
+        solution.states = sampled.end(problem.layout.tensors(solution.z))
     problem.copy_z = state.copies_z
     if not shared:
         state.release()
@@ -274,12 +282,14 @@ def _run(f: Callable[..., Any], args: tuple[Any, ...], problem: Problem, start: 
 
 def _look_on(
     f: Callable[..., Any], args: tuple[Any, ...], state: SolverState, options: Options
-) -> tuple[list[Tensor] | None, list[Tensor] | None]:
-    """The loop with what somebody wants to see or do between evaluations: recorded residuals, images."""
+) -> tuple[list[Tensor] | None, list[Tensor] | None, Sampled | None]:
+    """The loop with what somebody wants to see or do between evaluations: recorded residuals, images, states."""
     compactor = Compactor(state, args, options.compact) if options.compact is not False else None
     images = Images(state) if options.returns == "image" else None
+    sampled = Sampled(state, options.states, options.returns, images) if options.states else None
     rows: list[Tensor] | None = [] if options.trace else None
     bar = progress_bar(options.max_iter) if options.progress else None
+    lookers = [one for one in (images, sampled) if one is not None]
     leaves: list[Tensor] = []
     which: Tensor | None = None
     try:
@@ -289,8 +299,8 @@ def _look_on(
                 state.advance(leaves, None)
             else:
                 leaves, which = compactor.evaluate(f)
-            if images is not None:
-                images.keep(leaves, which)
+            for one in lookers:
+                one.look(leaves, which)
             if rows is not None:
                 rows.append(torch.where(state.steps == state.nfe, state.residual, float("nan")))
             if bar is not None:
@@ -309,4 +319,4 @@ def _look_on(
     if options.returns == "next":
         converged = state.ws.int_row(Int.STATUS) == int(Status.CONVERGED)
         take(state.layout, state.ws.x[state.ws.cur], converged, leaves, which)
-    return rows, None if images is None else images.leaves
+    return rows, None if images is None else images.leaves, sampled

@@ -43,7 +43,7 @@ class Unroll(Gradient):
 
     Exact derivatives of the iterate that the solver returned, whether or not it converged, to any order and through
     torch.func. Memory and backward cost grow with the evaluations: for tests, and for small solves. Works with
-    ``trace`` and ``throw``; ``compact``, ``callback`` and ``progress`` raise ``ValueError``.
+    ``trace`` and ``throw``; ``compact``, ``callback``, ``progress`` and ``states`` raise ``ValueError``.
     """
 
     solves = True
@@ -59,6 +59,7 @@ class Unroll(Gradient):
             "compact": options.compact is not False,
             "callback": options.callback is not None,
             "progress": options.progress,
+            "states": options.states,
         }
         for name, asked in refused.items():
             if asked:

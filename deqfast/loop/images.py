@@ -19,7 +19,7 @@ class Images:
         self._state = state
         self.leaves = state.layout.empty()
 
-    def keep(self, fz: list[Tensor], rows: Tensor | None) -> None:
+    def look(self, fz: list[Tensor], rows: Tensor | None) -> None:
         """Take f's newest output for those whose best iterate it was evaluated at, as ``state.step`` has judged.
 
         A sample that converged earlier is one of them: its iterate does not move, and f is evaluated there again.

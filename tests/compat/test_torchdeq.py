@@ -8,6 +8,7 @@ import torch
 from deqfast.compat import IgnoredOption, _names
 from deqfast.compat import torchdeq as ours
 from deqfast.compat.torchdeq import _faithful as faithful
+from deqfast.compat.torchdeq import _loop
 
 theirs = pytest.importorskip("torchdeq")
 from torchdeq.solver import get_solver  # noqa: E402
@@ -370,3 +371,33 @@ def test_module_options_reach_the_solver():
     _, _, a = ours.anderson_solver(f, z0, tol=1e-2, f_tol=1e-8, f_stop_mode="rel")
     _, _, b = ours.anderson_solver(f, z0, tol=1e-8, stop_mode="rel")
     assert torch.equal(a["rel_trace"], b["rel_trace"])
+
+
+@pytest.mark.parametrize("solvers", [SOLVERS, FAITHFUL], ids=["fast", "faithful"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stop_mode": "rel", "tol": 1e-4},
+        {"tol": 1e-5, "indexing": [3, 9, 60]},
+        {"max_iter": 9, "tol": 1e-12},
+        {"max_iter": 9, "return_final": True},
+    ],
+    ids=str,
+)
+def test_the_loop_of_other_devices_gives_the_same(monkeypatch, name, solvers, options):
+    f, z0 = problem(rho=0.9)
+    here = solvers[name](f, z0, **{"max_iter": 100, **options})
+    monkeypatch.setattr(_loop, "on_host", lambda layout: False)
+    there = solvers[name](f, z0, **{"max_iter": 100, **options})
+    torch.testing.assert_close(there[0], here[0], rtol=0, atol=1e-13)
+    torch.testing.assert_close(there[1], here[1], rtol=0, atol=1e-13)
+    same_kind(there[2], here[2])
+    for key in KEYS:
+        torch.testing.assert_close(there[2][key], here[2][key], rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sample_that_is_not_a_number_on_other_devices(monkeypatch, name):
+    monkeypatch.setattr(_loop, "on_host", lambda layout: False)
+    test_a_sample_that_is_not_a_number_keeps_its_best_and_holds_up_nobody(name, SOLVERS)

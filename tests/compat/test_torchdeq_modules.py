@@ -423,3 +423,20 @@ def test_normalisation_and_dropout_are_untouched():
         (z,), _ = deq(lambda z, block=block, x=x: torch.tanh(0.3 * block(z) + x), torch.zeros(B, N))
         z.sum().backward()
         assert sum(float(p.grad.abs().sum()) for p in block.parameters() if p.grad is not None) > 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"ift": True, "b_max_iter": 200}, {"grad": 3}, {"n_states": 2, "core": "indexing"}]
+)
+def test_torch_func_goes_through(options):
+    for solver in NAMES:
+        layer = Layer(ours.get_deq(f_solver=solver, f_tol=1e-9, b_tol=1e-10, f_max_iter=100, **options))
+        layer.x.requires_grad_()
+        _, _, expected = gradient(layer)
+
+        def loss(W, layer=layer):
+            states, _ = torch.func.functional_call(layer, {"W": W})
+            return sum((z**3).sum() for z in states)
+
+        found = torch.func.grad(loss)(layer.W.detach())
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)

@@ -17,12 +17,13 @@ iterate, Broyden the iterate, and a ``SolverStat`` has the lowest residuals and 
 - every index of ``indexing`` has its state, those after the stop the last one, so that every gradient finds its state;
 - with a damping ``tau`` the residual is still that of f;
 - a start within tolerance costs one evaluation, and the first evaluations count for the best as all others do;
-- implicit gradients are ``dq.Implicit``'s: relative to every sample's own scale, twice differentiable or refused, fit
-  for autocast, no hook; what does not converge says so (``GradientWarning``);
+- implicit gradients are ``dq.Implicit``'s: ``b_tol`` is relative to every sample's own gradient (1e-6 of a mean loss is
+  in torchdeq more like 1e-3: ask for that where it was enough), they are twice differentiable or refused, fit for
+  autocast, without a hook, and what does not converge says so (``GradientWarning``);
 - a tensor without dims stays one, half precision is solved, and a keyword that no solver has is a ``TypeError``.
 
 On a CPU the bookkeeping costs a few microseconds an evaluation; on other devices a masked copy, and the loop never
-waits. torch.func does not pass through these modules: use ``dq.fixed_point``.
+waits. torch.func's grad, vjp and jvp pass through ``get_deq``'s modules as through ``dq.fixed_point``.
 
 Source: torchdeq 0.1.0, https://github.com/locuslab/torchdeq.
 """

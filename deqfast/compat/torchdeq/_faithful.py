@@ -38,7 +38,7 @@ def anderson_solver(
     check_int("m", m, least=2)
     check_not_negative("lam", lam)
     tau = check_tau(tau)
-    return solve(asked, Way(ANDERSON, image=True), lambda layout, _: own.Anderson(x0, layout, m, lam, tau))
+    return solve(asked, Way(ANDERSON, image=True), lambda layout, start, _: own.Anderson(start, layout, m, lam, tau))
 
 
 @compiled.entry("func")
@@ -59,7 +59,9 @@ def broyden_solver(
     if check_flag("ls", ls):
         ignored("broyden_solver", ["ls"], "there is no line search, every step is a full one")
     memory = max(1, asked.max_iter if LBFGS_thres is None else check_max_iter(LBFGS_thres, "LBFGS_thres"))
-    return solve(asked, Way(BROYDEN, image=False, stalls=True), lambda layout, _: own.Broyden(x0, layout, memory))
+    return solve(
+        asked, Way(BROYDEN, image=False, stalls=True), lambda layout, start, _: own.Broyden(start, layout, memory)
+    )
 
 
 @compiled.entry("func")
@@ -77,4 +79,4 @@ def fixed_point_iter(
     """Plain iteration with any ``tau``; else as ``fixed_point_iter``."""
     asked = request("fixed_point_iter", func, x0, max_iter, tol, stop_mode, indexing, kwargs, return_final)
     tau = check_tau(tau)
-    return solve(asked, Way(PLAIN, image=True, mixed=tau), lambda layout, _: own.Plain(x0, layout, tau))
+    return solve(asked, Way(PLAIN, image=True, mixed=tau), lambda layout, start, _: own.Plain(start, layout, tau))

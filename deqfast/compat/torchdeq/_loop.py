@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ... import transforms
 from ...loop.state import SolverState
 from ...ops.contract import Method
 from ...ops.layout import Layout, layout_of
@@ -139,12 +140,25 @@ def layout_for(x0: Any) -> Layout:
     return layout_of(x0, 0 if isinstance(x0, Tensor) and x0.dim() == 0 else 1, name="x0")
 
 
-Maker = Callable[[Layout, "Stopping | None"], Stepper]
+def on_host(layout: Layout) -> bool:
+    """Whether a look at the residuals waits for nobody."""
+    return layout.device.type == "cpu"
+
+
+Maker = Callable[[Layout, Any, "Stopping | None"], Stepper]
 
 
 @torch.no_grad()
 def solve(request: Request, way: Way, make: Maker) -> tuple[Any, list[Any], SolverStat]:
-    """The solution, the states that were asked for, and the statistics."""
+    """The solution, the states that were asked for, and the statistics; within torch.func on the values alone."""
+    if not transforms.active():
+        return _solve(request, way, make)
+    x0 = transforms.values(request.x0)
+    with transforms.Outside() as outside, torch.no_grad():
+        return _solve(replace(request, func=outside.inside(request.func), x0=x0), way, make)
+
+
+def _solve(request: Request, way: Way, make: Maker) -> tuple[Any, list[Any], SolverStat]:
     layout = layout_for(request.x0)
     indices = sorted(request.indexing)
     start = [t.detach() for t in layout.tensors(request.x0)]
@@ -160,11 +174,11 @@ class _Solve:
     def __init__(self, request: Request, way: Way, make: Maker, layout: Layout, start: list[Tensor]) -> None:
         self._request, self._way, self._layout = request, way, layout
         self._mode = MODES[request.stop_mode]
-        self._host = layout.device.type == "cpu"
+        self._host = on_host(layout)
         rule = None
         if not self._host and not request.final:
             rule = Stopping(0.0, request.tol) if self._mode == ABS else Stopping(request.tol)
-        self._stepper = make(layout, rule)
+        self._stepper = make(layout, request.x0, rule)
         self._looks = not (request.final or (rule is not None and isinstance(self._stepper, Kernels)))
         self._watch: Watch = (HostWatch if self._host else DeviceWatch)(
             self._stepper.measured, self._mode, room(way.counted, request.max_iter)
@@ -173,7 +187,8 @@ class _Solve:
         kernels = isinstance(self._stepper, Kernels)
         self._keeps = way.image or request.final or not kernels or not self._host or self._mode != ABS
         self._next = bool(way.mixed) and self._host  # the image is the next iterate
-        self._kept = Kept(layout, start, not way.image or self._next, self._stepper.given())
+        lasting = not way.image or self._next
+        self._kept = Kept(layout, start, lasting, self._stepper.given(), self._instead)
 
     def run(self, limit: int, indices: list[float]) -> tuple[Any, list[Any], SolverStat]:
         request, watch, stepper, keeps = self._request, self._watch, self._stepper, self._keeps
@@ -213,7 +228,13 @@ class _Solve:
             leaves = [t.clone() for t in stepper.evaluated()] if better is True else stepper.evaluated()
         self._kept.take(leaves, better)
 
+    def _instead(self) -> list[Tensor]:
+        return self._stepper.best() or [t.clone() for t in self._stepper.evaluated()]
+
     def _best(self) -> Any:
         if self._keeps:
             return self._kept.copy()
-        return self._layout.unflatten([t.clone() for t in self._stepper.best() or []])
+        stepper = self._stepper
+        # Where every sample is at its best, no mask has to say which one is.
+        leaves = stepper.evaluated() if self._watch.better() is True else stepper.best() or []
+        return self._layout.unflatten([t.clone() for t in leaves])

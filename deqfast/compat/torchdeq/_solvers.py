@@ -71,10 +71,10 @@ def anderson_solver(
     asked = request("anderson_solver", func, x0, max_iter, tol, stop_mode, indexing, kwargs, return_final)
     solver = _anderson(m, lam, tau)
 
-    def make(layout: Layout, rule: Stopping | None) -> Stepper:
+    def make(layout: Layout, start: Any, rule: Stopping | None) -> Stepper:
         if solver is None:
-            return own.Anderson(x0, layout, max(2, m), lam, tau)
-        return Kernels(solver, x0, layout, rule)
+            return own.Anderson(start, layout, max(2, m), lam, tau)
+        return Kernels(solver, start, layout, rule)
 
     return solve(asked, _IMAGE, make)
 
@@ -114,7 +114,7 @@ def broyden_solver(
     if check_flag("ls", ls):
         ignored("broyden_solver", ["ls"], "there is no line search, every step is a full one")
     solver = Broyden(_memory(LBFGS_thres, asked.max_iter))
-    return solve(asked, _ITERATE, lambda layout, rule: Kernels(solver, x0, layout, rule))
+    return solve(asked, _ITERATE, lambda layout, start, rule: Kernels(solver, start, layout, rule))
 
 
 @compiled.entry("func")
@@ -148,8 +148,8 @@ def fixed_point_iter(
     asked = request("fixed_point_iter", func, x0, max_iter, tol, stop_mode, indexing, kwargs, return_final)
     tau = check_tau(tau)
 
-    def make(layout: Layout, rule: Stopping | None) -> Stepper:
-        return Kernels(Picard(tau), x0, layout, rule) if 0 < tau <= 1 else own.Plain(x0, layout, tau)
+    def make(layout: Layout, start: Any, rule: Stopping | None) -> Stepper:
+        return Kernels(Picard(tau), start, layout, rule) if 0 < tau <= 1 else own.Plain(start, layout, tau)
 
     return solve(asked, Way(PLAIN, image=True, mixed=tau), make)
 

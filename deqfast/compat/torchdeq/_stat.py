@@ -75,13 +75,14 @@ def statistics(found: Watch, made: int, counted: Counted, max_iter: int, final: 
         final: the newest measurement counts, not the lowest.
     """
     length = max(1, max_iter + counted.longer)
-    lowest, step, traces = found.finish(made, slice(counted.first, counted.first + length), final, UNKNOWN)
+    shown = slice(counted.first, counted.first + length)
+    lowest, step, traces = found.finish(made, shown, final, UNKNOWN, counted.zero)
     return SolverStat(
         abs_lowest=lowest[ABS],
         rel_lowest=lowest[REL],
         abs_trace=traces[ABS],
         rel_trace=traces[REL],
-        nstep=step.add_(counted.zero - 1),
+        nstep=step,
     )
 
 

@@ -7,6 +7,7 @@ of torch's; on a device in torch, without waiting for it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class Watch:
         """Near ``tol``, and no sample made progress to speak of in so many evaluations."""
         return False
 
-    def finish(self, made: int, shown: slice, final: bool, unknown: float) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(self, made: int, shown: slice, final: bool, unknown: float, zero: int) -> tuple[Tensor, Tensor, Tensor]:
         """What is told of a solve; no more can be recorded.
 
         Args:
@@ -60,17 +61,18 @@ class Watch:
             shown: those of the traces, the first in place of ``unknown``.
             final: the newest residual counts, not the lowest.
             unknown: what a residual is that was never finite.
+            zero: the step that the first evaluation is.
 
         Returns:
-            (2, B) lowest residuals, (B,) float32 evaluations of those of the row that counts, (2, B, T) traces.
+            (2, B) lowest residuals, (B,) float32 steps of those of the row that counts, (2, B, T) traces.
         """
         rows, mode = self.all, self._mode
         if final:
             lowest = rows[made].clone()
-            step = torch.full_like(lowest[mode], made, dtype=torch.float32)
+            step = torch.full_like(lowest[mode], made - 1 + zero, dtype=torch.float32)
         else:
             lowest = self.lowest
-            step = (rows[1 : made + 1, mode] == lowest[mode]).to(torch.uint8).argmax(0).to(torch.float32) + 1
+            step = (rows[1 : made + 1, mode] == lowest[mode]).to(torch.uint8).argmax(0).to(torch.float32) + zero
             lowest.masked_fill_(lowest == math.inf, unknown)
         rows[made + 1 :] = lowest
         rows[shown.start] = unknown
@@ -120,13 +122,13 @@ class HostWatch(Watch):
         last = self._all[self.made - window + 1 : self.made + 1, self._mode]
         return bool((last.max(0) < 1.3 * last.min(0)).all())
 
-    def finish(self, made: int, shown: slice, final: bool, unknown: float) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(self, made: int, shown: slice, final: bool, unknown: float, zero: int) -> tuple[Tensor, Tensor, Tensor]:
         """What is told of a solve; no more can be recorded."""
         if final:
-            return super().finish(made, shown, final, unknown)
+            return super().finish(made, shown, final, unknown, zero)
         rows, lowest = self._all, self._lowest
         step = (rows[1 : made + 1, self._mode] == self._low).argmax(0).astype(np.float32)
-        step += 1
+        step += zero
         lowest[lowest == math.inf] = unknown
         rows[made + 1 :] = lowest
         rows[shown.start] = unknown
@@ -170,42 +172,63 @@ class Kept:
         start: leaves for samples that never have a finite residual.
         lasting: what is handed over lasts until the next time; else it may lie in memory that f uses again.
         given: what f is given, or may be a view of.
+        instead: leaves for what f has overwritten; that is noticed, and from then on copies are made.
     """
 
-    def __init__(self, layout: Layout, start: list[Tensor], lasting: bool, given: list[Tensor]) -> None:
-        self._layout = layout
-        self._lasting = lasting
+    def __init__(
+        self,
+        layout: Layout,
+        start: list[Tensor],
+        lasting: bool,
+        given: list[Tensor],
+        instead: Callable[[], list[Tensor]],
+    ) -> None:
+        self._layout, self._instead = layout, instead
         self._leaves: list[Tensor] = start
         self._own = False  # whether the leaves are nobody else's
+        self._lasting = lasting
         self._given = {_place(t) for t in given}
-        self._avoided = self._given
-        self._seen: list[Tensor] = []  # f's newest output, kept alive so that its address is not taken by another
+        self._first: list[Tensor] = []  # f's first output, kept alive so that its address is not taken by another
         self._versions: list[int] = []
         self._copies = 0 if lasting else 2  # of outputs of f before it is known that it leaves them alone
 
     def take(self, leaves: list[Tensor], better: Any) -> None:
         """Take ``leaves`` for samples that are ``better``: (B,) bool, True for all, False for none."""
-        if not self._lasting:
-            self._look(leaves)
+        if self._copies > 0:
+            self._settle(leaves)
         if better is True:
-            if self._copies:
-                self._copies -= 1
-                leaves = [t.clone() for t in leaves]
-            self._leaves, self._own = leaves, False
-        elif better is not False:
+            self._own = self._copies != 0
+            self._leaves = [t.clone() for t in leaves] if self._own else leaves
+            if not (self._own or self._lasting):
+                self._versions = [_version(t) for t in leaves]
+            return
+        if not (self._own or self._lasting) and self._overwritten(leaves):
+            self._copies = -1
+            self._leaves = self._instead()
+        if better is not False:
             which = [better.view(-1, *([1] * (t.dim() - 1))) for t in leaves]
             triples = zip(which, leaves, self._widened(), strict=True)
             self._leaves, self._own = [torch.where(w, t.to(old.dtype), old) for w, t, old in triples], True
         elif not self._own:
             self._leaves, self._own = [t.clone() for t in self._leaves], True
 
-    def _look(self, leaves: list[Tensor]) -> None:
-        """Copy from now on if f returns memory that it had returned before, or what it was given."""
-        places = [_place(t) for t in leaves]
-        if not self._avoided.isdisjoint(places) or [_version(t) for t in self._seen] != self._versions:
+    def _settle(self, leaves: list[Tensor]) -> None:
+        """After two outputs of f: whether it returns memory that it had returned before, or what it was given."""
+        places = {_place(t) for t in leaves}
+        if not (self._given | {_place(t) for t in self._first}).isdisjoint(places):
             self._copies = -1
-        self._seen, self._versions = leaves, [_version(t) for t in leaves]
-        self._avoided = self._given.union(places)
+        elif self._first:
+            self._copies, self._first = 0, []
+        else:
+            self._first = leaves
+
+    def _overwritten(self, leaves: list[Tensor]) -> bool:
+        """Whether f has written over what is held, or the solver over what f returned of it."""
+        if not self._versions:  # it is the start
+            return False
+        held = {_place(t) for t in self._leaves}
+        changed = [_version(t) for t in self._leaves] != self._versions
+        return changed or not held.isdisjoint(self._given | {_place(t) for t in leaves})
 
     def _widened(self) -> list[Tensor]:
         return [t.to(leaf.dtype) for t, leaf in zip(self._leaves, self._layout.leaves, strict=True)]
