@@ -33,7 +33,9 @@ def record() -> Record:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.skipped and isinstance(report.longrepr, tuple):
+    if report.skipped and hasattr(report, "wasxfail"):
+        _RECORD.skipped[report.nodeid.split("/")[-1]] = f"fails, as expected: {report.wasxfail}"
+    elif report.skipped and isinstance(report.longrepr, tuple):
         _RECORD.skipped[report.nodeid.split("/")[-1]] = report.longrepr[2].removeprefix("Skipped: ")
 
 

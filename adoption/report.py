@@ -109,9 +109,9 @@ def batches(record: Mapping[str, Any]) -> list[str]:
     total = [str(sum(row["starts"][s] for row in rows)) for s in solvers]
     return [
         "## The same from eight starts",
-        "How many of eight starts, the standard one and seven within a tenth of it, end at a root. deqfast takes them "
-        "as one batch, which has no line search; SciPy takes one after the other.",
-        table(["MGH", *solvers], [*lines, ["**solved**", *total]]),
+        "How many of eight starts, the standard one and seven within a tenth of it, end at a root: as rows "
+        "of one batch, which has no line search, or one after the other.",
+        table(["MGH", *(f"`{s}`" if s.startswith("dq.") else s for s in solvers)], [*lines, ["**solved**", *total]]),
     ]
 
 

@@ -112,7 +112,7 @@ def compare(molecules: Molecules, record: Record, problem: str, **how: Any) -> N
             ratio=in_turns(lambda: molecules.solve(None, **how), lambda: molecules.solve(ours_by), budget=8.0),
             difference=float((own[1] - ours[1]).abs().max()),
             within=1e-6,
-            note="" if ours_by is fixed_point else "by `dq.compat.xitorch.equilibrium`",
+            note="the length of a step counts for own" if ours_by is fixed_point else "`dq.compat.xitorch.equilibrium`",
         )
     )
     assert float((own[0] - ours[0]).abs().max()) <= 1e-8
