@@ -18,6 +18,7 @@ _BYSTANDERS = meta.Bystanders()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    # With a =, or pytest takes a file that exists for one to look for tests beside.
     parser.addoption("--adoption-out", default=None, help="JSON file of what was found")
 
 
