@@ -130,7 +130,7 @@ $(VENV_ADOPTION)/.deps: adoption/requirements.txt
 ADOPTION = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV_ADOPTION)/bin/python
 
 adoption: build $(VENV_ADOPTION)/.deps ## Solve other packages' problems with deqfast in place of their solvers (minutes)
-	$(ADOPTION) -m pytest adoption -p no:cacheprovider --adoption-out bench/results/$$(date +%Y-%m-%d)-adoption.json $(PYTEST_ARGS)
+	$(ADOPTION) -m pytest adoption -p no:cacheprovider --adoption-out=bench/results/$$(date +%Y-%m-%d)-adoption.json $(PYTEST_ARGS)
 	$(ADOPTION) -m adoption.report
 
 # No environment of its own: PYTHON's torch, which brings its CUDA along; see docs/gpu-notes.md.

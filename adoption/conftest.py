@@ -18,6 +18,7 @@ _BYSTANDERS = meta.Bystanders()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    # With a =, or pytest takes a file that exists for one to look for tests beside.
     parser.addoption("--adoption-out", default=None, help="JSON file of what was found")
 
 
@@ -33,7 +34,9 @@ def record() -> Record:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.skipped and isinstance(report.longrepr, tuple):
+    if report.skipped and hasattr(report, "wasxfail"):
+        _RECORD.skipped[report.nodeid.split("/")[-1]] = f"fails, as expected: {report.wasxfail}"
+    elif report.skipped and isinstance(report.longrepr, tuple):
         _RECORD.skipped[report.nodeid.split("/")[-1]] = report.longrepr[2].removeprefix("Skipped: ")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.report.markdown import CROWDED, number, provenance, table
+from bench.report.markdown import number, provenance, table
 from bench.report.newest import newest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,8 +71,8 @@ def replaced(record: Mapping[str, Any]) -> list[str]:
     return [
         "## Solvers replaced",
         "The package's own solver and deqfast in its place, in one process, in turns; above 1 deqfast is faster. The "
-        "interval holds the true ratio with 95 % (of fewer than six turns it is all of them). The time is that of the "
-        "user's whole call, integrals, physics and backward pass included.",
+        "interval holds the true ratio with 95 % (of fewer than six turns it is all of them). The time is the "
+        "processor's, of the user's whole call on one thread, integrals, physics and backward pass included.",
         "; ".join(said).capitalize() + ".",
         table([*header, "ahead", "note"], [line(row, record["meta"]["versions"]) for row in rows]),
     ]
@@ -109,9 +109,9 @@ def batches(record: Mapping[str, Any]) -> list[str]:
     total = [str(sum(row["starts"][s] for row in rows)) for s in solvers]
     return [
         "## The same from eight starts",
-        "How many of eight starts, the standard one and seven within a tenth of it, end at a root. deqfast takes them "
-        "as one batch, which has no line search; SciPy takes one after the other.",
-        table(["MGH", *solvers], [*lines, ["**solved**", *total]]),
+        "How many of eight starts, the standard one and seven within a tenth of it, end at a root: as rows "
+        "of one batch, which has no line search, or one after the other.",
+        table(["MGH", *(f"`{s}`" if s.startswith("dq.") else s for s in solvers)], [*lines, ["**solved**", *total]]),
     ]
 
 
@@ -123,16 +123,18 @@ def write(results: Path, out: Path) -> None:
     record = newest(results, "adoption")
     if record is None:
         raise SystemExit(f"no adoption results in {results}: run `make adoption` first")
+    busy = record["meta"]["busy_elsewhere"]
+    alone = (
+        ""
+        if busy is None
+        else f" Other programs kept {busy:.2f} cores busy meanwhile, which processor time leaves out."
+    )
     parts = [
         "# Adoption",
         "Other packages, with deqfast in place of their fixed-point solvers. Written by `python -m adoption.report` "
         "from the newest `make adoption`; edit nothing here.",
-        provenance(record["meta"]),
+        provenance({**record["meta"], "busy_elsewhere": None}) + alone,
     ]
-    if (record["meta"]["busy_elsewhere"] or 0.0) > CROWDED:
-        parts.append(
-            "Turns share whatever else ran, so ratios are skewed less than times; evaluations are not touched."
-        )
     parts += replaced(record) if record["rows"] else []
     parts += singles(record) + batches(record)
     if record["skipped"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from bench import timing
+
+RESOLUTION = 0.02  # seconds a turn
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Row:
         problem: what was solved.
         own: the package's solver.
         evaluations: own and deqfast's; None where a solver has no such count.
-        ratio: own time over deqfast's, in turns within one process, with its interval.
+        ratio: own processor time over deqfast's, in turns within one process, with its interval.
         difference: largest of the answers'; ``within`` is what was asked for.
         solved: whether own and deqfast's met the tolerance.
         note: what a reader has to know.
@@ -57,10 +60,29 @@ class Record:
 def in_turns(
     own: Callable[[], object], ours: Callable[[], object], rounds: int = 11, budget: float = 12.0, least: int = 7
 ) -> tuple[float, float, float]:
-    """Own time over deqfast's: the median of turns, and its interval."""
-    found = timing.alternate({"own": own, "deqfast": ours}, rounds=rounds, least_rounds=least, budget=budget)
-    ratio = timing.ratio(found["own"].seconds, found["deqfast"].seconds)
+    """Own processor time over deqfast's: the median of turns, and its interval.
+
+    Both run on one thread, so that other programs lengthen neither's, but for what they do to the caches.
+    """
+    calls = (own, ours)
+    seconds: tuple[list[float], list[float]] = ([], [])
+    with timing.no_collection():
+        for call in calls:
+            call()
+        once = sum(_seconds(call, 1) for call in calls)
+        repeat = max(1, round(RESOLUTION / max(once, 1e-9)))
+        for turn in range(min(rounds, max(least, int(budget / (once * repeat))))):
+            for which in (0, 1) if turn % 2 else (1, 0):
+                seconds[which].append(_seconds(calls[which], repeat))
+    ratio = timing.ratio(*seconds)
     return ratio.ratio, ratio.low, ratio.high
+
+
+def _seconds(call: Callable[[], object], repeat: int) -> float:
+    start = time.process_time()
+    for _ in range(repeat):
+        call()
+    return time.process_time() - start
 
 
 class Counted:

@@ -94,7 +94,7 @@ def test_one_system(name: str, record: Record) -> None:
 
 @pytest.mark.parametrize("name", [name for name in REGISTRY if name.startswith("MGH")])
 def test_a_batch_of_starts(name: str, record: Record) -> None:
-    """The start itself and seven near it: rows of one call here, one after the other there."""
+    """The start itself and seven near it: as rows of one call, and one after the other."""
     problem = REGISTRY[name]
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(STARTS, problem.start.numel(), generator=generator, dtype=torch.float64)
@@ -108,7 +108,7 @@ def test_a_batch_of_starts(name: str, record: Record) -> None:
         except dq.compat.scipy.NoConvergence as failure:
             x = failure.args[0]
         counts[f"{solver}, batched"] = int(solved(problem.F, x).sum())
-    for solver in ("scipy anderson", "scipy broyden1", "scipy hybr"):
+    for solver in (*BATCHED, "scipy anderson", "scipy broyden1", "scipy hybr"):
         counts[solver] = sum(evaluations(SOLVERS[solver], problem, start) is not None for start in starts)
     for solver, count in counts.items():
         _STARTS_SOLVED[solver] = _STARTS_SOLVED.get(solver, 0) + count
