@@ -137,9 +137,6 @@ def test_seven_molecules_in_one_batch(record: Record) -> None:
     compare(Molecules(*NAMES), record, "seven molecules in one batch")
 
 
-@pytest.mark.xfail(
-    raises=ValueError, strict=False, reason="dq.compat.xitorch refused its own defaults when this was written"
-)
 def test_one_batch_by_the_same_name(record: Record) -> None:
     compare(Molecules(*NAMES), record, "seven molecules in one batch", ours=by_name)
 
