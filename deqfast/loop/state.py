@@ -214,7 +214,7 @@ class SolverState(Keeping):
     def _close(self, running: int, leaves: list[Tensor], rows: Tensor | None) -> bool:
         """After a step of the kernels that left so many samples running, from f's ``leaves``; returns ``done``."""
         if self._together is not None:
-            running = self._together.look()
+            running = self._together.look(running)
         elif running == 0 and not (self.bound.exact and self._running == self.layout.B):
             running = self._again(leaves, rows)  # where every sample ran until now nobody can have converged before
         self._running = running
