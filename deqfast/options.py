@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,7 @@ MODES = ("loop", "graph", "device")
 
 def check_number(name: str, value: object) -> float:
     """The value as a float; TypeError unless it is a real number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     return float(value)
 
@@ -44,11 +45,11 @@ def check_fraction(name: str, value: object) -> float:
 
 def check_int(name: str, value: object, least: int = 1, hint: str = "", or_none: bool = False) -> int:
     """The value; TypeError or ValueError unless it is an int of at least ``least``; ``hint`` ends the message."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         raise TypeError(f"{name} must be an int{' or None' if or_none else ''}, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}{hint}")
-    return value
+    return int(value)
 
 
 def check_flag(name: str, value: object) -> bool:

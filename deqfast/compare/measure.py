@@ -29,7 +29,7 @@ class Row:
         evaluations: of f in the forward solve.
         products: vjps of the backward pass; None without one.
         residual: the worst sample's ||f(z) - z|| / ||f(z)||, by an evaluation of its own.
-        error: the worst sample's ||z - z*|| / ||z||, z* the reference.
+        error: the worst sample's ||z - z*|| / ||z||, z* the reference; None where that did not get there.
         gradient_error: ||g - g*|| / ||g*|| over all params; None without a gradient.
         operations: dispatched in the forward solve, those of f left out.
         memory: bytes at the peak of the forward solve, beside what was there.
@@ -160,10 +160,11 @@ class Measured:
         """Whether it made one."""
         return self._gradient is not None
 
-    def judge(self, z: Any, gradient: Tensor | None) -> None:
-        """Compare with the reference's."""
+    def judge(self, z: Any | None, gradient: Tensor | None) -> None:
+        """Compare with the reference's; None: it was not exact enough."""
         row = self.row
-        row.error = self._case.relative(self.z, z)
+        if z is not None:
+            row.error = self._case.relative(self.z, z)
         if gradient is not None and self._gradient is not None:
             size = float(gradient.norm())
             row.gradient_error = float((self._gradient - gradient).norm()) / (size or 1.0)

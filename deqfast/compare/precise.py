@@ -114,9 +114,9 @@ class Precise:
 
 @dataclass(frozen=True)
 class Reference:
-    """A tight solve: its z, the flat gradient in float64 or None, and what it reached."""
+    """A tight solve: its z and the flat gradient in float64, None where it is not tight, and what it reached."""
 
-    z: Any
+    z: Any | None
     gradient: Tensor | None
     dtype: str
     residual: float
@@ -141,7 +141,8 @@ def reference(case: Case, precise: Precise, start: Any, target: float) -> Refere
     residual = precise.residual(sol.z)
     report = sol.backward
     exact = residual <= target / 10 and (report is None or float(report.residual.max()) <= target / 10)
-    return Reference(precise.z(sol.z), gradient if exact else None, precise.name, residual)
+    z = precise.z(sol.z) if residual <= target / 10 else None
+    return Reference(z, gradient if exact else None, precise.name, residual)
 
 
 def flat_gradient(loss: Tensor, params: list[Tensor]) -> Tensor:

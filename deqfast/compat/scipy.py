@@ -1,9 +1,10 @@
 """``scipy.optimize.anderson``, ``broyden1`` and ``root``, for NumPy arrays and torch tensors, one system or a batch.
 
-Same arguments, stopping rules and exceptions. An array comes back for an array, a tensor for a tensor, on its device
-and in its precision; nothing is differentiated, as there. Different on purpose: steps are deqfast's; without ``alpha``
-the first guess of the Jacobian is the slope of a first step, which has the right sign; and a line search looks
-at full steps alone as long as they do well. ``batched=True`` solves the rows of dim 0 as systems of their own.
+Same arguments and stopping rules, and exceptions of the same name: SciPy's own class is not used, as SciPy need not be
+there. An array comes back for an array, a tensor for a tensor, on its device and in its precision; nothing is
+differentiated, as there. Different on purpose: steps are deqfast's; without ``alpha`` the first guess of the Jacobian
+is the slope of a first step, which has the right sign; a line search looks at full steps alone as long as they do well;
+``root`` has two methods, and "anderson" by default. ``batched=True`` solves the rows of dim 0 as systems of their own.
 
 Source: SciPy's reference, scipy.optimize.anderson, broyden1, root; V. Eyert, J. Comp. Phys. 124 (1996).
 """

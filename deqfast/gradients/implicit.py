@@ -22,7 +22,7 @@ from .base import Gradient
 from .linear import LinearOptions
 
 
-@named()
+@named("backward", b_tol="rtol", b_max_iter="max_iter", b_thres="max_iter")
 @dataclass(frozen=True)
 class Implicit(Gradient):
     """Gradients by the implicit function theorem: the backward solves u = J^T u + g with a solver of its own.

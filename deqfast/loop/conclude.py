@@ -63,8 +63,7 @@ def out_of_evaluations(state: SolverState) -> None:
     status = ws.int_row(Int.STATUS)
     best_step = ws.int_row(Int.BEST_STEP)
     grown = (best_step == 1) & (ws.real_row(Real.NORM) > DIVERGENCE * ws.real_row(Real.LEAST))
-    score = ws.real_row(Real.NORM if ws.block_norms is None else Real.RESIDUAL)
-    found = label(score, ws.real_row(Real.FIRST), made - best_step, made, grown)
+    found = label(ws.real_row(Real.NORM), ws.real_row(Real.FIRST), made - best_step, made, grown)
     status.copy_(torch.where(status == Status.RUNNING, found.to(status.dtype), status))
     state.finish(made)
 

@@ -19,7 +19,7 @@ from ..ops.workspace import Stopping
 from .recordable import Recordable
 from .together import Together, never
 
-_KEPT = (Int.SLOT, Int.COUNT), (Real.UNIT, Real.FIRST)
+_KEPT = (Int.SLOT, Int.COUNT), (Real.UNIT,)
 
 
 class Inheriting(Recordable):

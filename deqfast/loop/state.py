@@ -213,6 +213,8 @@ class SolverState(Keeping):
 
     def _close(self, running: int, leaves: list[Tensor], rows: Tensor | None) -> bool:
         """After a step of the kernels that left so many samples running, from f's ``leaves``; returns ``done``."""
+        if self.nfe == 1 and self.ws.before:
+            recheck.begin(self.ws)
         if self._together is not None:
             running = self._together.look(running)
         elif running == 0 and not (self.bound.exact and self._running == self.layout.B):
@@ -238,6 +240,7 @@ class SolverState(Keeping):
         ws.cur ^= 1  # the same step once more, for them
         self.bound = self._backend.bind(ws, self.made - 1)
         running = self.bound(leaves, None, rows, None)  # they did not move, which is no column
+        recheck.begin(ws, which)
         ws.cur ^= 1
         self._outputs.bind(self.bound)
         self.wakings += 1

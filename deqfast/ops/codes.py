@@ -12,8 +12,8 @@ UNIT_RANGE = 2.0**40  # a sample whose magnitude leaves [1/UNIT_RANGE, UNIT_RANG
 GROWTH_LIMIT = 1.5  # Type II: a residual that grows by more forgets all but the newest column
 # A sample whose ||f|| is GROWN times what f and f - z were at first has run away while ||f - z|| is above a FALLEN-th
 # of its largest, or above rtol FAR times what they were at first and not rounding (eps ||f||), or while rounding is
-# above that largest, or GONE times what they were at first. One that was at rest at 0 then, or has been woken, is not
-# judged so.
+# above that largest, or GONE times what they were at first. For one that was woken,
+# first is when it was.
 GROWN, FALLEN, FAR, GONE = 10.0, 4.0, 1000.0, 1e13
 DIVERGENCE = 10.0  # at max_iter: a residual this many times the first one is called diverged
 STALL_FRACTION = 3  # at max_iter: no better residual in the last third of the steps is called stalled,

@@ -86,9 +86,17 @@ def wake(ws: Workspace, which: Tensor, made: int) -> None:
     _overwrite(ws.int_row(Int.BEST_AT), which, int(At.NOWHERE))
     for row in (Real.BEST, Real.LEAST):
         _overwrite(ws.real_row(row), which, math.inf)
-    _overwrite(ws.real_row(Real.FIRST), which, 0)  # what was found then says nothing of how it goes on
+    for row in (Real.FIRST, Real.LARGEST):
+        _overwrite(ws.real_row(row), which, 0)
     ws.int_row(Int.WOKEN).add_(which)
     ws.woken(which)
+
+
+def begin(ws: Workspace, which: Tensor | None = None) -> None:
+    """The evaluation that was just judged counts as the first of these samples, None: of all, for what has run away."""
+    norm, first = ws.real_row(Real.NORM), ws.real_row(Real.FIRST)
+    size = torch.maximum(norm, (norm / ws.real_row(Real.RESIDUAL)).nan_to_num(nan=0.0, posinf=0.0))
+    first.copy_(size if which is None else torch.where(which, size, first))
 
 
 def refuse(ws: Workspace, which: Tensor) -> None:

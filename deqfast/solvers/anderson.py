@@ -34,7 +34,7 @@ _TEST_SPACE = {"mixed": 2.0, 1: 1.0, 2: 0.0}
 TURN, TURN_OF_FEW, FEW = 0.1, 0.2, 5
 
 
-@named("solver", tau="mixing", beta="mixing", lam="ridge", lamb="ridge", hsize="m", window="m")
+@named("solver", tau="mixing", beta="mixing", lam="ridge", lamb="ridge", hsize="m", window="m", history_size="m", M="m")
 @dataclass(frozen=True)
 class Anderson(Solver):
     """Anderson acceleration.

@@ -24,7 +24,7 @@ from .base import Solver
 DEFAULT_MEMORY = 100
 
 
-@named("solver", history_size="memory", max_history="memory")
+@named("solver", history_size="memory", max_history="memory", max_rank="memory", LBFGS_thres="memory")
 @dataclass(frozen=True)
 class Broyden(Solver):
     """Broyden's method, limited memory.

@@ -245,3 +245,32 @@ def test_what_does_not_fit_is_refused_naming_it():
             solver.init(start, **{"history": earlier, **more})
     with pytest.raises(TypeError, match="history must be a SolverState, got Tensor"):
         dq.Anderson().init(z0, history=z0)
+
+
+def slow_modes(seed: int, moved: float, B: int = 12, N: int = 96) -> list[Callable[[Tensor], Tensor]]:
+    """A linear map with six slow modes whose solution is far larger than f(0), and the same with other weights."""
+    cpu = {"generator": torch.Generator().manual_seed(seed)}
+    Q = torch.linalg.qr(torch.randn(N, N, **cpu))[0]
+    rates = torch.cat([torch.linspace(0.9, 0.995, 6), torch.linspace(0, 0.3, N - 6)])
+    A, D, x = (Q * rates) @ Q.T, torch.randn(N, N, **cpu), torch.randn(B, N, **cpu)
+    D *= moved * A.norm() / D.norm()
+    first, second, x = A.to(DEVICE), (A + D).to(DEVICE), x.to(DEVICE)
+    return [lambda z: z @ first + x, lambda z: z @ second + x]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rtol", [1e-3, 1e-4, 1e-5])
+def test_columns_cost_nothing_where_the_old_solution_is_within_tolerance_or_nearly(rtol, backend):
+    """The first size is that of this solve's first evaluation, and not of the cold start that was ten times smaller."""
+    for moved in (0.0, 1e-3):
+        counts = []
+        for seed in range(6):
+            before, after = slow_modes(seed, moved)
+            settings = {"rtol": rtol, "max_iter": 200, "backend": backend}
+            earlier = run(dq.Anderson().init(torch.zeros(12, 96, device=DEVICE), **settings), before)
+            assert bool((earlier.z.norm(dim=1) > 10 * before(torch.zeros_like(earlier.z)).norm(dim=1)).any())
+            plain = run(dq.Anderson().init(earlier.z, **settings), after)
+            warm = run(dq.Anderson().init(earlier.z, history=earlier, **settings), after)
+            assert bool((warm.status == dq.Status.CONVERGED).all())
+            counts.append((plain.nfe, warm.nfe))
+        assert sum(warm for _, warm in counts) <= sum(plain for plain, _ in counts)

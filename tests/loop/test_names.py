@@ -8,6 +8,7 @@ import inspect
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,3 +110,28 @@ def test_errors_of_f_are_its_own():
 
     with pytest.raises(TypeError, match=r"^f\(\) got an unexpected keyword argument 'tol'$"):
         dq.fixed_point(f, Z)
+
+
+@pytest.mark.parametrize(
+    ("callee", "name", "meant"),
+    [
+        (CALLS["fixed_point"], "b_tol", "backward=dq.Implicit(rtol=...)"),
+        (CALLS["fixed_point"], "b_max_iter", "backward=dq.Implicit(max_iter=...)"),
+        (dq.Anderson, "history_size", "'m'"),
+        (dq.Anderson, "M", "'m'"),
+        (dq.Broyden, "max_rank", "'memory'"),
+        (dq.Broyden, "LBFGS_thres", "'memory'"),
+    ],
+)
+def test_names_of_others_lead_to_the_option_that_means_the_same(callee, name, meant):
+    with pytest.raises(TypeError, match=re.escape(f"did you mean {meant}?")):
+        callee(**{name: 5})
+
+
+def test_numbers_of_numpy_are_numbers():
+    sol = dq.fixed_point(
+        lambda z: 0.5 * z + 1, Z, max_iter=np.int64(20), rtol=np.float32(1e-3), solver=dq.Anderson(m=np.int64(3))
+    )
+    assert sol.converged.all() and sol.nfe <= 20
+    with pytest.raises(TypeError, match="max_iter must be an int"):
+        dq.fixed_point(never, Z, max_iter=np.bool_(True))

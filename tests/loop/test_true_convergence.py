@@ -8,7 +8,7 @@ import pytest
 import tape
 import torch
 from coupled import graph_network, page_rank, row_residuals, two_unknowns
-from problems import BACKENDS, EVERY_SOLVER, ONE_OF_EACH, Counted, problem, pull, solve
+from problems import BACKENDS, DEVICE, EVERY_SOLVER, ONE_OF_EACH, Counted, problem, pull, solve
 
 import deqfast as dq
 from deqfast import graphs
@@ -356,3 +356,20 @@ def test_a_joint_solve_of_independent_samples_wakes_nobody(backend):
     sol = dq.joint_solve(*args, torch.zeros(7, 4), x0, **options)
     assert bool(sol.converged.all())
     assert sol.nfe == int(sol.steps.max())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("solver", [dq.Anderson(), dq.Picard(), dq.Broyden()], ids=["anderson", "picard", "broyden"])
+def test_a_woken_sample_that_runs_away_is_not_called_converged(solver, backend):
+    """Row 0 has no fixed point once row 1, which is slower, has passed 5."""
+    push = torch.tensor([0.5, -1.0, 0.7, 0.3], device=DEVICE)
+
+    def f(z):
+        other = 0.9 * z[1] + 1 + 0.5 * torch.sin(z[1])
+        return torch.stack([torch.where(z[1].mean() > 5, z[0] + push, 0.5 * z[0] + 1), other])
+
+    state = solver.init(torch.zeros(2, 4, device=DEVICE), rtol=1e-3, max_iter=300, backend=backend)
+    with torch.no_grad():
+        while not state.done:
+            state.step(f(state.z))
+    assert state.wakings and int(state.status[0]) != dq.Status.CONVERGED

@@ -186,7 +186,8 @@ def get_deq(args: Any = None, **kwargs: Any) -> DEQ:
             - ``no_stat``: taken; statistics cost next to nothing.
 
     Returns:
-        A module. In eval mode with gradients enabled its result has one too, by the last of its ways.
+        A module. In eval mode with gradients enabled its result has one too, by the last of its ways, and is f(z) for
+        it; torchdeq's is z, without one.
 
     Raises:
         TypeError: a keyword that ``get_deq`` does not have.
