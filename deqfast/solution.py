@@ -7,12 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .ops.codes import Int
 from .status import Status
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return (
+        torch.complex64 if dtype.is_complex and dtype != torch.complex128 else torch.promote_types(dtype, torch.float32)
+    )
+
 
 EVENTS = {
     "solve_fallbacks": Int.SOLVE_FALLBACKS,
@@ -92,12 +100,42 @@ class Solution:
             name: self.counters[row, : self.steps.numel()].view(tuple(self.steps.shape)) for name, row in EVENTS.items()
         }
 
-    def summary(self) -> str:
-        """One line: how many samples ended how, and the evaluations they took."""
+    def summary(self, fz: Any = None) -> str:
+        """One line: how many samples ended how, and the evaluations they took.
+
+        Args:
+            fz: f at ``z``, one evaluation that you make (structured like z): a line for each tensor of the state then
+                says the largest ||f(z) - z|| / ||f(z)|| of that tensor alone, and whose it is. The residual of a state
+                of several tensors is over all of them, and hides a small one that is far off.
+
+        Raises:
+            TypeError, ValueError: ``fz`` is not structured like z.
+        """
         counts = torch.bincount(self.status.flatten().long().cpu(), minlength=len(Status)).tolist()
         parts = [f"{n} {Status(i).name.lower()}" for i, n in enumerate(counts) if n]
         worst = float(self.residual.max()) if self.residual.numel() else 0.0
-        return f"{', '.join(parts) or 'no samples'}; {self.nfe} evaluations, largest residual {worst:.2e}"
+        line = f"{', '.join(parts) or 'no samples'}; {self.nfe} evaluations, largest residual {worst:.2e}"
+        return line if fz is None else "\n".join([line, *self._of_leaves(fz)])
+
+    def _of_leaves(self, fz: Any) -> list[str]:
+        named, structure = pytree.tree_flatten_with_path(self.z)
+        images, theirs = pytree.tree_flatten(fz)
+        if theirs != structure or not all(isinstance(image, Tensor) for image in images):
+            raise TypeError(f"fz must be structured like z, {structure}, got {theirs}")
+        lines = []
+        for (path, z), image in zip(named, images, strict=True):
+            name = pytree.keystr(path) or "z"
+            if image.shape != z.shape:
+                raise ValueError(f"fz at {name} must have the shape {tuple(z.shape)}, got {tuple(image.shape)}")
+            dims = self.steps.dim() if z.shape[: self.steps.dim()] == self.steps.shape else 0  # 0: segments, one norm
+            rows = [t.detach().to(_wide(t.dtype)).reshape(*t.shape[:dims], -1) for t in (image - z, image)]
+            moved, size = (torch.linalg.vector_norm(t, dim=-1) for t in rows)
+            relative = torch.where(moved > 0, moved / size, 0.0).flatten()
+            if relative.numel():
+                worst = int(relative.argmax())
+                whose = f", sample {worst}" if dims and relative.numel() > 1 else ""
+                lines.append(f"  {name}: largest residual {float(relative[worst]):.2e}{whose}")
+        return lines
 
     def plot(self, ax: Axes | None = None, label: str = "median") -> Axes:
         """Residual against evaluations: the median over samples, and the band from the 10th to the 90th percentile.

@@ -197,3 +197,35 @@ def test_answers_of_two_solves_share_no_memory(backend):
     second = solve(p, backend=backend)
     second.z.fill_(0)
     assert torch.equal(first.z, z)
+
+
+def test_summary_names_the_tensor_that_is_far_off():
+    z0 = {"large": torch.zeros(3, 40), "small": (torch.zeros(3, 2),)}
+    b = torch.tensor([1.0, 1.0, 0.5])[:, None]
+
+    def f(z):
+        return {"large": 0.1 * z["large"] + 100, "small": (0.99 * z["small"][0] + 1e-3 * b,)}
+
+    sol = dq.fixed_point(f, z0, solver="picard", rtol=1e-3)
+    assert sol.converged.all()
+    lines = sol.summary(f(sol.z)).splitlines()
+    assert lines[0] == sol.summary() and len(lines) == 3
+    moved = (f(sol.z)["small"][0] - sol.z["small"][0]).norm(dim=1) / f(sol.z)["small"][0].norm(dim=1)
+    assert float(moved.max()) > 0.05
+    assert lines[2] == f"  ['small'][0]: largest residual {float(moved.max()):.2e}, sample {int(moved.argmax())}"
+    assert float(lines[1].split("residual ")[1].split(",")[0]) <= 1e-3
+    with pytest.raises(TypeError, match="fz must be structured like z"):
+        sol.summary(sol.z["large"])
+    with pytest.raises(ValueError, match=r"fz at \['large'\] must have the shape"):
+        sol.summary({"large": torch.zeros(3), "small": sol.z["small"]})
+
+
+def test_summary_of_a_plain_state_and_of_tokens():
+    f = lambda z: 0.5 * z + 1  # noqa: E731
+    sol = dq.fixed_point(f, torch.zeros(2, 3, 4, dtype=torch.bfloat16), batch_dims=2)
+    assert sol.summary(f(sol.z)).splitlines()[1].startswith("  z: largest residual ")
+    one = dq.fixed_point(f, torch.zeros(5), batch_dims=0)
+    assert (
+        one.summary(f(one.z)).splitlines()[1].startswith("  z: largest residual ")
+        and "sample" not in one.summary(f(one.z)).splitlines()[1]
+    )
