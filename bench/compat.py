@@ -144,13 +144,21 @@ def _scipy_rows(
         x = solve()
         largest = float(np.abs(_chain(x, F.b)).max())
         rows.append({"part": "scipy", "row": name, "size": size, "calls": F.calls, "residual": largest})
-    taken = timing.alternate(ways, rounds=rounds, budget=budget, clock=time.process_time)
+    alone = {f"F of {name}": partial(_chain, *_of_one_call(F, name)) for name, F in systems.items()}
+    taken = timing.alternate({**ways, **alone}, rounds=rounds, budget=budget, clock=time.process_time)
     for row in rows:
-        row.update(times(taken[row["row"]]))
+        name = row["row"]
+        row.update(times(taken[name]), f_ms=1e3 * taken[f"F of {name}"].median * row["calls"])
     theirs, ours = (taken[row["row"]].seconds for row in rows)
     if asked is not None:
         rows[-1]["held"] = held("scipy / row", timing.ratio(theirs, ours), asked)
     return rows
+
+
+def _of_one_call(F: System, name: str) -> tuple[Any, Any]:
+    """What one evaluation takes: all systems, or in a loop the first one."""
+    b = F.b[0] if name.endswith("loop") else F.b
+    return np.ones_like(b), b
 
 
 NODES, GRAPHS, WIDTH = 1_000, 20, 16

@@ -151,14 +151,20 @@ class Sines(nn.Module):
     def __init__(self, n: int) -> None:
         super().__init__()
         self.inner, self.outer = nn.Linear(n, n), nn.Linear(n, n)
-        self.calls = 0
+        self.calls = self.vjps = 0
         with torch.no_grad():
             for linear in (self.inner, self.outer):
                 nn.init.orthogonal_(linear.weight, gain=0.95**0.5)
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         self.calls += 1
-        return torch.sin(self.outer(torch.sin(self.inner(z))) + x)
+        out = torch.sin(self.outer(torch.sin(self.inner(z))) + x)
+        if out.requires_grad:
+            out.register_hook(self._count)
+        return out
+
+    def _count(self, _: Tensor) -> None:
+        self.vjps += 1
 
 
 class Step:
@@ -175,7 +181,7 @@ class Step:
 
     def __call__(self) -> None:
         self.net.zero_grad()
-        self.net.calls = 0
+        self.net.calls = self.net.vjps = 0
         z, _ = self.deq(lambda z: self.net(z, self.x), torch.zeros_like(self.x))
         self.z = z[-1].detach()
         z[-1].square().sum().backward()
@@ -188,6 +194,21 @@ def _gradient(net: nn.Module) -> Tensor:
     return torch.cat([p.grad.reshape(-1) for p in net.parameters() if p.grad is not None]).double()
 
 
+_F, _VJP = "f alone", "a product alone"
+
+
+def _alone(net: Sines, x: Tensor) -> dict[str, Callable[[], object]]:
+    """What no solver can save: f, and its product with a vector."""
+    z = torch.zeros_like(x, requires_grad=True)
+    out = net(z, x)
+
+    def f() -> Tensor:
+        with torch.no_grad():
+            return net(z, x)
+
+    return {_F: f, _VJP: lambda: torch.autograd.grad(out, z, out, retain_graph=True)}
+
+
 def inr_rows(quick: bool) -> list[Row]:
     torch.manual_seed(0)
     net, x = Sines(64), torch.randn(64 if quick else 1024, 64)
@@ -195,7 +216,8 @@ def inr_rows(quick: bool) -> list[Row]:
     with _installed():
         steps.update({f"installed, {name}": Step(name, net, x) for name in SOLVERS})
     rounds = 3 if quick else 15
-    taken = timing.alternate(steps, rounds=rounds, least_rounds=rounds, clock=time.process_time)
+    ways: dict[str, Callable[[], object]] = {**steps, **_alone(copy.deepcopy(net), x)}
+    taken = timing.alternate(ways, rounds=rounds, least_rounds=rounds, clock=time.process_time)
     exact = copy.deepcopy(net).double()
     tight = dq.Implicit(rtol=1e-9, max_iter=500)
     solved = dq.fixed_point(exact, torch.zeros_like(x).double(), (x.double(),), rtol=1e-9, max_iter=500, backward=tight)
@@ -203,9 +225,10 @@ def inr_rows(quick: bool) -> list[Row]:
     reference = _gradient(exact)
     rows = []
     for name, step in steps.items():
+        facts: Row = {"calls": step.net.calls, "vjps": step.net.vjps}
+        facts["f_ms"] = 1e3 * (facts["calls"] * taken[_F].median + facts["vjps"] * taken[_VJP].median)
         with torch.no_grad():
-            residual = statistics.median(peers.relative_residual(step.z, step.net(step.z, x)).tolist())
-        facts = {"calls": step.net.calls - 1, "residual": residual}
+            facts["residual"] = statistics.median(peers.relative_residual(step.z, step.net(step.z, x)).tolist())
         error = float((step.gradient() - reference).norm() / reference.norm())
         rows.append({"part": "sines", "row": name, **times(taken[name]), **facts, "gradient_error": error})
         library, solver = name.split(", ")
