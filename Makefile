@@ -113,6 +113,7 @@ bench: build ## Run the benchmarks; results go to bench/results/
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/$$(date +%Y-%m-%d)-cpu.json $(PYTEST_ARGS)
 	$(BIN)/python -m bench.breakdown --out bench/results/$$(date +%Y-%m-%d)-breakdown.json
 	$(BIN)/python -m bench.convergence --out bench/results/$$(date +%Y-%m-%d)-convergence.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.compat --out bench/results/$$(date +%Y-%m-%d)-compat.json
 	$(BIN)/python -m pytest bench/test_rival_defects.py
 
 bench-report: venv ## Write the tables of the documentation from bench/results/

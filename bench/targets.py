@@ -50,6 +50,16 @@ TORCH_LIKE_FOR_LIKE = {"1x64": 1.5, "64x128": 1.5, "64x1024": 1.0, "512x512": 1.
 TORCH_DEFAULT = {"1x64": 2.5, "64x128": 2.5, "64x1024": 1.6, "512x512": 1.6, "32x61440": 1.6}
 TORCH_OPS = 110
 
+# deqfast behind other libraries' names: their time over its, of a script of torchdeq's under installed(), of a solver
+# against the same one, and of dq.compat.scipy; its time over dq.fixed_point's, at most; evaluations with segments over
+# those with rows as samples, at most.
+COMPAT_TRAINING = 2.5
+COMPAT_INR = {"anderson": 10.0, "broyden": 5.0, "fixed_point_iter": 1.0}
+COMPAT_OVERHEAD = 1.1
+COMPAT_SCIPY = {1_000: 5.0, 1_000_000: 3.0}
+COMPAT_SCIPY_BATCH = 200.0
+COMPAT_SEGMENTS = 0.7
+
 # On an H200, float32 states. Bandwidth: floor bytes of the step's own schedule (bench/floor.py) over its device time,
 # as a fraction of a copy's; latency in microseconds of device time; ratios are rival over deqfast by wall time, our
 # fastest mode, 30 evaluations of a nearly free f; histories are ratios to float32's.

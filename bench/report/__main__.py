@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bench import methods
 from bench.report import gpu, pictures
+from bench.report.compat import compat_section
 from bench.report.convergence import convergence_section, time_section
 from bench.report.held import target_section
 from bench.report.markdown import CROWDED
@@ -22,22 +23,23 @@ from bench.report.torch import torch_section
 
 
 def write(results: Path, out: Path) -> None:
-    kinds = ("speed", "convergence", "breakdown", "torch")
-    speed, convergence, breakdown, plain = (newest(results, kind) for kind in kinds)
+    kinds = ("speed", "convergence", "breakdown", "torch", "compat")
+    speed, convergence, breakdown, plain, compat = (newest(results, kind) for kind in kinds)
     if speed is None and convergence is None:
         raise SystemExit(f"no results in {results}: run `make bench` or `python -m bench.convergence` first")
-    quick = [r for r in (speed and speed["machine_info"], convergence, plain) if r and r.get("quick")]
+    quick = [r for r in (speed and speed["machine_info"], convergence, plain, compat) if r and r.get("quick")]
     img = out.parent / "img"
     parts = ["# Benchmarks", "Written by `python -m bench.report` from the newest results; edit nothing here."]
     if quick:
         parts.append("**Some of these results come from a `--quick` trial and are not measurements.**")
+    # Not of compat: a single thread's processor time does not wait for others.
     metas = [record["meta"] for record in (convergence, breakdown, plain) if record]
     metas += [speed["machine_info"]] if speed else []
     if any((meta.get("busy_elsewhere") or 0.0) > CROWDED for meta in metas):
         parts.append(
             "**Other programs were busy during a run below: its times, and what they say of targets, are void.**"
         )
-    parts += target_section(speed, convergence, plain)
+    parts += target_section(speed, convergence, plain, compat)
     if speed is not None:
         parts += speed_section(speed, img)
         parts += joint_section(speed)
@@ -49,6 +51,8 @@ def write(results: Path, out: Path) -> None:
         parts += convergence_section(convergence) + time_section(convergence)
     if plain is not None:
         parts += torch_section(plain)
+    if compat is not None:
+        parts += compat_section(compat)
     parts += gpu.section(gpu.newest(results))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n\n".join(parts) + "\n")

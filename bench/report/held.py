@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from bench import free, joint, methods, targets
 from bench.report import summary
+from bench.report.compat import compat_checks
 from bench.report.markdown import Results, table, verdict
 from bench.report.sections import honest_ratio, joint_rows, speed_rows
 from bench.report.torch import torch_checks
 
 
-def target_section(speed: Results | None, convergence: Results | None, plain: Results | None) -> list[str]:
+def target_section(
+    speed: Results | None, convergence: Results | None, plain: Results | None, compat: Results | None = None
+) -> list[str]:
     rows: list[list[str]] = []
     if convergence is not None and methods.DEFAULT in convergence["counts"]:
         headline = convergence["headline"]
@@ -48,6 +51,8 @@ def target_section(speed: Results | None, convergence: Results | None, plain: Re
         rows += joint_checks(speed)
     if plain is not None:
         rows += torch_checks(plain)
+    if compat is not None:
+        rows += compat_checks(compat)
     met = sum("(met" in row[1] for row in rows)
     head = f"{met} of {len(rows)} met; the sections below say how each was measured."
     return ["## Targets of this project", head, table(["figure", "measured"], rows)]

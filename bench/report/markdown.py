@@ -16,11 +16,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def provenance(meta: Results) -> str:
+def provenance(meta: Results, *, of_the_processor: bool = False) -> str:
+    """What was run on what; times of the processor, of one thread, stand where other programs were busy."""
     packages = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())
     busy = meta.get("busy_elsewhere")
     alone = "" if busy is None else f" Other programs kept {busy:.2f} cores busy meanwhile."
-    if busy is not None and busy > CROWDED:
+    if busy is not None and busy > CROWDED and not of_the_processor:
         alone = f" **Other programs kept {busy:.2f} cores busy meanwhile: read no time from this run.**"
     return (
         f"`{meta['command']}` on {meta['device']} ({meta['capability']}, {meta['cores']} cores, {meta['threads']} "

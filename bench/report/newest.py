@@ -9,7 +9,7 @@ from bench.report.markdown import Results
 
 
 def newest(folder: Path, kind: str) -> Results | None:
-    """The newest full run of a kind ("speed", "convergence", "breakdown", "torch"), else the newest quick one."""
+    """The newest full run of a kind ("speed", "convergence", "torch" and so on), else the newest quick one."""
     found: list[tuple[bool, str, Results]] = []
     for path in folder.glob("*.json"):
         record = json.loads(path.read_text())
