@@ -32,6 +32,7 @@ from .solvers.anderson import Anderson
 from .solvers.broyden import Broyden
 from .solvers.picard import Picard
 from .status import Status
+from .unrolled import unroll
 
 try:
     __version__ = version("deqfast")
@@ -79,4 +80,5 @@ __all__ = [
     "project",
     "root",
     "spectral_radius",
+    "unroll",
 ]
