@@ -359,14 +359,18 @@ def _random_states(device: torch.device) -> list[Tensor]:
     """Of the generators that f may draw from."""
     states = [torch.get_rng_state()]
     if device.type != "cpu":
-        states.append(torch.get_device_module(device).get_rng_state(device))
+        states.append(torch.get_device_module(device).get_rng_state(*_which(device)))
     return states
 
 
 def _set_random_states(device: torch.device, states: list[Tensor]) -> None:
     torch.set_rng_state(states[0])
     if device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(states[1], device)
+        torch.get_device_module(device).set_rng_state(states[1], *_which(device))
+
+
+def _which(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # there is one, and torch.mps takes none
 
 
 @contextmanager

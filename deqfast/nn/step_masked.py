@@ -254,7 +254,7 @@ def _is_faster(first: Callable[[], Tensor], second: Callable[[], Tensor], device
 
 def _wait(device: torch.device) -> None:
     if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)
+        torch.accelerator.synchronize(device)
 
 
 def _version(t: Tensor) -> tuple[Any, ...]:
