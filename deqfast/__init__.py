@@ -24,7 +24,7 @@ from .joint.solve import joint_solve
 from .joint.step_size import joint_step_size
 from .loop.again import CouplingWarning
 from .loop.state import SolverState
-from .nn import DEQ, ConvergenceWarning
+from .nn import DEQ, ConvergenceWarning, StepMasked
 from .ops import library as _library  # noqa: F401  registers torch.ops.deqfast
 from .solution import BackwardReport, ConvergenceError, Solution
 from .solve import fixed_point, root
@@ -32,6 +32,7 @@ from .solvers.anderson import Anderson
 from .solvers.broyden import Broyden
 from .solvers.picard import Picard
 from .status import Status
+from .unrolled import unroll
 
 try:
     __version__ = version("deqfast")
@@ -71,6 +72,7 @@ __all__ = [
     "Solution",
     "SolverState",
     "Status",
+    "StepMasked",
     "Unroll",
     "fixed_point",
     "jacobian_penalty",
@@ -79,4 +81,5 @@ __all__ = [
     "project",
     "root",
     "spectral_radius",
+    "unroll",
 ]

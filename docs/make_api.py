@@ -30,6 +30,7 @@ GROUPS = {
     "Joint solves": ["joint_solve", "JointSolution", "Envelope", "joint_step_size", "project"],
     "Solvers": ["Anderson", "Broyden", "Picard", "SolverState"],
     "Gradients": ["Implicit", "Phantom", "OneStep", "Unroll", "BackwardReport", "GradientWarning"],
+    "Weight-tied models": ["unroll", "StepMasked"],
     "Layers and the Jacobian": ["DEQ", "ConvergenceWarning", "jacobian_penalty", "spectral_radius"],
 }
 # How the package talks to itself; and what torch.nn.Module calls.

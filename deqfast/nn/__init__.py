@@ -1,4 +1,4 @@
-"""``DEQ``: an equilibrium layer as a module."""
+"""Modules: ``DEQ``, an equilibrium layer; ``StepMasked``, a layer with a mask for each step."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from ..solution import Solution
 from ..solve import fixed_point
 from ..solvers.choose import choose_solver
 from ..warning import warn
+from .step_masked import StepMasked
 
-__all__ = ["DEQ", "ConvergenceWarning"]
+__all__ = ["DEQ", "ConvergenceWarning", "StepMasked"]
 
 
 class ConvergenceWarning(RuntimeWarning):
