@@ -1,4 +1,4 @@
-"""``DEQ``: an equilibrium layer as a module."""
+"""``DEQ``: an equilibrium layer as a module; ``ICNN`` and ``LyapunovProjection``: stable dynamics."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from ..solution import Solution
 from ..solve import fixed_point
 from ..solvers.choose import choose_solver
 from ..warning import warn
+from .icnn import ICNN
+from .lyapunov import LyapunovProjection
 
-__all__ = ["DEQ", "ConvergenceWarning"]
+__all__ = ["DEQ", "ICNN", "ConvergenceWarning", "LyapunovProjection"]
 
 
 class ConvergenceWarning(RuntimeWarning):
