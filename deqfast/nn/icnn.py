@@ -68,7 +68,7 @@ class ICNN(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew; the weights of a row of P add up to about one."""
-        for skip in list[Any](self.skips):
+        for skip in self._layers():
             skip.reset_parameters()
         for raw in self.raw:
             nn.init.uniform_(raw, -0.5, 1.5)
@@ -80,7 +80,7 @@ class ICNN(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """g(z), (B,), for z (B, N)."""
         self._check(z)
-        first, *skips = list[Any](self.skips)
+        first, *skips = self._layers()
         h = first(z)
         for weight, skip in zip(self.path(), skips, strict=True):
             h = functional.linear(self.activation(h), weight) + skip(z)
@@ -91,7 +91,7 @@ class ICNN(nn.Module):
         if self.activation is not softplus:
             return value_and_gradient(self, z)
         self._check(z)
-        path, skips = self.path(), list[Any](self.skips)
+        path, skips = self.path(), self._layers()
         before = [skips[0](z)]
         for weight, skip in zip(path, skips[1:], strict=True):
             before.append(functional.linear(softplus(before[-1]), weight) + skip(z))
@@ -102,6 +102,9 @@ class ICNN(nn.Module):
             above = torch.sigmoid(a) * (above @ weight)
             gradient = gradient + above @ skip.weight
         return value, gradient
+
+    def _layers(self) -> list[Any]:
+        return list(self.skips)
 
     def _check(self, z: Tensor) -> None:
         if z.ndim != 2 or z.shape[1] != self.features:
@@ -114,7 +117,7 @@ class ICNN(nn.Module):
 
 def value_and_gradient(potential: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
     """The value (B,) of any potential at z (B, N), and its gradient (B, N), both differentiable, in every grad mode."""
-    if torch.is_inference_mode_enabled():
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         with (
             torch.inference_mode(False),
             torch.no_grad(),

@@ -281,6 +281,21 @@ def test_grad_modes_and_transforms_agree(potential):
     torch.testing.assert_close(one(z, x), expected)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch loading its own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("potential", [None, bowl])
+def test_compiled_into_one_graph(potential):
+    module = flow(potential=potential)
+    compiled = torch.compile(lambda z, x: 1.0 * module.as_map(0.1)(z, x), backend="aot_eager", fullgraph=True)
+    z, x = random_states(8, torch.float64)
+    z.requires_grad_()
+    expected = module.as_map(0.1)(z, x)
+    torch.testing.assert_close(compiled(z, x), expected)
+    (got,) = torch.autograd.grad(compiled(z, x).square().sum(), z)
+    torch.testing.assert_close(got, torch.autograd.grad(expected.square().sum(), z)[0])
+
+
 def test_samples_do_not_see_each_other():
     module = flow()
     z, x = random_states(8, torch.float64)
