@@ -33,6 +33,8 @@ GROUPS = {
     "Weight-tied models": ["unroll", "StepMasked"],
     "Layers and the Jacobian": ["DEQ", "ConvergenceWarning", "jacobian_penalty", "spectral_radius"],
 }
+# Of dq.nn, and in no other place.
+STABLE = ["ICNN", "LyapunovProjection"]
 # How the package talks to itself; and what torch.nn.Module calls.
 INTERNAL = {"workspace", "uses_previous", "attach", "solves", "advance", "answer", "evaluated", "release", "extra_repr"}
 INTERNAL |= {"copies_z", "update", "previous", "restart", "resume", "finish", "known_running", "failed", "judge"}
@@ -56,6 +58,9 @@ def page() -> str:
         parts.append(f"## {title}")
         for name in names:
             parts += _entry(name, getattr(deqfast, name))
+    parts.append("## Stable dynamics")
+    for name in STABLE:
+        parts += _entry(f"nn.{name}", getattr(deqfast.nn, name))
     module = sys.modules[compare.__module__]
     parts += [
         "## `python -m deqfast.compare`",

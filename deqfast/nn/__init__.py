@@ -1,4 +1,4 @@
-"""Modules: ``DEQ``, an equilibrium layer; ``StepMasked``, a layer with a mask for each step."""
+"""Modules: ``DEQ``, an equilibrium layer; ``ICNN``, ``LyapunovProjection``: stable dynamics; ``StepMasked``: masks a step."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from ..solution import Solution
 from ..solve import fixed_point
 from ..solvers.choose import choose_solver
 from ..warning import warn
+from .icnn import ICNN
+from .lyapunov import LyapunovProjection
 from .step_masked import StepMasked
 
-__all__ = ["DEQ", "ConvergenceWarning", "StepMasked"]
+__all__ = ["DEQ", "ICNN", "ConvergenceWarning", "LyapunovProjection", "StepMasked"]
 
 
 class ConvergenceWarning(RuntimeWarning):
