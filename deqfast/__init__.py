@@ -24,7 +24,7 @@ from .joint.solve import joint_solve
 from .joint.step_size import joint_step_size
 from .loop.again import CouplingWarning
 from .loop.state import SolverState
-from .nn import DEQ, ConvergenceWarning, StepMasked
+from .nn import DEQ, ConvergenceWarning
 from .ops import library as _library  # noqa: F401  registers torch.ops.deqfast
 from .solution import BackwardReport, ConvergenceError, Solution
 from .solve import fixed_point, root
@@ -72,7 +72,6 @@ __all__ = [
     "Solution",
     "SolverState",
     "Status",
-    "StepMasked",
     "Unroll",
     "fixed_point",
     "jacobian_penalty",

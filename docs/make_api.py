@@ -30,11 +30,11 @@ GROUPS = {
     "Joint solves": ["joint_solve", "JointSolution", "Envelope", "joint_step_size", "project"],
     "Solvers": ["Anderson", "Broyden", "Picard", "SolverState"],
     "Gradients": ["Implicit", "Phantom", "OneStep", "Unroll", "BackwardReport", "GradientWarning"],
-    "Weight-tied models": ["unroll", "StepMasked"],
+    "Weight-tied models": ["unroll"],
     "Layers and the Jacobian": ["DEQ", "ConvergenceWarning", "jacobian_penalty", "spectral_radius"],
 }
 # Of dq.nn, and in no other place.
-STABLE = ["ICNN", "LyapunovProjection"]
+MODULES = ["StepMasked", "ICNN", "LyapunovProjection"]  # of dq.nn
 # How the package talks to itself; and what torch.nn.Module calls.
 INTERNAL = {"workspace", "uses_previous", "attach", "solves", "advance", "answer", "evaluated", "release", "extra_repr"}
 INTERNAL |= {"copies_z", "update", "previous", "restart", "resume", "finish", "known_running", "failed", "judge"}
@@ -58,8 +58,8 @@ def page() -> str:
         parts.append(f"## {title}")
         for name in names:
             parts += _entry(name, getattr(deqfast, name))
-    parts.append("## Stable dynamics")
-    for name in STABLE:
+    parts.append("## Masks a step and stable dynamics")
+    for name in MODULES:
         parts += _entry(f"nn.{name}", getattr(deqfast.nn, name))
     module = sys.modules[compare.__module__]
     parts += [

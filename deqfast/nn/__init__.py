@@ -1,4 +1,4 @@
-"""Modules: ``DEQ``, an equilibrium layer; ``ICNN``, ``LyapunovProjection``: stable dynamics; ``StepMasked``: masks a step."""
+"""Modules: ``DEQ``; ``ICNN`` and ``LyapunovProjection``, stable dynamics; ``StepMasked``, a mask a step."""
 
 from __future__ import annotations
 
