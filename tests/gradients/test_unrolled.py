@@ -233,7 +233,6 @@ def test_reversible_refuses_what_it_would_get_wrong():
         ({"f": lambda z: (z,)}, TypeError, r"f\(z\) must have the structure of z0"),
         ({"z0": torch.zeros(3, dtype=torch.long)}, TypeError, "z0 must be"),
     ],
-    ids=str,
 )
 def test_refusals(options, error, match):
     given = {"f": lambda z: z, "z0": torch.zeros(4, 16, dtype=F64), "steps": 2, **options}

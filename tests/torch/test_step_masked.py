@@ -247,7 +247,6 @@ def test_a_step_beyond_the_bank_is_named(step):
         (nn.Linear(3, 3), {"storage": "csr"}, ValueError, "storage must be one of"),
         (nn.Conv2d(3, 3, 1), {"storage": "sparse"}, ValueError, "is for nn.Linear"),
     ],
-    ids=str,
 )
 # A lazy module says so.
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
