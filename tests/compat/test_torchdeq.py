@@ -229,9 +229,14 @@ def test_scale_does_not_matter():  # torchdeq: 18, 40 and more than 400 evaluati
     assert max(found) - min(found) <= 3 and max(found) < 60
 
 
-@pytest.mark.parametrize("solvers", [SOLVERS, FAITHFUL], ids=["fast", "faithful"])
+@pytest.mark.parametrize(
+    ("solvers", "host"),
+    [(SOLVERS, True), (FAITHFUL, True), (SOLVERS, False)],
+    ids=["fast", "faithful", "loop of other devices"],
+)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_sample_that_is_not_a_number_keeps_its_best_and_holds_up_nobody(name, solvers):
+def test_a_sample_that_is_not_a_number_keeps_its_best_and_holds_up_nobody(monkeypatch, name, solvers, host):
+    monkeypatch.setattr(_loop, "on_host", lambda layout: host)
     f, z0 = problem()
     calls = []
 
@@ -395,9 +400,3 @@ def test_the_loop_of_other_devices_gives_the_same(monkeypatch, name, solvers, op
     same_kind(there[2], here[2])
     for key in KEYS:
         torch.testing.assert_close(there[2][key], here[2][key], rtol=1e-10, atol=1e-13)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_sample_that_is_not_a_number_on_other_devices(monkeypatch, name):
-    monkeypatch.setattr(_loop, "on_host", lambda layout: False)
-    test_a_sample_that_is_not_a_number_keeps_its_best_and_holds_up_nobody(name, SOLVERS)

@@ -25,9 +25,6 @@ class Algebra(Protocol):
     def norm(self, rows: Tensor) -> Tensor:
         """Euclidean norms of (..., N) rows of magnitude about one."""
 
-    def norm_of_any(self, rows: Tensor) -> Tensor:
-        """The same for finite rows of any magnitude: neither overflows nor vanishes."""
-
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """(B,) dot products of (B, N) rows."""
 

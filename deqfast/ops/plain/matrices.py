@@ -80,10 +80,6 @@ class Matrices:
         """Of rows of magnitude about one."""
         return chunked_norm(rows)
 
-    def norm_of_any(self, rows: Tensor) -> Tensor:
-        """Of rows of any magnitude."""
-        return scaled_norm(rows)
-
     def nowhere(self, mask: Tensor) -> bool:
         """It looks on a CPU alone."""
         return self._looks and not bool(mask.any())

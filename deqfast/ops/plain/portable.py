@@ -38,7 +38,8 @@ class PortableStep(BoundStep):
         self._device = device.type
         self._lag = Lag(ws.layout.B, device, ws.stopping.max_iter, evaluations)
         self.exact = self._lag.exact
-        self._gs: list[Tensor] = []  # of this evaluation and of the one before
+        self.residuals: list[Tensor] = []  # g of this evaluation, and of the one before if it was judged here, too
+        self.first = evaluations + 1  # that is judged here
 
     def __call__(self, f: Leaves, f_prev: Leaves | None, f_rows: Rows, f_prev_rows: Rows) -> int:
         """One update."""
@@ -61,10 +62,10 @@ class PortableStep(BoundStep):
 
     def _residual(self, f: Tensor, x: Tensor) -> Tensor:
         """G in one of two places in turn: memory that is new at every step costs more than the sum that fills it."""
-        if not self._gs:
-            self._gs = [torch.empty_like(f), torch.empty_like(f)]
-        self._gs.reverse()
-        return torch.sub(f, x, out=self._gs[0])
+        if not self.residuals:
+            self.residuals = [torch.empty_like(f), torch.empty_like(f)]
+        self.residuals.reverse()
+        return torch.sub(f, x, out=self.residuals[0])
 
     def move(
         self,
@@ -101,7 +102,6 @@ class AndersonStep(PortableStep):
         super().__init__(ws, evaluations)
         self.constants = anderson.Systems(ws.method, ws.layout.acc, ws.layout.device)
         self._known: Rowwise | None = None
-        self._g: Tensor | None = None  # of the evaluation before
 
     def _rowwise(self) -> Rowwise:
         """What is known of the columns; taken up from the tiles if another backend, or nobody, had it last."""
@@ -143,7 +143,6 @@ class AndersonStep(PortableStep):
         loose.grow(made)
         loose.columns.into = self.iterates.target()
         new = self._new(e, loose.columns, before)
-        self._g = g
         step = anderson.step(method, self.algebra, self.constants, loose.columns, loose.known, e, new)
         lost = self.settle(step.x, f, answer, verdict)
         events = statistics.of_any_solver(verdict, lost)
@@ -170,7 +169,7 @@ class AndersonStep(PortableStep):
             dF = columns.round(difference(e.f, value, e.unit)[None], e.calm)[0]
             dG = difference(e.g, ws.own_previous, e.unit)
             return [dF, dG.nan_to_num_(nan=0.0, posinf=LARGE, neginf=-LARGE)]
-        last = value - self.iterates.before() if self._g is None else self._g
+        last = self.residuals[1] if e.made > self.first else value - self.iterates.before()
         pair = columns.fresh
         torch.sub(e.f, value, out=pair[0])
         torch.sub(e.g, last, out=pair[1])
