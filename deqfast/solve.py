@@ -16,7 +16,7 @@ from .called import Called
 from .gradients.base import Gradient
 from .gradients.choose import choose_gradient
 from .loop.compaction import Compactor
-from .loop.conclude import conclude, out_of_evaluations, unsolved
+from .loop.conclude import conclude, out_of_evaluations, stepping_on, unsolved
 from .loop.images import Images, take
 from .loop.progress import progress_bar
 from .loop.sampled import Sampled
@@ -258,8 +258,8 @@ def _run(f: Callable[..., Any], args: tuple[Any, ...], problem: Problem, start: 
     """Evaluate and step until every sample has stopped."""
     options = problem.options
     rule = problem.stopping
-    if options.returns == "next":  # the kernels are to step from the last evaluation too
-        rule = rule._replace(max_iter=min(rule.max_iter + 1, 2**31 - 1))
+    if options.returns == "next":
+        rule = stepping_on(rule)
     state = SolverState(
         options.solver, start, rule, backend=options.backend, layout=problem.layout, together=options.stop == "all"
     )
@@ -280,23 +280,34 @@ def _run(f: Callable[..., Any], args: tuple[Any, ...], problem: Problem, start: 
     return solution
 
 
+def _evaluate(f: Callable[..., Any], args: tuple[Any, ...], state: SolverState, judged: bool) -> list[Tensor]:
+    """One evaluation and step; f's leaves. ``judged``: ``state.judge`` may have to look at this f."""
+    fz = f(state.z, *args)
+    if not judged:
+        state.step(fz)
+        return state.layout.tensors(fz)
+    leaves = state.layout.flatten(fz, "f(z)")
+    state.advance(leaves, None)
+    return leaves
+
+
 def _look_on(
     f: Callable[..., Any], args: tuple[Any, ...], state: SolverState, options: Options
 ) -> tuple[list[Tensor] | None, list[Tensor] | None, Sampled | None]:
     """The loop with what somebody wants to see or do between evaluations: recorded residuals, images, states."""
     compactor = Compactor(state, args, options.compact) if options.compact is not False else None
-    images = Images(state) if options.returns == "image" else None
+    images = Images(state, compactor is not None) if options.returns == "image" else None
     sampled = Sampled(state, options.states, options.returns, images) if options.states else None
     rows: list[Tensor] | None = [] if options.trace else None
     bar = progress_bar(options.max_iter) if options.progress else None
     lookers = [one for one in (images, sampled) if one is not None]
+    judged = options.callback is not None or options.returns == "next"
     leaves: list[Tensor] = []
     which: Tensor | None = None
     try:
         while not (state.done or state.nfe == options.max_iter) or (compactor is not None and compactor.unsure):
             if compactor is None:
-                leaves = state.layout.flatten(f(state.z, *args), "f(z)")
-                state.advance(leaves, None)
+                leaves = _evaluate(f, args, state, judged)
             else:
                 leaves, which = compactor.evaluate(f)
             for one in lookers:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import transforms
 from ..loop.again import CouplingWarning
-from ..loop.conclude import unsolved
+from ..loop.conclude import ended, stepping_on, unsolved
 from ..loop.together import never
 from ..naming import named
 from ..ops import recheck
@@ -64,11 +64,9 @@ class Unroll(Gradient):
         for name, asked in refused.items():
             if asked:
                 raise ValueError(f"{name} does not go together with backward=dq.Unroll()")
-        if options.returns == "next":
-            raise ValueError('returns="next" does not go together with backward=dq.Unroll()')
         if options.max_iter == 0:
             return unsolved(problem.layout, problem.layout.tensors(z0), "unrolled", options.trace)
-        rule = problem.stopping
+        rule = stepping_on(problem.stopping) if options.returns == "next" else problem.stopping
         ws = options.solver.workspace(problem.layout, never(rule) if options.stop == "all" else rule)
         solution = _Unrolled(problem, ws, z0).run(options.returns, options.trace)
         if options.throw and not bool(solution.converged.all()):
@@ -95,13 +93,14 @@ class _Unrolled:
         self.codes = Codes(ws.stopping, self.layout, widest(device))
         self.counters = torch.zeros(len(Int), B, dtype=torch.int32, device=device)
         self.nfe = 0
+        self.limit = problem.options.max_iter
 
     def run(self, returns: str, trace: bool) -> Solution:
         """Iterate until every sample has stopped."""
         layout, problem, ws = self.layout, self.problem, self.ws
         memory = _MEMORIES[type(ws)](ws)
         rows: list[Tensor] = []
-        while layout.N and bool((self.stats.status == Status.RUNNING).any()):
+        while layout.N and self.nfe < self.limit and bool((self.stats.status == Status.RUNNING).any()):
             z = layout.unflatten(unpack(layout, self.x))
             leaves = layout.flatten(problem.f(z, *problem.args), "f(z)")
             if problem.transformed:
@@ -121,6 +120,7 @@ class _Unrolled:
                 for row, where in moved.events.items():
                     self.counters[row] += where.int()
             self._judge_again()
+        self._out_of_evaluations()
         return self._conclude(returns, rows if trace else None)
 
     def _all_within(self, run: Tensor) -> bool:
@@ -141,7 +141,7 @@ class _Unrolled:
     def _judge_again(self) -> None:
         """At the last evaluation: whoever had converged before and is not within tolerance there has not."""
         stats = self.stats
-        if bool((stats.status == Status.RUNNING).any()):
+        if self.nfe < self.limit and bool((stats.status == Status.RUNNING).any()):
             return
         rule = self.problem.stopping
         within = recheck.still_within(*self._sizes, rule.rtol, rule.atol, recheck.noise(self.ws))
@@ -154,6 +154,12 @@ class _Unrolled:
                 'dq.Unroll() cannot let them go on; give batch_dims=0, segments= or stop="all"',
                 CouplingWarning,
             )
+
+    def _out_of_evaluations(self) -> None:
+        """The label of samples that run on where the loop ends at its limit: with returns="next"."""
+        stats = self.stats
+        status = ended(stats.status, self.nfe, stats.best_step, stats.norm, stats.least, stats.first)
+        self.stats = stats._replace(status=status)
 
     def _measure(self, f: Tensor) -> Verdict:
         """The verdict on a new evaluation, with what is known of samples that had stopped unchanged."""
@@ -172,6 +178,9 @@ class _Unrolled:
         status = stats.status
         residual = stats.best
         x = self.best_f if returns == "image" else self.best_x
+        if returns == "next":
+            x = torch.where((status == Status.CONVERGED)[:, None], self._f, self.x)
+            residual = stats.residual
         if returns == "last":
             lost = (status == Status.NON_FINITE) & (stats.best_step > 0)
             x = torch.where(lost[:, None], self.best_x, self.x)

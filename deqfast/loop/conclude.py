@@ -8,6 +8,7 @@ from torch import Tensor
 from ..ops.codes import DIVERGENCE, Int, Real
 from ..ops.formulas.measure import label
 from ..ops.layout import Layout
+from ..ops.workspace import Stopping
 from ..solution import Solution
 from ..status import Status
 from .state import SolverState
@@ -61,11 +62,21 @@ def out_of_evaluations(state: SolverState) -> None:
     """The label of samples that run on, where the loop ended at its limit and not the kernels."""
     ws, made = state.ws, state.nfe
     status = ws.int_row(Int.STATUS)
-    best_step = ws.int_row(Int.BEST_STEP)
-    grown = (best_step == 1) & (ws.real_row(Real.NORM) > DIVERGENCE * ws.real_row(Real.LEAST))
-    found = label(ws.real_row(Real.NORM), ws.real_row(Real.FIRST), made - best_step, made, grown)
-    status.copy_(torch.where(status == Status.RUNNING, found.to(status.dtype), status))
+    norms = (ws.real_row(row) for row in (Real.NORM, Real.LEAST, Real.FIRST))
+    status.copy_(ended(status, made, ws.int_row(Int.BEST_STEP), *norms))
     state.finish(made)
+
+
+def ended(status: Tensor, made: int, best_step: Tensor, norm: Tensor, least: Tensor, first: Tensor) -> Tensor:
+    """``status``, with the label of what ran out of evaluations where a sample runs on after ``made`` of them."""
+    grown = (best_step == 1) & (norm > DIVERGENCE * least)
+    found = label(norm, first, made - best_step, made, grown)
+    return torch.where(status == Status.RUNNING, found.to(status.dtype), status)
+
+
+def stepping_on(rule: Stopping) -> Stopping:
+    """The rule by which a step is made from the last evaluation too, for ``returns="next"``."""
+    return rule._replace(max_iter=min(rule.max_iter + 1, 2**31 - 1))
 
 
 def unsolved(layout: Layout, start: list[Tensor], backend: str, traced: bool) -> Solution:

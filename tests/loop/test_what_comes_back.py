@@ -118,6 +118,63 @@ def test_next_is_the_iterate_that_one_more_evaluation_would_be_at(limit, solver,
     assert torch.equal(sol.z[~out], pull(seen[limit - 1], *p.args)[~out])  # of a converged sample f there
 
 
+@pytest.mark.parametrize("returns", ["image", "next"])
+@pytest.mark.parametrize("solver", ONE_OF_EACH)
+@pytest.mark.parametrize("limit", [1, 4, 40])
+def test_an_unrolled_solve_returns_the_same(limit, solver, returns):
+    p = problem(5, 12, slowest=0.9, dtype=torch.float64)
+    args = tuple(t.clone().requires_grad_() if torch.is_floating_point(t) else t for t in p.args)
+    options = {"solver": solver, "max_iter": limit, "returns": returns, "rtol": 1e-6}
+    plain = dq.fixed_point(pull, p.z0, p.args, **options)
+    unrolled = dq.fixed_point(pull, p.z0, args, backward=dq.Unroll(), **options)
+    assert unrolled.nfe == plain.nfe and torch.equal(unrolled.status, plain.status)
+    assert torch.allclose(unrolled.z, plain.z, rtol=1e-6, atol=1e-9)
+    assert torch.allclose(unrolled.residual, plain.residual, rtol=1e-4, atol=1e-12)
+    unrolled.z.sum().backward()
+    assert all(t.grad is not None and bool(t.grad.isfinite().all()) for t in args if t.requires_grad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_where_f_is_never_finite_the_image_is_the_start(backend):
+    z0 = torch.arange(6.0).reshape(3, 2) + 1
+    hole = torch.tensor([[1.0], [torch.nan], [1.0]])
+    sol = dq.fixed_point(lambda z: 0.5 * z * hole + 1, z0, returns="image", backend=backend)
+    assert torch.equal(sol.z[1], z0[1]) and torch.allclose(sol.z[[0, 2]], torch.full((2, 2), 2.0), rtol=1e-3)
+
+
+@pytest.mark.parametrize("solver", ONE_OF_EACH)
+@pytest.mark.parametrize("ring", [1, 2, 3])
+def test_images_outlive_the_buffers_that_f_writes_to(ring, solver):
+    p = problem(5, 12, slowest=0.9)
+    buffers, turn = [torch.empty(5, 12) for _ in range(ring)], 0
+
+    def reusing(z, *args):
+        nonlocal turn
+        turn += 1
+        return buffers[turn % ring].copy_(pull(z, *args))
+
+    for limit in (1, 3, 8, 100):
+        image = solve(p, reusing, returns="image", solver=solver, max_iter=limit)
+        plain = solve(p, returns="image", solver=solver, max_iter=limit)
+        assert torch.equal(image.z, plain.z)
+        for buffer in buffers:
+            buffer.fill_(7)
+        assert torch.equal(image.z, plain.z)
+
+
+def test_an_f_that_begins_to_write_to_its_outputs_is_told_so():
+    out, turn = [torch.empty(4, 3)], 0
+
+    def late(z):
+        nonlocal turn
+        turn += 1
+        step = 1 - 2 * z if turn > 5 else 0.5 * z + 1  # grows: what was held is still wanted
+        return step.clone() if turn < 5 else out[0].copy_(step)
+
+    with pytest.raises(RuntimeError, match="wrote to an output that it had returned earlier"):
+        dq.fixed_point(late, torch.zeros(4, 3), returns="image", solver="picard", max_iter=12)
+
+
 def test_plain_iteration_makes_as_many_applications_as_evaluations():
     z, W = torch.zeros(3, 4), 0.2 * torch.ones(4, 4)
     for _ in range(6):

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ... import transforms
+from ...loop.images import Kept
 from ...loop.state import SolverState
 from ...ops.contract import Method
 from ...ops.layout import Layout, layout_of
 from ...ops.workspace import Stopping
 from ._stat import ABS, MODES, Counted, SolverStat, nothing_known, room, statistics
-from ._watch import DeviceWatch, HostWatch, Kept, Watch
+from ._watch import DeviceWatch, HostWatch, Watch
 
 _STALL = 30  # Broyden: near tol, and hardly any progress in so many steps
 

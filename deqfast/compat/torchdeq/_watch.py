@@ -1,4 +1,4 @@
-"""What is measured and kept between two evaluations: residuals, the best image, when to stop.
+"""What is measured between two evaluations: residuals, when to stop.
 
 On a CPU in numpy, on the memory that the kernels write their norms to, for such an operation takes a third of the time
 of torch's; on a device in torch, without waiting for it.
@@ -7,14 +7,13 @@ of torch's; on a device in torch, without waiting for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...ops.layout import Layout
+from ...loop.images import some_or_all
 
 
 class Watch:
@@ -98,10 +97,7 @@ class HostWatch(Watch):
 
     def better(self) -> Any:
         """(B,) bool tensor, or True for every sample, or False for none."""
-        found = self._better.tobytes()  # a tenth of what .all() takes
-        if b"\0" not in found:
-            return True
-        return torch.from_numpy(self._better) if b"\1" in found else False
+        return some_or_all(self._better)
 
     def within(self, tol: float) -> bool:
         """Whether every finite sample is below ``tol`` now: looks at the one that was not, first."""
@@ -159,88 +155,3 @@ class DeviceWatch(Watch):
         """Whether every finite sample is below ``tol`` now."""
         row = self._now[self._mode]
         return bool(((row < tol) | ~torch.isfinite(row)).all())
-
-
-class Kept:
-    """The tensors of every sample's best evaluation.
-
-    Where every sample is better than ever, which is nearly always while a solve converges, they are held as they came
-    and not copied. That is safe for one evaluation: the next one replaces them, or copies what is still wanted.
-
-    Args:
-        layout: of the state.
-        start: leaves for samples that never have a finite residual.
-        lasting: what is handed over lasts until the next time; else it may lie in memory that f uses again.
-        given: what f is given, or may be a view of.
-        instead: leaves for what f has overwritten; that is noticed, and from then on copies are made.
-    """
-
-    def __init__(
-        self,
-        layout: Layout,
-        start: list[Tensor],
-        lasting: bool,
-        given: list[Tensor],
-        instead: Callable[[], list[Tensor]],
-    ) -> None:
-        self._layout, self._instead = layout, instead
-        self._leaves: list[Tensor] = start
-        self._own = False  # whether the leaves are nobody else's
-        self._lasting = lasting
-        self._given = {_place(t) for t in given}
-        self._first: list[Tensor] = []  # f's first output, kept alive so that its address is not taken by another
-        self._versions: list[int] = []
-        self._copies = 0 if lasting else 2  # of outputs of f before it is known that it leaves them alone
-
-    def take(self, leaves: list[Tensor], better: Any) -> None:
-        """Take ``leaves`` for samples that are ``better``: (B,) bool, True for all, False for none."""
-        if self._copies > 0:
-            self._settle(leaves)
-        if better is True:
-            self._own = self._copies != 0
-            self._leaves = [t.clone() for t in leaves] if self._own else leaves
-            if not (self._own or self._lasting):
-                self._versions = [_version(t) for t in leaves]
-            return
-        if not (self._own or self._lasting) and self._overwritten(leaves):
-            self._copies = -1
-            self._leaves = self._instead()
-        if better is not False:
-            which = [better.view(-1, *([1] * (t.dim() - 1))) for t in leaves]
-            triples = zip(which, leaves, self._widened(), strict=True)
-            self._leaves, self._own = [torch.where(w, t.to(old.dtype), old) for w, t, old in triples], True
-        elif not self._own:
-            self._leaves, self._own = [t.clone() for t in self._leaves], True
-
-    def _settle(self, leaves: list[Tensor]) -> None:
-        """After two outputs of f: whether it returns memory that it had returned before, or what it was given."""
-        places = {_place(t) for t in leaves}
-        if not (self._given | {_place(t) for t in self._first}).isdisjoint(places):
-            self._copies = -1
-        elif self._first:
-            self._copies, self._first = 0, []
-        else:
-            self._first = leaves
-
-    def _overwritten(self, leaves: list[Tensor]) -> bool:
-        """Whether f has written over what is held, or the solver over what f returned of it."""
-        if not self._versions:  # it is the start
-            return False
-        held = {_place(t) for t in self._leaves}
-        changed = [_version(t) for t in self._leaves] != self._versions
-        return changed or not held.isdisjoint(self._given | {_place(t) for t in leaves})
-
-    def _widened(self) -> list[Tensor]:
-        return [t.to(leaf.dtype) for t, leaf in zip(self._leaves, self._layout.leaves, strict=True)]
-
-    def copy(self) -> Any:
-        """The state with these leaves, in memory of its own."""
-        return self._layout.unflatten([t.clone() for t in self._widened()])
-
-
-def _place(t: Tensor) -> int:
-    return t.untyped_storage().data_ptr()
-
-
-def _version(t: Tensor) -> int:
-    return -1 if t.is_inference() else t._version
