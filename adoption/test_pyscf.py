@@ -66,7 +66,7 @@ def test_hartree_fock(name: str, basis: str, record: Record) -> None:
             difference=abs(own.e_tot - ours.e_tot),
             within=1e-8,
             solved=(bool(own.converged), bool(ours.converged)),
-            note="a residual of one's own runs in plain torch",
+            note="a residual of one's own",
         )
     )
     assert own.converged

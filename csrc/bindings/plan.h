@@ -223,8 +223,20 @@ class AndersonPlan final : public Plan<AndersonArgs, &cpu::KernelTable::anderson
         settle(place, anderson_scratch_bytes(args.m, number()), anderson_products(args.m), true);
     }
 
+    // A residual of the caller's own at the evaluation whose step comes next, and the one before it, 0: there is none;
+    // (B, n) numbers of the accumulation type each.
+    void own(const Array& residual, Address before, const Array& columns) {
+        if (args.test_space != 0 || args.mixing != 1 || (args.m > 0 && !args.gram))
+            throw std::invalid_argument("own: expected Type II with mixing 1 and kept products");
+        const int64_t n = args.B ? residual.bytes / (args.B * number()) : 0;
+        args.own = checked("own", residual, args.B * n * number());
+        args.own_columns = checked("own_columns", columns, args.B * args.m * n * number());
+        args.own_prev = pointer<void>(before);
+        args.own_n = n;
+    }
+
    protected:
-    void set_previous(bool has_previous) override { args.has_previous = has_previous; }
+    void set_previous(bool has_previous) override { args.has_previous = has_previous && (!args.own || args.own_prev); }
     void check_phase(int phase) const override {
         if (phase != kStep && args.m > 0 && !args.gram) whole_steps_only();
     }
@@ -294,6 +306,7 @@ inline void declare_plans(pybind11::module_& m) {
                  "stopping"_a, "threads"_a, "blocks"_a, "place"_a, "method"_a, "history_dtype"_a, "history"_a,
                  "scales"_a, "matrix"_a, "gram"_a, "norms"_a, "ages"_a);
     declare_steps(anderson);
+    anderson.def("own", &AndersonPlan::own, py::kw_only(), "residual"_a, "before"_a, "columns"_a);
     py::class_<BroydenPlan> broyden(m, "BroydenPlan", "One Broyden solve on a workspace; see deqfast.ops.native.");
     broyden.def(
         py::init<int64_t, DType, const std::vector<int64_t>&, const Arrays&, const Arrays&, const Arrays&, const Array&,

@@ -5,6 +5,7 @@
 // schedule never changes a bit.
 #include "deqfast/anderson.h"
 
+#include "anderson_own.h"
 #include "anderson_short.h"
 
 namespace deqfast::cpu::DEQFAST_ISA {
@@ -14,7 +15,7 @@ namespace {
 template <class A, class H>
 class AndersonWhole {
    public:
-    explicit AndersonWhole(const AndersonArgs& args) : columns(args), sample(columns.sample), a(args) {}
+    explicit AndersonWhole(const AndersonArgs& args) : columns(args), sample(columns.sample), own(args), a(args) {}
 
     void run() const {
         const bool tiles = a.N <= kTileMaxN && (a.B + kTile - 1) / kTile >= a.threads;
@@ -35,6 +36,7 @@ class AndersonWhole {
    private:
     const AndersonColumns<A, H> columns;
     const AndersonSample<A, H>& sample;
+    const OwnResidual<A> own;
     const AndersonArgs& a;
 
     // One reduction, small solve and mixing for samples b0 ... b0 + count - 1 of one tile. `whole`: this thread has the
@@ -52,7 +54,8 @@ class AndersonWhole {
                 const int n = sample.last(b) ? 0 : sample.list_columns(b, slot, s.columns);
                 for (int l = 0; l < a.n_leaves; ++l)
                     for (int64_t c = 0; c < a.leaves[l].n; c += kChunk)
-                        columns.reduce_chunk(b, l, c, slot, n, s, s.sample);
+                        columns.reduce_chunk(b, l, c, slot, a.own ? 0 : n, s, s.sample);
+                if (a.own) own.reduce(b, slot, n, s, sample.D, s.sample);
             }
             const int lane = first_lane + i;
             any_going |= sample.verdict(b, slot, lane, s.sample[kFF], s.sample[kGG], lanes, s);
@@ -147,7 +150,9 @@ class AndersonSplit {
 
 template <class A, class H>
 void step(const AndersonArgs& a, int phase) {
-    if (phase == kStep && a.N <= kSplitMinN) {
+    if (a.own) {
+        AndersonWhole<A, H>(a).run();
+    } else if (phase == kStep && a.N <= kSplitMinN) {
         if (!kScaled<H> && a.N <= kShortN && a.n_leaves == 1)
             AndersonShort<A, H>(a).run();
         else

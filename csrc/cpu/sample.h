@@ -148,7 +148,17 @@ inline void over_chunks(const SolveArgs& a, Use&& use) {
     }
 }
 
-// Norms of f and of f - x in double: no square of a finite float overflows or vanishes there.
+// Adds squares of `count` numbers, eight sums side by side.
+template <class A>
+inline void add_squares(const A* p, int64_t count, double (&parts)[8]) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8)
+        for (int k = 0; k < 8; ++k) parts[k] += double(p[i + k]) * double(p[i + k]);
+    for (; i < count; ++i) parts[i & 7] += double(p[i]) * double(p[i]);
+}
+
+// Norms of f and of f - x, or of the caller's own residual, in double: no square of a finite float overflows or
+// vanishes there.
 template <class A>
 __attribute__((noinline)) void scan_norms(const SolveArgs& a, int64_t b, A* buffers, double* f_norm, double* g_norm) {
     double ff = 0, gg = 0;
@@ -173,6 +183,12 @@ __attribute__((noinline)) void scan_norms(const SolveArgs& a, int64_t b, A* buff
             }
             for (int k = 0; k < 8; ++k) ff += f_part[k], gg += g_part[k];
         }
+    }
+    if (a.own) {
+        double parts[8] = {};
+        add_squares(static_cast<const A*>(a.own) + b * a.own_n, a.own_n, parts);
+        gg = 0;
+        for (double part : parts) gg += part;
     }
     *f_norm = std::sqrt(ff);
     *g_norm = std::sqrt(gg);

@@ -35,7 +35,7 @@ def taken(
         raise ValueError(f"residual needs dq.Anderson(type=2) with mixing=1, got {method}")
     if residual is None or not in_turn:
         raise ValueError("residual must be given at every step of a solve or at none")
-    return backend_for(current, asked, ws.layout.device), anderson, rows_of(residual, anderson)
+    return backend_for(current, asked, ws), anderson, rows_of(residual, anderson)
 
 
 def rows_of(residual: Any, ws: AndersonWorkspace) -> Tensor:
@@ -53,16 +53,18 @@ def rows_of(residual: Any, ws: AndersonWorkspace) -> Tensor:
     return rows
 
 
-def backend_for(current: contract.Backend, asked: str, device: torch.device) -> contract.Backend:
+def backend_for(current: contract.Backend, asked: str, ws: Workspace) -> contract.Backend:
     """The backend that takes a residual of the caller's own: the current one, or with "auto" another.
 
     Raises:
         ValueError: the one that was asked for does not.
     """
-    if current.own_residual:
+    if current.takes_residual(ws):
         return current
-    able = [b.name for b in contract.backends() if b.own_residual]
+    able = [b.name for b in contract.backends() if b.takes_residual(ws)]
     if contract.wish(asked) != "auto":
         listed = ", ".join(map(repr, able))
-        raise ValueError(f"residual needs backend='auto' or one of {listed}, got backend={current.name!r}")
-    return contract.choose("auto", device, own_residual=True)
+        raise ValueError(
+            f"residual needs backend='auto' or one of {listed} for these samples, got backend={current.name!r}"
+        )
+    return contract.choose("auto", ws.layout.device, residual_for=ws)

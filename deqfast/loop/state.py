@@ -311,7 +311,7 @@ class SolverState(Keeping):
         own = own_residual.takes_residual(self.ws) if "own_residual" in saved.get("tensors", {}) else None
         backend = self._backend
         if own is not None:
-            backend = own_residual.backend_for(backend, self._asked_for, self.layout.device)
+            backend = own_residual.backend_for(backend, self._asked_for, self.ws)
         saving.check(saved, self.options, self.ws)
         if own is not None:
             self._serve_residual(backend)

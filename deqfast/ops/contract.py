@@ -179,13 +179,11 @@ class Backend(ABC):
 
     Attributes:
         name: what users call it.
-        own_residual: whether its Anderson step takes a residual of the caller's own (``ws.own_residual``).
         counts_on_host: whether ``bind`` must be told exactly how many evaluations the workspace has seen.
         steps: for each kind of workspace it serves, what binds one: (workspace, evaluations made so far) -> the step.
     """
 
     name: str
-    own_residual: bool = False
     counts_on_host: bool = False
     steps: Mapping[type[Workspace], Binder]
 
@@ -196,6 +194,10 @@ class Backend(ABC):
     def automatic(self, device: torch.device) -> bool:
         """Whether backend="auto" may take it for ``device``; else it serves those who name it."""
         return True
+
+    def takes_residual(self, ws: Workspace) -> bool:
+        """Whether its step takes a residual of the caller's own, ``ws.own_residual`` (Anderson, Type II, no mixing)."""
+        return False
 
     def bind(self, ws: Workspace, evaluations: int = 0) -> BoundStep:
         """The update of this workspace's solver, after so many evaluations."""
@@ -292,15 +294,15 @@ def wish(backend: str) -> str:
 
 
 def choose(
-    backend: str, device: torch.device, own_residual: bool = False, kind: type[Workspace] | None = None
+    backend: str, device: torch.device, kind: type[Workspace] | None = None, residual_for: Workspace | None = None
 ) -> Backend:
     """The backend that serves: ``DEQFAST_BACKEND`` or the first available one for "auto", else the one asked for.
 
     Args:
         backend: a name or "auto".
         device: that it serves.
-        own_residual: "auto" takes one whose Anderson step takes a residual of the caller's own.
         kind: of the workspace that "auto" takes one with a step for.
+        residual_for: a workspace for which "auto" takes one that takes a residual of the caller's own.
 
     Raises:
         ValueError: unknown backend, or none that can serve this, with the reason.
@@ -309,7 +311,7 @@ def choose(
     if asked == "auto":
         reasons = []
         for candidate in _backends.values():
-            reason = _why_not_automatic(candidate, device, own_residual, kind)
+            reason = _why_not_automatic(candidate, device, kind, residual_for)
             if reason is None:
                 return candidate
             reasons.append(f"{candidate.name!r}: {reason}")
@@ -324,9 +326,9 @@ def choose(
 
 
 def _why_not_automatic(
-    backend: Backend, device: torch.device, own_residual: bool, kind: type[Workspace] | None
+    backend: Backend, device: torch.device, kind: type[Workspace] | None, residual_for: Workspace | None
 ) -> str | None:
-    if own_residual and not backend.own_residual:
+    if residual_for is not None and not backend.takes_residual(residual_for):
         return "it takes no residual of the caller's own"
     if kind is not None and kind not in backend.steps:
         return f"it has no step for {kind.__name__}"

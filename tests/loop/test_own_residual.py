@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from problems import (
+    BACKENDS,
     problem,
     pull,
     same_state,
@@ -41,7 +42,10 @@ def test_residual_of_your_own_is_given_always_or_never():
         other.step(0.5 * z, residual=r)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+ABLE = [name for name in BACKENDS if name in ("native", "torch", "reference") and not native.EMULATED]
+
+
+@pytest.mark.parametrize("backend", ABLE)
 def test_residual_in_another_space_steers_as_the_same_residual_does(backend):
     """An orthogonal change of space keeps every product that the least-squares problem is made of."""
     p = problem(4, 12, dtype=torch.float64, slowest=0.8)
@@ -58,10 +62,72 @@ def test_residual_in_another_space_steers_as_the_same_residual_does(backend):
     assert bool(((plain.z - steered.z).norm(dim=1) <= 1e-6 * plain.z.norm(dim=1)).all())
 
 
-@pytest.mark.skipif(native._C is None, reason="the extension is not built")
-def test_residual_of_your_own_moves_an_automatic_state_to_plain_torch_and_no_other(monkeypatch):
+@pytest.mark.parametrize("backend", [name for name in ABLE if name != "reference"])
+@pytest.mark.parametrize(("N", "M"), [(9, 6), (40, 9), (130, 700), (1500, 40), (5000, 2500)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_every_backend_makes_the_reference_s_steps(dtype, N, M, backend):
+    p = problem(3, N, dtype=dtype, slowest=0.8)
+    P = torch.randn(N, M, generator=torch.Generator().manual_seed(1), dtype=p.z0.dtype) / N**0.5
+    solver = dq.Anderson(m=3, type=2, history_dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    states = [solver.init(p.z0, rtol=1e-30, max_iter=9, backend=b) for b in ("reference", backend)]
+    eps = torch.finfo(dtype).eps
+    while not states[0].done:
+        z = states[0].z.clone()
+        fz = pull(z, *p.args)
+        r = (fz - z) @ P
+        r[1] *= 1e-3 if states[0].nfe % 2 else 1  # its norm jumps, and with it what is restarted
+        for state in states:
+            state.step(fz, residual=r.clone())
+        expected, got = (s.z.double() for s in states)
+        assert bool(((expected - got).norm(dim=1) <= 2000 * eps * expected.norm(dim=1)).all())
+        for a, b in ((s.residual.double() for s in states),):
+            assert torch.allclose(a, b, rtol=20 * torch.finfo(states[0].residual.dtype).eps)
+        assert torch.equal(states[0].status, states[1].status)
+        states[1].load_state_dict(states[0].state_dict())
+    assert states[1].done
+
+
+@pytest.mark.skipif(native._C is None or native.EMULATED, reason="the extension is not built")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_sample_s_steps_do_not_depend_on_its_batch_nor_on_threads(threads):
+    p = problem(6, 300, slowest=0.8)
+    solver = dq.Anderson(m=4, type=2)
+
+    def run(rows):
+        state = solver.init(p.z0[rows], max_iter=12, rtol=1e-5, backend="native")
+        while not state.done:
+            fz = torch.tanh(state.z * 0.5 + p.z0[rows] + 1)  # elementwise: the same bits in every batch
+            state.step(fz, residual=((fz - state.z) * 3)[:, :77])
+        return state.z
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = run(slice(None))
+        for b in range(6):
+            assert torch.equal(run(slice(b, b + 1))[0], together[b])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", ABLE)
+def test_a_residual_that_is_no_number_stops_its_sample_alone(backend):
+    p = problem(3, 12, slowest=0.8)
+    state = dq.Anderson(m=4, type=2).init(p.z0, rtol=1e-4, max_iter=60, backend=backend)
+    while not state.done:
+        fz = pull(state.z, *p.args)
+        r = fz - state.z
+        if state.nfe >= 3:
+            r[1] = torch.nan
+        state.step(fz, residual=r)
+    assert state.status.tolist() == [dq.Status.CONVERGED, dq.Status.NON_FINITE, dq.Status.CONVERGED]
+    assert bool(state.z.isfinite().all())
+
+
+@pytest.mark.skipif(native._C is None or native.EMULATED, reason="the extension is not built")
+def test_samples_of_a_few_numbers_move_to_plain_torch_and_no_other(monkeypatch):
     monkeypatch.delenv("DEQFAST_BACKEND", raising=False)
-    p = problem(4, 12, slowest=0.8)
+    p = problem(4, 6, slowest=0.8)
     solver = dq.Anderson(m=4, type=2)
     chosen = solver.init(p.z0, rtol=1e-5, max_iter=60)
     asked = solver.init(p.z0, rtol=1e-5, max_iter=60, backend="torch")
@@ -77,7 +143,8 @@ def test_residual_of_your_own_moves_an_automatic_state_to_plain_torch_and_no_oth
     assert resumed.backend == "torch"
     fixed = solver.init(p.z0, backend="native")
     with pytest.raises(
-        ValueError, match="residual needs backend='auto' or one of 'torch', 'reference', got backend='native'"
+        ValueError,
+        match="residual needs backend='auto' or one of 'torch', 'reference' for these samples, got backend='native'",
     ):
         fixed.step(p.z0, residual=p.z0)
     with pytest.raises(ValueError, match="residual needs backend"):
@@ -85,3 +152,7 @@ def test_residual_of_your_own_moves_an_automatic_state_to_plain_torch_and_no_oth
     monkeypatch.setenv("DEQFAST_BACKEND", "native")
     with pytest.raises(ValueError, match="residual needs backend"):
         solver.init(p.z0).step(p.z0, residual=p.z0)
+    larger = problem(4, 12, slowest=0.8)
+    state = solver.init(larger.z0)
+    state.step(larger.z0, residual=larger.z0)
+    assert state.backend == "native"

@@ -119,11 +119,14 @@ class TapeBackend(contract.Backend):
     """Another backend with what graphs need of its steps, so that recording can be tried without a device."""
 
     def __init__(self, inner):
-        self.name, self.own_residual, self.inner = inner.name, inner.own_residual, inner
+        self.name, self.inner = inner.name, inner
         self.steps = {kind: functools.partial(TapeStep, bind) for kind, bind in inner.steps.items()}
 
     def why_not(self, device):
         return self.inner.why_not(device)
+
+    def takes_residual(self, ws):
+        return self.inner.takes_residual(ws)
 
     def automatic(self, device):
         return self.inner.automatic(device)

@@ -28,6 +28,9 @@ void fields(AndersonMethod& method, Visit&& visit) {
 
 struct AndersonArgs : SolveArgs, AndersonMethod {
     bool has_previous = false;  // f_prev is there: a new column can be made
+    // With `own`, the residual before it and its differences, in place of dG; Type II with mixing 1 on a CPU.
+    const void* own_prev = nullptr;  // (B, own_n)
+    void* own_columns = nullptr;     // (B, m, own_n)
     DType history_dtype = DType::bf16;
     void* history = nullptr;  // (2, B, m, N): dF, dG; without gram (2, tiles, m, N, 16)
     float* scales = nullptr;  // (2, B, m, blocks), float16 and int8 only

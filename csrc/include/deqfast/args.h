@@ -62,7 +62,9 @@ struct SolveArgs : Stopping {
     int64_t B = 0, N = 0;
     int n_leaves = 0;
     Leaf* leaves = nullptr;
-    DType dtype = DType::f32;              // of the state; products are accumulated in float, for f64 in double
+    DType dtype = DType::f32;   // of the state; products are accumulated in float, for f64 in double
+    const void* own = nullptr;  // (B, own_n), accumulated: a residual of the caller's own, null: f - x
+    int64_t own_n = 0;
     const int32_t* f_rows = nullptr;       // sample -> row of f, null: the same
     const int32_t* f_prev_rows = nullptr;  // the same for f_prev
     int32_t* ints = nullptr;               // (rows, padded)

@@ -11,7 +11,7 @@ from ..broyden import BroydenWorkspace
 from ..contract import Backend, Binder, JointEnds, register
 from ..joint import JointWorkspace
 from ..workspace import Workspace
-from .extension import why_not
+from .extension import EMULATED, why_not
 from .joint import NativeEnds
 from .plan import NativeStep
 
@@ -25,6 +25,11 @@ class Native(Backend):
     def why_not(self, device: torch.device) -> str | None:
         """Whether the module was built, and for this device."""
         return why_not(device)
+
+    def takes_residual(self, ws: Workspace) -> bool:
+        """On a CPU, of samples whose small matrices are kept: all but the smallest."""
+        kept = isinstance(ws, AndersonWorkspace) and ws.keeps_products
+        return kept and ws.layout.device.type == "cpu" and not EMULATED
 
     def joint(self, ws: JointWorkspace) -> JointEnds:
         """The ends of a joint step."""

@@ -55,9 +55,17 @@ class NativeStep(BoundStep):
 
     def __call__(self, f: Leaves, f_prev: Leaves | None, f_rows: Rows, f_prev_rows: Rows) -> int:
         """One update, launched and not waited for on a GPU."""
+        if self.ws.own_residual is not None:
+            self._hand_over_own()
         if self.quick is not None and self._is_plain(f, f_rows) and self._is_plain(f_prev, f_prev_rows):
             return self.quick(self.ws.cur, f[0].data_ptr(), 0 if f_prev is None else f_prev[0].data_ptr())
         return general_step(self.plan, self.ws, f, f_prev, f_rows, f_prev_rows)
+
+    def _hand_over_own(self) -> None:
+        ws = self.ws
+        assert isinstance(ws, AndersonWorkspace) and ws.own_residual is not None and ws.own_columns is not None
+        before = 0 if ws.own_previous is None else ws.own_previous.data_ptr()
+        self.plan.own(residual=array(ws.own_residual), before=before, columns=array(ws.own_columns))
 
     def _is_plain(self, leaves: Leaves | None, rows: Rows) -> bool:
         if leaves is None:
@@ -67,7 +75,7 @@ class NativeStep(BoundStep):
 
     def outside(self, f: Leaves, f_rows: Rows, made: int | Tensor) -> Tensor | None:
         """Samples that converged earlier and are not within tolerance; on a CPU a kernel says whether any."""
-        if isinstance(made, int) and self.replay is None and not EMULATED and self.ws.own_residual is None:
+        if isinstance(made, int) and self.replay is None and not EMULATED:
             alive = [
                 place(functools.partial(self.plan.source, i, 0), t, leaf)
                 for i, (t, leaf) in enumerate(zip(f, self.ws.layout.leaves, strict=True))

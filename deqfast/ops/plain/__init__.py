@@ -23,7 +23,6 @@ class Torch(Backend):
     """Plain torch in few operations, with sums as matrix products."""
 
     name = "torch"
-    own_residual = True
     counts_on_host = True
     steps: Mapping[type[Workspace], Binder] = {
         AndersonWorkspace: portable.AndersonStep,
@@ -33,6 +32,10 @@ class Torch(Backend):
     def why_not(self, device: torch.device) -> str | None:
         """It serves everywhere."""
         return None
+
+    def takes_residual(self, ws: Workspace) -> bool:
+        """Always."""
+        return True
 
     def bind(self, ws: Workspace, evaluations: int = 0) -> BoundStep:
         """The update of this workspace's solver, after so many evaluations."""
@@ -48,7 +51,6 @@ class Reference(Backend):
     """Plain torch with sums in a fixed order."""
 
     name = "reference"
-    own_residual = True
     counts_on_host = True
     steps: Mapping[type[Workspace], Binder] = {
         AndersonWorkspace: reference.AndersonStep,
@@ -58,6 +60,10 @@ class Reference(Backend):
     def why_not(self, device: torch.device) -> str | None:
         """It serves everywhere."""
         return None
+
+    def takes_residual(self, ws: Workspace) -> bool:
+        """Always."""
+        return True
 
     def automatic(self, device: torch.device) -> bool:
         """For tests alone."""
