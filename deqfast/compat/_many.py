@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..solvers.base import Solver
-from ._roots import HOPELESS, PATIENCE, SHRINK, SHRINKS, Found, Rule, first_scale, secant_scale
+from ._roots import HOPELESS, PATIENCE, Found, Rule, first_scale, other_scales, secant_scale
 
 
 class Many:
@@ -52,19 +52,18 @@ class Many:
     def _search(self) -> None:
         start = self.x.clone(), self.fx.clone()
         x, fx = start
-        shrinks = SHRINKS
+        others: list[Tensor] = []
         if self._scale is None:
             x, fx, scale = self._probe(x, fx)
+            others = list(other_scales(scale, *start))
         else:
             scale = torch.full_like(fx[:, :1].abs(), self._scale)
-            shrinks = 0
         while True:
-            x, fx = self._run(x, fx, scale, PATIENCE if shrinks else self._limit)
+            x, fx = self._run(x, fx, scale, PATIENCE if others else self._limit)
             rest = ~self._done
-            if not shrinks or self.iterations >= self._limit or not bool(rest.any()):
+            if not others or self.iterations >= self._limit or not bool(rest.any()):
                 break
-            shrinks -= 1
-            scale *= SHRINK
+            scale = others.pop(0)
             closer = torch.linalg.vector_norm(fx, dim=1) <= torch.linalg.vector_norm(start[1], dim=1)
             keep = (closer & torch.isfinite(x).all(1))[:, None]
             x, fx = torch.where(keep, x, start[0]), torch.where(keep, fx, start[1])

@@ -3,8 +3,8 @@
 Steps are those of f(x) = x + s F(x), one s a system: 1 / -s is the first guess of the Jacobian. Where the caller gives
 none the first is SciPy's, 0.5 max(||x||, 1) / ||F(x)||, for one evaluation, and what that says of F the final one:
 ||dx|| / ||dF|| with the sign of -dx.dF. (-dx.dF / dF.dF, the slope along the step, nearly vanishes where F is
-indefinite, and fails more of such systems.) A search that finds no lower ||F|| for a while begins anew, with smaller s:
-that of the start may not suit what comes.
+indefinite, and fails more of such systems.) A search that finds no lower ||F|| for a while begins anew with another s,
+smaller ones and SciPy's: that of the start may not suit what comes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CAUTION = 0.7  # of the first slope: later ones may be steeper
 GROWTH = 1e3  # a step after which ||F|| is this many times what it was is taken back, if asked for
 CAREFUL = 1.0  # the same in the last search
 PATIENCE = 50  # iterations without a lower ||F|| before a search begins anew,
-SHRINK, SHRINKS = 0.3, 2  # with an s of that size at first
+SHRINK = 0.3  # with an s of that size at first
 HALVINGS = 12
 HOPELESS = 500  # iterations without a lower ||F|| after which it is given up
 
@@ -122,7 +122,7 @@ class Roots:
         self._buffers: list[Tensor] = []
         self.iterations = 0
         self._growth = GROWTH
-        self._shrinks = SHRINKS if scale is None else 0
+        self._others: list[float] = []  # what s can be tried yet
         self._size = self._least = math.inf  # ||F|| at the newest iterate, and the least
         self._least_at = 0
 
@@ -146,6 +146,9 @@ class Roots:
                 return Found(x.clone(), fx, True, self.iterations)
             if self._scale is None:
                 self._scale = float(secant_scale(x - before, fx - fx_before))
+                self._others = [
+                    float(s) for s in other_scales(fx.new_tensor(self._scale, dtype=torch.float64), *self._start)
+                ]
                 if not self._size <= self._least:  # on from where it is better
                     x, fx, self._size = before, fx_before, self._least
             elif self._size < self._least:
@@ -165,10 +168,9 @@ class Roots:
         return not math.isfinite(self._size) or (self._state is not None and self._state.done)
 
     def _begins_anew(self) -> bool:
-        """The search got lost: begin with smaller steps, if that has not been tried."""
-        if self._shrinks:
-            self._shrinks -= 1
-            self._scale = SHRINK * (self._scale or 1.0)
+        """The search got lost: begin with other steps, if that has not been tried."""
+        if self._others:
+            self._scale = self._others.pop(0)
         elif self._search and self._growth > CAREFUL:
             self._growth = CAREFUL
         else:
@@ -233,6 +235,11 @@ def first_scale(x: Tensor, fx: Tensor) -> Tensor:
     """SciPy's first guess, of each row: 0.5 max(||x||, 1) / ||F||."""
     size = torch.linalg.vector_norm(fx, dim=-1, keepdim=True)
     return torch.where(size > 0, 0.5 * torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1) / size, 1.0)
+
+
+def other_scales(scale: Tensor, x: Tensor, fx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What to begin anew with, one after the other, where ``scale`` of each row has led nowhere from x."""
+    return SHRINK * scale, first_scale(x, fx), SHRINK**2 * scale
 
 
 def secant_scale(dx: Tensor, df: Tensor) -> Tensor:
