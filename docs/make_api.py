@@ -155,9 +155,18 @@ def _docstring(thing: Any) -> Iterator[str]:
         elif block == "::":
             continue
         elif block.startswith("    "):
-            yield f"```python\n{textwrap.dedent(block)}\n```"
+            yield _code(textwrap.dedent(block))
         else:
-            yield _prose(block)
+            yield _prose(re.sub("::$", ":", block))
+
+
+def _code(text: str) -> str:
+    """A block of Python, or of formulas."""
+    try:
+        ast.parse(text)
+    except SyntaxError:
+        return f"```text\n{text}\n```"
+    return f"```python\n{text}\n```"
 
 
 def _items(body: str, section: str) -> str:
