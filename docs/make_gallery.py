@@ -1,5 +1,4 @@
-"""Writes docs/gallery.md from the pages of the systems: ``python docs/make_gallery.py``; with ``--check`` it only says
-whether it is due.
+"""Writes docs/gallery.md from the pages of the systems: ``python docs/make_gallery.py``; ``--check`` says if it is due.
 
 A page says what is shown of it, between ``<!-- gallery:begin -->`` and ``<!-- gallery:end -->``, in as many parts as it
 likes: one picture, a table, the command that made them, and a heading *Against the paper* with what agreed and what did
@@ -20,18 +19,19 @@ SYSTEMS = ("joint",)
 BEGIN, END = "<!-- gallery:begin -->", "<!-- gallery:end -->"
 PART = re.compile(f"^{BEGIN}\n(.*?)^{END}$", re.MULTILINE | re.DOTALL)
 COMMENT = re.compile(r"^<!--.*?-->\n", re.MULTILINE | re.DOTALL)
+PICTURE = re.compile(r"^!\[[^\]]+\]\(img/[^)]+\)$", re.MULTILINE)
 # What a section must have, and how often: at least, at most.
 PARTS = {
-    "a picture, ![...](img/...)": (re.compile(r"^!\[[^\]]+\]\(img/[^)]+\)", re.MULTILINE), 1, 1),
+    "a picture, ![...](img/...)": (PICTURE, 1, 1),
     "a table": (re.compile(r"^\|[-: |]+\|$", re.MULTILINE), 1, 99),
     "the command, `python ...` or `make ...`": (re.compile(r"`(python|make) [^`]+`"), 1, 99),
     "a heading *Against the paper*": (re.compile(r"^#+ Against the paper$", re.MULTILINE), 1, 1),
 }
 INTRODUCTION = """# Gallery
 
-Written by `python docs/make_gallery.py` from the pages of the systems; edit nothing here. Each was published by others, and
-runs here on deqfast, from its public names, on data that a laptop has: a picture, a table, the command that made them, and what
-agreed with the paper and what did not."""
+Systems that others have published, on deqfast: each from its public names, on data that a laptop has. A picture, a
+table, the command that made them, and what agreed with the paper and what did not."""
+END_OF_PAGE = "Written by `python docs/make_gallery.py` from the pages of the systems; edit nothing here."
 
 
 def section(name: str, text: str) -> str:
@@ -42,12 +42,16 @@ def section(name: str, text: str) -> str:
     for mark in (BEGIN, END):
         found = len(re.findall(f"^{mark}$", text, re.MULTILINE))
         if not found or found != len(PART.findall(text)):
-            raise SystemExit(f"{name}.md: expected {BEGIN} and {END} in pairs, each alone on its line, got {found} {mark}")
+            raise SystemExit(
+                f"{name}.md: expected {BEGIN} and {END} in pairs, each alone on its line, got {found} {mark}"
+            )
     body = COMMENT.sub("", "\n".join(PART.findall(text)))
     for what, (pattern, least, most) in PARTS.items():
         found = len(pattern.findall(body))
         if not least <= found <= most:
             raise SystemExit(f"{name}.md: expected {what} once between the marks of the gallery, got {found}")
+    picture = PICTURE.search(body)
+    body = f"{picture[0] if picture else ''}\n\n{PICTURE.sub('', body)}"  # first
     body = re.sub(r"^#+ (.+)$", r"**\1**", body, flags=re.MULTILINE)  # headings would be here twice
     body = re.sub(r"\]\(#", f"]({name}.md#", body)
     body = re.sub(r"\n{3,}", "\n\n", body).strip()
@@ -57,14 +61,17 @@ def section(name: str, text: str) -> str:
 def page(docs: Path = DOCS, systems: Sequence[str] = SYSTEMS) -> str:
     """The whole of docs/gallery.md."""
     marked = {path.stem for path in docs.glob("*.md") if BEGIN in path.read_text()}
-    if marked - set(systems):
-        raise SystemExit(f"SYSTEMS: expected every page with {BEGIN}, got none of {', '.join(sorted(marked - set(systems)))}")
-    return "\n\n".join([INTRODUCTION, *(section(name, (docs / f"{name}.md").read_text()) for name in systems)]) + "\n"
+    if missing := sorted(marked - set(systems)):
+        raise SystemExit(f"SYSTEMS: expected every page with {BEGIN}, got none of {', '.join(missing)}")
+    sections = [section(name, (docs / f"{name}.md").read_text()) for name in systems]
+    return "\n\n".join([INTRODUCTION, *sections, END_OF_PAGE]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write docs/gallery.md, or check it."""
-    parser = argparse.ArgumentParser(prog="python docs/make_gallery.py", description=(__doc__ or "").split(":")[0] + ".")
+    parser = argparse.ArgumentParser(
+        prog="python docs/make_gallery.py", description=(__doc__ or "").split(":")[0] + "."
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the file is out of date")
     parser.add_argument("--out", type=Path, default=DOCS / "gallery.md")
     options = parser.parse_args(arguments)

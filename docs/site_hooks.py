@@ -9,7 +9,7 @@ from make_gallery import SYSTEMS
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-from site_text import left_over, loads_from_elsewhere, moved, opened, styles_from_elsewhere
+from site_text import left_over, loads_from_elsewhere, moved, opened, styles_from_elsewhere, widened
 
 ROOT = Path(__file__).resolve().parents[1]
 # Where the site has what does not lie in docs/.
@@ -25,10 +25,10 @@ log = logging.getLogger("mkdocs.hooks.site")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """The systems of the gallery come below it."""
-    assert config.nav is not None
-    (gallery,) = (entry["Gallery"] for entry in config.nav if "Gallery" in entry)
-    gallery += [f"{name}.md" for name in SYSTEMS]
+    """The systems of the gallery have their pages in the navigation."""
+    for entry in config.nav or []:
+        if "Published systems" in entry:
+            entry["Published systems"] = [f"{name}.md" for name in SYSTEMS]
     return config
 
 
@@ -50,7 +50,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _buttons(page: Page, files: Files) -> str:
-    links = []
+    links: list[str] = []
     for title, target in BUTTONS.items():
         file = files.get_file_from_path(target)
         if file is None:
@@ -61,10 +61,10 @@ def _buttons(page: Page, files: Files) -> str:
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Refuses Markdown that stands in a page as text."""
+    """Refuses Markdown that stands in a page as text; tables of many columns get room."""
     for text in left_over(html):
         log.warning("%s: expected no Markdown in the text, got %r", page.file.src_uri, text)
-    return html
+    return widened(html)
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(\]\()([^)#\s:]+)((?:#[^)]*)?\))")
 PICTURE = re.compile(r"^!\[[^\]]*\]\([^)]+\)\n\n", re.MULTILINE)
+WIDE = 6  # columns
 # Elements that load what they name. A link to another host is nothing that a browser follows by itself.
 LOADING = {"audio", "embed", "iframe", "img", "input", "link", "object", "script", "source", "track", "video"}
 ADDRESSES = {"data", "href", "poster", "src", "srcset"}
@@ -22,8 +23,8 @@ LEFT = re.compile(r"^(?:[-*+] |\d+\. |\||#+ |```)|\]\(|\*\*", re.MULTILINE)
 def moved(markdown: str, page: str, outside: Mapping[str, str]) -> str:
     """``markdown`` of ``page``, with links that fit where the site has both ends.
 
-    Paths are from the root of the repository. ``outside`` says where the site has a file that does not lie in docs/; the
-    others are where docs/ has them. A link to anything else stays as it is, for mkdocs to refuse.
+    Paths are from the root of the repository. ``outside`` says where the site has a file that does not lie in docs/;
+    the others are where docs/ has them. A link to anything else stays as it is, for mkdocs to refuse.
     """
     here = posixpath.dirname(_place(page, outside) or page)
 
@@ -46,6 +47,15 @@ def opened(markdown: str, buttons: str) -> str:
     picture = PICTURE.search(markdown)
     title, paragraph, rest = (PICTURE.sub("", markdown, count=1) if picture else markdown).split("\n\n", 2)
     return "\n\n".join([title, paragraph, buttons, *([picture[0].strip()] if picture else []), rest])
+
+
+def widened(html: str) -> str:
+    """Tables of many columns stand in an element of the class ``wide``."""
+
+    def table(match: re.Match[str]) -> str:
+        return match[0] if match[0].count("<th") - 1 < WIDE else f'<div class="wide">{match[0]}</div>'
+
+    return re.sub(r"<table>.*?</table>", table, html, flags=re.DOTALL)
 
 
 class _Page(HTMLParser):
@@ -93,5 +103,5 @@ def styles_from_elsewhere(css: str) -> list[str]:
 
 
 def left_over(html: str) -> list[str]:
-    """Paragraphs in which Markdown still stands: what a code host took for a list, a table or a link, and mkdocs did not."""
+    """Paragraphs in which Markdown still stands: what is a list, a table or a link on a code host, and not here."""
     return [text for text in _read(html).paragraphs if LEFT.search(text.strip())]
