@@ -1,8 +1,8 @@
 """Writes docs/gallery.md from the pages of the systems: ``python docs/make_gallery.py``; ``--check`` says if it is due.
 
 A page says what is shown of it, between ``<!-- gallery:begin -->`` and ``<!-- gallery:end -->``, in as many parts as it
-likes: one picture, a table, the command that made them, and a heading *Against the paper* with what agreed and what did
-not. Nothing is copied by hand.
+likes: one picture, a table, the command that made them, and a heading with the word *paper* above what agreed with it
+and what did not. Nothing is copied by hand.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ BEGIN, END = "<!-- gallery:begin -->", "<!-- gallery:end -->"
 PART = re.compile(f"^{BEGIN}\n(.*?)^{END}$", re.MULTILINE | re.DOTALL)
 COMMENT = re.compile(r"^<!--.*?-->\n", re.MULTILINE | re.DOTALL)
 PICTURE = re.compile(r"^!\[[^\]]+\]\(img/[^)]+\)$", re.MULTILINE)
-# What a section must have, and how often: at least, at most.
+FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+# What a section must have.
 PARTS = {
-    "a picture, ![...](img/...)": (PICTURE, 1, 1),
-    "a table": (re.compile(r"^\|[-: |]+\|$", re.MULTILINE), 1, 99),
-    "the command, `python ...` or `make ...`": (re.compile(r"`(python|make) [^`]+`"), 1, 99),
-    "a heading *Against the paper*": (re.compile(r"^#+ Against the paper$", re.MULTILINE), 1, 1),
+    "one picture, ![...](img/...)": PICTURE,
+    "a table": re.compile(r"^\|[-: |]+\|$", re.MULTILINE),
+    "the command, `python ...` or `make ...`": re.compile(r"`(python|make) [^`]+`"),
+    "a heading with the word paper": re.compile(r"^#+ .*\bpaper\b", re.MULTILINE),
 }
 INTRODUCTION = """# Gallery
 
@@ -46,16 +47,19 @@ def section(name: str, text: str) -> str:
                 f"{name}.md: expected {BEGIN} and {END} in pairs, each alone on its line, got {found} {mark}"
             )
     body = COMMENT.sub("", "\n".join(PART.findall(text)))
-    for what, (pattern, least, most) in PARTS.items():
+    for what, pattern in PARTS.items():
         found = len(pattern.findall(body))
-        if not least <= found <= most:
-            raise SystemExit(f"{name}.md: expected {what} once between the marks of the gallery, got {found}")
-    picture = PICTURE.search(body)
-    body = f"{picture[0] if picture else ''}\n\n{PICTURE.sub('', body)}"  # first
-    body = re.sub(r"^#+ (.+)$", r"**\1**", body, flags=re.MULTILINE)  # headings would be here twice
-    body = re.sub(r"\]\(#", f"]({name}.md#", body)
-    body = re.sub(r"\n{3,}", "\n\n", body).strip()
-    return f"## {title[1]}\n\n{body}\n\nAll of it: [{title[1]}]({name}.md)."
+        if not found or (pattern is PICTURE and found > 1):
+            raise SystemExit(f"{name}.md: expected {what} between the marks of the gallery, got {found}")
+    body = "\n\n".join([*re.findall(PICTURE, body), PICTURE.sub("", body)])
+    body = "".join(piece if number % 2 else _moved(piece, name) for number, piece in enumerate(FENCED.split(body)))
+    return f"## {title[1]}\n\n{body.strip()}\n\nAll of it: [{title[1]}]({name}.md)."
+
+
+def _moved(text: str, name: str) -> str:
+    """Headings become lines, links to headings lead to where those are."""
+    text = re.sub(r"^#+ (.+)$", r"**\1**", text, flags=re.MULTILINE)
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r"\]\(#", f"]({name}.md#", text))
 
 
 def page(docs: Path = DOCS, systems: Sequence[str] = SYSTEMS) -> str:

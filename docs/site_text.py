@@ -17,7 +17,7 @@ ADDRESSES = {"data", "href", "poster", "src", "srcset"}
 ELSEWHERE = re.compile(r"(?:https?:)?//")
 STYLE = re.compile(r"(?:@import\s+|url\()\s*[\"']?((?:https?:)?//[^\"')\s]+)")
 # Markdown that was taken for text.
-LEFT = re.compile(r"^(?:[-*+] |\d+\. |\||#+ |```)|\]\(|\*\*", re.MULTILINE)
+LEFT = re.compile(r"^(?:[-*+] |1\. |\| .*\|$|#+ |```)|\]\(|\*\*[^*\n]+\*\*", re.MULTILINE)
 
 
 def moved(markdown: str, page: str, outside: Mapping[str, str]) -> str:
