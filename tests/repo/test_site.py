@@ -184,6 +184,13 @@ def test_text_and_code_are_no_markdown():
     assert not script("site_text").left_over(f"{text}<pre><code>- a\n| b |</code></pre><ul><li>a</li></ul>")
 
 
+def test_site_is_built_so_that_a_warning_fails_it():
+    """``mkdocs build --quiet`` counts no warnings, and so refuses nothing."""
+    (command,) = re.findall(r"bin/mkdocs .*|\(BIN\)/mkdocs .*", (ROOT / "Makefile").read_text())
+    assert command == "(BIN)/mkdocs build"
+    assert re.search(r"^strict: true$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+
+
 def test_tables_of_many_columns_get_room():
     few, many = ("<table><thead>" + columns * "<th>a</th>" + "</thead></table>" for columns in (5, 6))
     assert script("site_text").widened(f"{few}<p>a</p>{many}") == f'{few}<p>a</p><div class="wide">{many}</div>'
