@@ -35,7 +35,7 @@ LOCK = $(if $(FLOCK),$(FLOCK) $(1))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build inplace demo examples test test-triton test-packaging test-min-torch lint bench bench-report adoption gpu sanitize emulated check-aarch64 check-cuda format clean
+.PHONY: help venv build inplace demo examples docs test test-triton test-packaging test-min-torch lint bench bench-report adoption gpu sanitize emulated check-aarch64 check-cuda format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-16s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,6 +76,17 @@ examples: build ## Run the loop's, the stable flow's and the joint solve's examp
 	$(BIN)/python examples/loop_model.py --out out
 	$(BIN)/python examples/lyapunov.py --out out
 	for name in $(EXAMPLES); do $(BIN)/python examples/joint_$$name.py --out out || exit 1; done
+
+# Beside the package: the API reference is written from its docstrings. Never `mkdocs build --quiet`: it counts no warning,
+# and passes what `strict` in mkdocs.yml refuses.
+$(VENV)/.docs: $(VENV)/.deps
+	DEQFAST_SKIP_BUILD=1 $(BIN)/python $(PIP_INSTALL) --no-build-isolation -e ".[docs]"
+	touch $@
+
+docs: $(VENV)/.docs ## Write the documentation as a site to build/site; dead links and pages that are out of date fail
+	$(BIN)/python docs/make_api.py --check
+	$(BIN)/python docs/make_gallery.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lint: venv ## Formats, style, types, and which way imports point
 	$(BIN)/ruff check .

@@ -53,7 +53,9 @@ def page() -> str:
     ]
     groups = {title: names for title, names in groups.items() if names}
     for title, names in groups.items():
-        parts.append(f"[{title}](#{_anchor(title)}): " + ", ".join(f"[`{name}`](#{name.lower()})" for name in names))
+        parts.append(
+            f"[{title}](#{_anchor(title)}): " + ", ".join(f"[`{name}`](#{_anchor(_title(name))})" for name in names)
+        )
     for title, names in groups.items():
         parts.append(f"## {title}")
         for name in names:
@@ -78,8 +80,14 @@ def page() -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _title(name: str) -> str:
+    """Anchors know no capitals: of two names that differ by those, the small one says where it is from."""
+    clashes = [other for other in deqfast.__all__ if other.lower() == name and other != name]
+    return f"dq.{name}" if clashes else name
+
+
 def _entry(name: str, thing: Any) -> Iterator[str]:
-    yield f"### {name}"
+    yield f"### {_title(name)}"
     if inspect.isclass(thing) and issubclass(thing, enum.Enum):
         yield from _docstring(thing)
         comments = {name: f": {comment}" for name, comment in _comments(thing).items()}
@@ -136,9 +144,9 @@ def _signature(name: str, thing: Any, method: bool = False) -> str:
         default = "" if p.default is p.empty else f"={p.default!r}"
         words.append(prefix + p.name + default)
     text = f"{name}({', '.join(words)})"
-    if len(text) > 100:
+    if len(text) > 84:
         text = (
-            f"{name}(\n" + textwrap.fill(", ".join(words), 96, initial_indent="    ", subsequent_indent="    ") + "\n)"
+            f"{name}(\n" + textwrap.fill(", ".join(words), 80, initial_indent="    ", subsequent_indent="    ") + "\n)"
         )
     return f"```text\n{text}\n```"
 
@@ -155,9 +163,18 @@ def _docstring(thing: Any) -> Iterator[str]:
         elif block == "::":
             continue
         elif block.startswith("    "):
-            yield f"```python\n{textwrap.dedent(block)}\n```"
+            yield _code(textwrap.dedent(block))
         else:
-            yield _prose(block)
+            yield _prose(re.sub("::$", ":", block))
+
+
+def _code(text: str) -> str:
+    """A block of Python, or of formulas."""
+    try:
+        ast.parse(text)
+    except SyntaxError:
+        return f"```text\n{text}\n```"
+    return f"```python\n{text}\n```"
 
 
 def _items(body: str, section: str) -> str:
@@ -197,7 +214,7 @@ def _comments(cls: type) -> dict[str, str]:
 
 
 def _anchor(title: str) -> str:
-    return re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
+    return re.sub(r"[^a-z0-9_ -]", "", title.lower()).replace(" ", "-")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

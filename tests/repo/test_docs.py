@@ -1,4 +1,4 @@
-"""What the documentation says runs, links that it has lead somewhere, and what scripts write is up to date."""
+"""What the documentation says runs, files that it names are there, and what scripts write is up to date."""
 
 import functools
 import importlib.util
@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,13 +20,32 @@ import deqfast
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MIGRATION = "docs/migration.md"
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# A block that no test runs has its reason before it: <!-- not run: why -->
+BLOCK = re.compile(r"^(?:<!-- not run: \S.*? -->\n+)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NOT_RUN = re.compile(r"^<!-- not run:")
+API = "docs/api.md"
+# What the examples of docstrings take for given.
+GIVEN = """
+import torch, deqfast as dq
+W = 0.3 * torch.eye(N)
+x, z, z0 = torch.ones(4, N), torch.ones(4, N), torch.zeros(4, N)
+def f(z): return torch.tanh(z @ W + 1)
+def block(z, x): return torch.tanh(z @ W + x)
+def field(z, x): return block(z, x) - z
+cell = block
+"""
 SWAP = "import torch; W = 0.3 * torch.eye(8); z0 = torch.ones(4, 8)\ndef f(z): return torch.tanh(z @ W + 1)\n"
 
 
 def blocks(page: str, language: str) -> list[tuple[int, str]]:
     text = (ROOT / page).read_text()
-    return [(text[: m.start()].count("\n") + 2, m[2]) for m in BLOCK.finditer(text) if m[1] == language]
+    found = [m for m in BLOCK.finditer(text) if m[1] == language and not NOT_RUN.match(m[0])]
+    return [(text[: m.start(2)].count("\n") + 1, m[2]) for m in found]
+
+
+def pages_with(*languages: str) -> list[str]:
+    names = [str(page.relative_to(ROOT)) for page in PAGES]
+    return [name for name in names if any(blocks(name, language) for language in languages)]
 
 
 def execute(source: str, namespace: dict, page: str, line: int) -> None:
@@ -39,7 +59,19 @@ def script(name: str):
     return module
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/joint.md", MIGRATION])
+def test_every_block_says_what_it_is_and_no_other_kind_goes_unrun():
+    for page in PAGES:
+        text = page.read_text()
+        languages = {match[1] for match in BLOCK.finditer(text)}
+        assert languages <= {"python", "sh", "text", *(["diff"] if page.name == "README.md" else [])}, page.name
+        assert len(re.findall("^ *```", text, re.MULTILINE)) == 2 * len(BLOCK.findall(text)), page.name
+
+
+def test_pages_whose_python_is_run_are_these_at_least():
+    assert {"README.md", "docs/guide.md", "docs/joint.md", MIGRATION, API} <= set(pages_with("python"))
+
+
+@pytest.mark.parametrize("page", [page for page in pages_with("python") if page != API])
 # torch.compile looks at .grad of whatever a graph receives, and hides the warning for that where it is no error.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
@@ -48,11 +80,33 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     if page == MIGRATION:
         pytest.importorskip("torchdeq")
         pytest.importorskip("scipy")
-    found = blocks(page, "python")
-    assert found
     namespace: dict = {"__name__": "documentation"}
-    for line, source in found:
+    for line, source in blocks(page, "python"):
         execute(source, namespace, page, line)
+
+
+@pytest.mark.parametrize(("line", "source"), blocks(API, "python"))
+def test_examples_of_docstrings_run(line, source):
+    width = re.search(r"Linear\((\d+)", source)
+    namespace: dict = {"__name__": "documentation", "N": int(width[1]) if width else 8}
+    exec(GIVEN, namespace)
+    execute(source, namespace, API, line)
+
+
+@pytest.mark.parametrize("page", pages_with("sh"))
+def test_commands_name_targets_modules_and_files_that_exist(page):
+    targets = set(re.findall(r"^([a-z0-9-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for _, source in blocks(page, "sh"):
+        for line in source.splitlines():
+            words = [word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)]
+            if not words:
+                continue
+            assert words[0] in ("make", "pip", "python"), line
+            if words[0] == "make":
+                assert set(words[1:]) <= targets, line
+            if words[0] == "python":
+                where = words[2].replace(".", "/") if words[1] == "-m" else words[1]
+                assert (ROOT / where).exists() or (ROOT / f"{where}.py").exists(), line
 
 
 def test_commands_of_the_migration_page_run(tmp_path):
@@ -105,10 +159,8 @@ def test_readme_swap_gives_the_same_fixed_point():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_and_named_files_exist(page):
+def test_named_files_exist(page):
     text = page.read_text()
-    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
-        assert (page.parent / target).exists(), target
     for target in re.findall(r"`((?:deqfast|csrc|kernels|tests|docs|examples|bench)/[\w./]+\.\w+)`", text):
         assert (ROOT / target).exists(), target
 
@@ -120,7 +172,7 @@ def test_api_reference_is_up_to_date():
 
 def test_api_reference_has_every_public_name():
     text = (ROOT / "docs" / "api.md").read_text()
-    assert not [name for name in deqfast.__all__ if f"\n### {name}\n" not in text]
+    assert not [name for name in deqfast.__all__ if not re.search(rf"^### (dq\.)?{name}$", text, re.MULTILINE)]
 
 
 def test_readme_figures_come_from_result_files(tmp_path):
