@@ -38,10 +38,11 @@ def load(path: Path, options: Any) -> tuple[dict[str, np.ndarray], list[dict[str
     if not path.is_file():
         raise FileNotFoundError(f"nothing to resume from: there is no {path}")
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        # Opened here: np.load leaves a file open that turns out to be no archive.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             header = json.loads(str(stored[HEADER]))
             weights = {key.removeprefix("weights/"): stored[key] for key in stored.files if key != HEADER}
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, KeyError, TypeError, ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path} is no checkpoint of this example: {error}") from error
     for name, now in dataclasses.asdict(options).items():
         then = header["options"].get(name)

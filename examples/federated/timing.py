@@ -9,7 +9,7 @@ import functools
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import data
@@ -71,18 +71,9 @@ def layers() -> dict[str, Callable[[nn.Module, int], nn.Module]]:
     return found
 
 
-def measure(options: training.Options, turns: int, done: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
-    """A row a budget and solver: seconds of an epoch of the client with the most digits, and the ratio to deqfast's."""
-    parts = data.split(options.seed, options.clients)
-    part = max(parts, key=lambda part: len(part.labels))
-    rows = []
-    for budget in TIMED_BUDGETS:
-        rows += list(of_budget(budget, part, options, turns))
-        done()
-    return rows
-
-
-def of_budget(budget: int, part: data.Part, options: training.Options, turns: int) -> Iterator[dict[str, Any]]:
+def measure(options: training.Options, budget: int, turns: int) -> list[dict[str, Any]]:
+    """A row a solver: seconds of an epoch of the client with the most digits, and the ratio to deqfast's, turn by turn."""
+    part = max(data.split(options.seed, options.clients), key=lambda part: len(part.labels))
     players = {}
     for name, layer in layers().items():
         torch.manual_seed(options.seed)
@@ -98,9 +89,10 @@ def of_budget(budget: int, part: data.Part, options: training.Options, turns: in
                 if turn >= 0:
                     seconds[name].append((clock(options.device) - start) / options.epochs)
             order = order[1:] + order[:1]
+    rows = []
     for name, model in players.items():
         ratios = [mine / ours for mine, ours in zip(seconds[name], seconds["deqfast"], strict=True)]
-        yield {
+        found = {
             "name": name,
             "budget": budget,
             "examples": len(part.labels),
@@ -109,6 +101,8 @@ def of_budget(budget: int, part: data.Part, options: training.Options, turns: in
             "ratios": sorted(ratios),
             "residual": returned_residual(model, part, options),
         }
+        rows.append(found)
+    return rows
 
 
 def returned_residual(model: models.Equilibrium, part: data.Part, options: training.Options) -> float:
