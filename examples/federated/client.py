@@ -7,6 +7,7 @@ the budget that data.py gives its number.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import telemetry_off  # noqa: F401  before Flower is imported
 
@@ -25,11 +26,11 @@ def answer(message: Message, context: Context) -> Message:
     torch.set_num_threads(1)  # several clients share a machine
     client = int(context.node_config["partition-id"])
     budget = int(context.node_config.get("budget", data.budget(client)))
-    config = message.content.config_records["config"]
-    options = Options(**{field.name: config[field.name] for field in dataclasses.fields(Options)})  # type: ignore[arg-type]
+    config: dict[str, Any] = dict(message.content.config_records["config"])
+    options = Options(**{field.name: config[field.name] for field in dataclasses.fields(Options)})
     weights = {name: array.numpy() for name, array in message.content.array_records["arrays"].items()}
     try:
-        update = train(weights, client, int(config["server-round"]), budget, options)  # type: ignore[arg-type]
+        update = train(weights, client, config["server-round"], budget, options)
     except Exception as error:
         raise RuntimeError(f"client {client}: {error}") from error  # the server sees no more of it than this text
     found = {"client": client, "examples": update.examples, "budget": budget}

@@ -61,8 +61,8 @@ def run(folder: Path, budgets: Sequence[int], config: dict[str, object], limit_s
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"the run did not end within {limit_s:g} s; see the logs in {folder}") from None
     said = (folder / "flwr.log").read_text()
-    if code != 0:
-        raise RuntimeError(f"flwr run ended with {code}: {said[-2000:]}")
+    if code != 0 or "\nfinished: " not in said:  # Flower ends with 0 where the server has failed
+        raise RuntimeError(f"the run failed, flwr ended with {code}: {said[-2000:]}")
     return said
 
 
@@ -91,14 +91,26 @@ def process(command: Sequence[str], folder: Path, name: str | None = None) -> It
 
 
 def end(started: subprocess.Popen[bytes], patience_s: float = 10) -> None:
-    """Ask the process to end, then its whole group without asking."""
+    """Ask the process to end, then all that it has started without asking: some of it is in groups of its own."""
+    family = descendants(started.pid)
     if started.poll() is None:
         started.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             started.wait(timeout=patience_s)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(started.pid, signal.SIGKILL)
+    started.kill()
+    for pid in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     started.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    parents = {int(child): int(parent) for child, parent in map(str.split, listed.splitlines())}
+    found = [pid]
+    for known in found:  # grows meanwhile
+        found += [child for child, parent in parents.items() if parent == known]
+    return found[1:]
 
 
 def free_ports(count: int) -> list[int]:

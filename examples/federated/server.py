@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from fusion import WEIGHTINGS
-from strategy import WeightedFusion
+from strategy import WeightedFusion, wait_for
 from training import Options, initial, test_accuracy
 
 app = ServerApp()
@@ -40,7 +39,7 @@ def run_rounds(
         path: the checkpoint, written after every round; none without it.
         resume: go on after the round that ``path`` was written in.
         tell: hears each round's row.
-        wait_s: seconds for all clients to come.
+        wait_s: seconds for all clients to come at first; a round goes on without those that have left.
         answer_s: seconds for a round's updates to come; those that do not are left out of it.
     """
     if options.weighting not in WEIGHTINGS:
@@ -53,7 +52,7 @@ def run_rounds(
     if resume and path is not None:
         weights, history = checkpoint.load(path, options)
     wait_for(grid, options.clients, wait_s)
-    strategy = WeightedFusion(WEIGHTINGS[options.weighting], options.clients, rounds_before=len(history))
+    strategy = WeightedFusion(WEIGHTINGS[options.weighting], len(history), wait_s)
 
     def judge(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         if server_round == 0:
@@ -78,21 +77,13 @@ def run_rounds(
     return weights, history
 
 
-def wait_for(grid: Grid, clients: int, seconds: float) -> None:
-    """Until all clients have come; Flower itself would wait for ever."""
-    end = time.monotonic() + seconds
-    while (come := len(list(grid.get_node_ids()))) < clients:
-        if time.monotonic() > end:
-            raise TimeoutError(f"{come} of {clients} clients came within {seconds:g} s")
-        time.sleep(0.2)
-
-
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """What `flwr run` starts: options from pyproject.toml, or from --run-config."""
     given: dict[str, Any] = dict(context.run_config)
     path, resume = Path(given.pop("checkpoint")), given.pop("resume")
-    run_rounds(grid, Options(**given), path, resume, tell=say)
+    _, history = run_rounds(grid, Options(**given), path, resume, tell=say)
+    print(f"finished: {len(history)} rounds", flush=True)
 
 
 def say(row: dict[str, Any]) -> None:

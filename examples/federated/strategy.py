@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from logging import getLogger
 from typing import Any
@@ -26,14 +27,13 @@ class WeightedFusion(FedAvg):
 
     Args:
         weighting: n_k^a q_k of an update.
-        clients: how many there are; the first round waits for all.
         rounds_before: rounds of a run that is resumed.
+        wait_s: seconds that a round waits for one client at least to be connected, then TimeoutError.
     """
 
-    def __init__(self, weighting: Weighting, clients: int, rounds_before: int = 0) -> None:
-        super().__init__(
-            fraction_evaluate=0.0, min_train_nodes=clients, min_evaluate_nodes=0, min_available_nodes=clients
-        )
+    def __init__(self, weighting: Weighting, rounds_before: int = 0, wait_s: float = 120) -> None:
+        super().__init__(fraction_evaluate=0.0, min_train_nodes=1, min_evaluate_nodes=0, min_available_nodes=1)
+        self.wait_s = wait_s
         self.weighting = weighting
         self.rounds_before = rounds_before
         self.report: dict[str, Any] = {}  # of the last round
@@ -42,6 +42,7 @@ class WeightedFusion(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
+        wait_for(grid, 1, self.wait_s)
         self.reference = {name: array.numpy() for name, array in arrays.items()}
         messages = list(super().configure_train(self.rounds_before + server_round, arrays, config, grid))
         self.asked = [message.metadata.dst_node_id for message in messages]
@@ -95,6 +96,15 @@ class WeightedFusion(FedAvg):
 
     def name(self, node: int) -> str:
         return self.names.get(node, f"node {node}")
+
+
+def wait_for(grid: Grid, clients: int, seconds: float) -> None:
+    """Until so many clients are connected; Flower itself would wait for ever."""
+    end = time.monotonic() + seconds
+    while (come := len(list(grid.get_node_ids()))) < clients:
+        if time.monotonic() > end:
+            raise TimeoutError(f"{come} of {clients} clients came within {seconds:g} s")
+        time.sleep(0.2)
 
 
 def as_update(message: Message) -> Update:
