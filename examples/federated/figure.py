@@ -56,7 +56,8 @@ def draw_rounds(axes: Any, rows: list[dict[str, Any]]) -> None:
         axes.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.13, linewidth=0)
         width = 2.6 if row["model"] == "equilibrium" else 1.6
         axes.plot(x, list(map(statistics.mean, columns)), color=colour, linewidth=width, label=NAMES[row["model"]])
-    axes.set(xlabel="round", xlim=(1, max(2, len(columns))), ylim=(50, 100))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="round", xlim=(1, max(2, len(columns))), ylim=(60, 100))
     axes.legend(frameon=False, loc="lower right")
     headed(axes, "Accuracy over rounds", "unseen digits read correctly, %: mean and range of the seeds")
 
@@ -155,5 +156,5 @@ def draw_spread(axes: Any, rows: list[dict[str, Any]]) -> None:
     headed(
         axes,
         "Which weighting? " + ("Seeds differ more" if noise > max(means) - min(means) else "By seed"),
-        f"accuracy after the last round, %; the means lie within {max(means) - min(means):.1f} points",
+        f"final accuracy of each seed, %; means lie within {max(means) - min(means):.1f} points",
     )

@@ -82,18 +82,23 @@ def fault_of(update: Update, reference: Mapping[str, np.ndarray]) -> str | None:
     if missing or unknown:
         return f"another architecture: without {sorted(missing) or 'nothing'}, with {sorted(unknown) or 'nothing'} more"
     for name, expected in reference.items():
-        array = update.weights[name]
-        if array.shape != expected.shape:
-            return f"another architecture: {name} has shape {array.shape}, expected {expected.shape}"
-        if array.dtype != expected.dtype:
-            return f"{name} has dtype {array.dtype}, expected {expected.dtype}"
-        if not np.isfinite(array).all():
-            return f"{name} has {int((~np.isfinite(array)).sum())} numbers that are not finite"
+        if (fault := fault_of_array(update.weights[name], expected)) is not None:
+            return f"{name} {fault}"
     if update.examples < 1:
         return f"it trained on {update.examples} digits, expected at least 1"
     for name in ("residual", "score"):
         if not math.isfinite(getattr(update, name)):
             return f"its {name} is {getattr(update, name)}, expected a finite number"
+    return None
+
+
+def fault_of_array(array: np.ndarray, expected: np.ndarray) -> str | None:
+    if array.shape != expected.shape:
+        return f"has shape {array.shape}, expected {expected.shape}: another architecture"
+    if array.dtype != expected.dtype:
+        return f"has dtype {array.dtype}, expected {expected.dtype}"
+    if not np.isfinite(array).all():
+        return f"has {int((~np.isfinite(array)).sum())} numbers that are not finite"
     return None
 
 

@@ -20,8 +20,8 @@ import deqfast as dq
 NUMBERS = 96  # in the state
 DEPTH = 8
 RTOL = 1e-3
-# ||W||_2 stays at or below this on every client. An average of such matrices is one too, so what the server fuses has an
-# equilibrium whatever the weights are.
+# ||W||_2 stays at or below this on every client. An average of such matrices is one too, so what the server fuses has
+# an equilibrium whatever the weights are.
 NORM_BOUND = 0.95
 
 
@@ -38,8 +38,9 @@ class Cell(nn.Module):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Scale W back to the bound, once an optimiser step. Adam's first steps, on a client with few labels, add nearly
-        a matrix of rank one: a few warm steps of power iteration lag behind, the singular values do not."""
+        """Scale W back to the bound, once an optimiser step."""
+        # Adam's first steps, on a client with few labels, add nearly a matrix of rank one: a few warm steps of power
+        # iteration lag behind, the singular values do not.
         weight = self.linear.weight
         weight *= (NORM_BOUND / torch.linalg.matrix_norm(weight, 2)).clamp(max=1.0)
 

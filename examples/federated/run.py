@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20, help="rounds of each run")
     parser.add_argument("--clients", type=int, default=10, help="clients")
     parser.add_argument("--turns", type=int, default=15, help="turns of each solver in the timing")
-    parser.add_argument("--cpus", type=int, default=None, help="processes that serve the clients; without it, one a core")
+    parser.add_argument("--cpus", type=int, default=None, help="processes that serve clients; without it, one a core")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture, the JSON, checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on after the last round that was finished")
@@ -208,17 +208,19 @@ def remarks(rows: list[dict[str, Any]]) -> list[str]:
     """What a reader must know before he believes the table; which weighting is best is counted, not claimed."""
     weighted = [row for row in rows if row["model"] == "equilibrium"]
     seeds = range(len(weighted[0]["final"]))
-    best = [max(weighted, key=lambda row: row["final"][k])["weighting"] for k in seeds]
+    tops = [max(row["final"][k] for row in weighted) for k in seeds]
+    best = [f"{row['weighting']} {sum(row['final'][k] == tops[k] for k in seeds)}" for row in weighted]
     means = [statistics.mean(row["final"]) for row in weighted]
     between = max(max(row["final"]) - min(row["final"]) for row in weighted)
     one_sided = [row["weighting"] for row in weighted[1:] if min(row["difference"]) * max(row["difference"]) > 0]
     shallow = next(row for row in rows if row["model"] == "shallow")
     left_out = sum(row["left_out"] for row in rows)
+    fewer = rows[0]["bytes"] / shallow["bytes"]
     return [
         f"weightings: their means lie within {max(means) - min(means):.1f} points, the seeds of one of them up to "
-        f"{between:.1f} apart; best by seed: {', '.join(best)}; better or worse than data at every seed: "
-        f"{', '.join(one_sided) or 'none'}.",
-        f"shallow: one hidden layer and no equilibrium sends {rows[0]['bytes'] / shallow['bytes']:.1f} times fewer bytes "
+        f"{between:.1f} apart; seeds at which each is best, ties counted for all: {', '.join(best)}; better or worse than "
+        f"data at every seed: {', '.join(one_sided) or 'none'}.",
+        f"shallow: one hidden layer and no equilibrium sends {fewer:.1f} times fewer bytes "
         f"than the equilibrium network at {statistics.mean(shallow['difference']):+.1f} points: these digits do not "
         "need depth. The equilibrium network is to be compared with the deep one.",
         f"updates left out of a round: {left_out}.",

@@ -23,7 +23,7 @@ from flwr.simulation import run_simulation
 
 
 class OfTheRun(logging.Filter):
-    """Flower's log without what it says of every simulation: that the call is deprecated, and that we judge on the server."""
+    """Flower's log without what it says every time: that the call is deprecated, and that only the server judges."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno >= logging.WARNING and not any(

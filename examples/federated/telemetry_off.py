@@ -1,4 +1,4 @@
-"""Import this before Flower: it reads the variable once, and would report runs to its makers otherwise. Ray likewise."""
+"""Import this before Flower: it reads the variable once, and would report runs to its makers. Ray likewise."""
 
 import os
 

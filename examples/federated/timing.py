@@ -13,11 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import data
-import deqfast as dq
 import model as models
 import torch
 import training
 from torch import Tensor, nn
+
+import deqfast as dq
 
 try:
     import torchdeq
@@ -72,7 +73,7 @@ def layers() -> dict[str, Callable[[nn.Module, int], nn.Module]]:
 
 
 def measure(options: training.Options, budget: int, turns: int) -> list[dict[str, Any]]:
-    """A row a solver: seconds of an epoch of the client with the most digits, and the ratio to deqfast's, turn by turn."""
+    """A row a solver: seconds of an epoch of the client with the most digits, and the ratio to deqfast's by turn."""
     part = max(data.split(options.seed, options.clients), key=lambda part: len(part.labels))
     players = {}
     for name, layer in layers().items():

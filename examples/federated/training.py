@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Mapping
 
 import data
-import deqfast as dq
 import model as models
 import numpy as np
 import torch
 import torch.nn.functional as F
 from fusion import Update
 from torch import Tensor
+
+import deqfast as dq
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the server makes of updates: equal weights average, faulty updates are left out by name, weights are as asked."""
+"""What the server makes of updates: equal weights average, faulty updates are left out by name."""
 
 import dataclasses
 import re

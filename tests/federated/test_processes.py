@@ -1,4 +1,4 @@
-"""A SuperLink and SuperNodes as processes on loopback: two rounds, the bits of one process, and an end whatever happens."""
+"""A SuperLink and SuperNodes as processes on loopback: two rounds, the bits of one process, and an end."""
 
 from pathlib import Path
 

@@ -1,5 +1,6 @@
 """Flower's simulation, in processes of Ray's: the same bits as in one process, and a server that is killed goes on."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -32,7 +33,9 @@ from simulation import simulate
 from training import Options
 path, resume = Path(sys.argv[1]), sys.argv[2] == "resume"
 options = Options(clients=3, rounds=6, epochs=1, weighting=sys.argv[3])
-simulate(lambda grid: run_rounds(grid, options, path, resume, tell=lambda row: print(row["round"], flush=True)), 3, cpus=1)
+def tell(row):
+    print(row["round"], flush=True)
+simulate(lambda grid: run_rounds(grid, options, path, resume, tell), 3, cpus=1)
 """
 
 
@@ -46,10 +49,8 @@ def start(path: Path, how: str, weighting: str = "residual") -> subprocess.Popen
 
 
 def end(process: subprocess.Popen) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.communicate()
 
 

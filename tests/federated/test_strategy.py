@@ -228,7 +228,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(stop, tmp_path):
 def test_resuming_needs_a_path_and_a_weighting_that_is_known():
     with pytest.raises(ValueError, match="resume: expected the path of a checkpoint, got None"):
         run_rounds(CalledGrid(client.app, BUDGETS), OPTIONS, resume=True)
-    with pytest.raises(ValueError, match="weighting: expected one of equal, data, .*, got 'best'"):
+    with pytest.raises(ValueError, match=r"weighting: expected one of equal, data, .*, got 'best'"):
         run_rounds(CalledGrid(client.app, BUDGETS), Options(weighting="best"))
 
 

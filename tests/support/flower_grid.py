@@ -1,4 +1,4 @@
-"""A Flower grid whose clients are called where they are, one after the other, so that a test can spoil what they send."""
+"""A Flower grid whose clients are called in this process, so that a test can spoil what they send."""
 
 import uuid
 from collections.abc import Callable, Iterable
