@@ -24,7 +24,8 @@ def save(path: Path, weights: Mapping[str, np.ndarray], history: Sequence[Mappin
     try:
         with os.fdopen(handle, "wb") as file:
             arrays: dict[str, Any] = {f"weights/{key}": array for key, array in weights.items()}
-            np.savez(file, **{HEADER: np.array(header)}, **arrays)
+            arrays[HEADER] = np.array(header)
+            np.savez(file, **arrays)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)

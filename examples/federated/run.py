@@ -218,8 +218,8 @@ def remarks(rows: list[dict[str, Any]]) -> list[str]:
     fewer = rows[0]["bytes"] / shallow["bytes"]
     return [
         f"weightings: their means lie within {max(means) - min(means):.1f} points, the seeds of one of them up to "
-        f"{between:.1f} apart; seeds at which each is best, ties counted for all: {', '.join(best)}; better or worse than "
-        f"data at every seed: {', '.join(one_sided) or 'none'}.",
+        f"{between:.1f} apart; seeds at which each is best, ties counted for all: {', '.join(best)}; better or "
+        f"worse than data at every seed: {', '.join(one_sided) or 'none'}.",
         f"shallow: one hidden layer and no equilibrium sends {fewer:.1f} times fewer bytes "
         f"than the equilibrium network at {statistics.mean(shallow['difference']):+.1f} points: these digits do not "
         "need depth. The equilibrium network is to be compared with the deep one.",
@@ -237,7 +237,7 @@ def main() -> None:
     timed = []
     for budget in progress(timing.TIMED_BUDGETS, lambda budget: f"timing, budget {budget}", "budget"):
         timed += timing.measure(options, budget, args.turns)
-    if timing.torchdeq is None:
+    if not timing.HAS_TORCHDEQ:
         print("torchdeq is not installed, so nothing is timed against: pip install torchdeq==0.1.0 --no-deps")
     rows = summaries(records)
     tables = {"fused": fused_table(rows), "timed": timed_table(timed)}

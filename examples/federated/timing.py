@@ -24,6 +24,7 @@ try:
     import torchdeq
 except ImportError:
     torchdeq = None
+HAS_TORCHDEQ = torchdeq is not None
 
 SOLVERS = {
     "torchdeq Anderson": ("anderson", "anderson"),
@@ -61,7 +62,7 @@ class TorchdeqLayer(nn.Module):
 def layers() -> dict[str, Callable[[nn.Module, int], nn.Module]]:
     """deqfast first; torchdeq as it comes and with everything known to make it faster here."""
     found: dict[str, Callable[[nn.Module, int], nn.Module]] = {"deqfast": models.deqfast_layer}
-    if torchdeq is None:
+    if not HAS_TORCHDEQ:
         return found
     from torchdeq.solver import register_solver
     from torchdeq.solver.anderson import anderson_solver

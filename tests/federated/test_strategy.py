@@ -153,7 +153,7 @@ def test_a_client_that_raises_is_named_with_what_it_said(monkeypatch, warned):
 
 def test_a_round_in_which_nobody_is_left_keeps_the_model_and_says_so(warned):
     grid = CalledGrid(client.app, BUDGETS, lambda turn, k, reply: nan(reply) if turn == 2 else reply)
-    rows = []
+    rows: list[dict] = []
     weights, history = run_rounds(grid, OPTIONS, tell=rows.append)
     assert history[1]["accuracy"] == history[0]["accuracy"] and history[1]["weights"] == {}
     assert set(history[1]["left_out"]) == {"client 0", "client 1", "client 2"} and len(history) == 3
