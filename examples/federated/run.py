@@ -68,8 +68,15 @@ def parse_args() -> argparse.Namespace:
 
 def everything(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A record a run, in one simulation: {model, weighting, seed, history}."""
-    from server import run_rounds  # Flower is needed from here on, and takes seconds to import
-    from simulation import simulate
+    try:  # Flower takes seconds to import, and is needed from here on
+        from server import run_rounds
+        from simulation import simulate
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("flwr", "ray"):
+            raise
+        raise SystemExit(
+            f"{error.name} is not installed: make federated, or pip install 'deqfast[federated]'"
+        ) from None
 
     runs = [
         Options(model, weighting, seed, args.clients, args.rounds, device=args.device)
