@@ -1,6 +1,7 @@
 """Flower's simulation, in processes of Ray's: the same bits as in one process, and a server that is killed goes on."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -20,10 +21,12 @@ import client
 import data
 import numpy as np
 from flower_grid import CalledGrid
+from model import MODELS
 from server import run_rounds
 from training import Options
 
-FOLDER = Path(__file__).parents[2] / "examples" / "federated"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "examples" / "federated"
 OPTIONS = Options(clients=3, rounds=6, epochs=1, weighting="residual")
 SCRIPT = """
 import sys
@@ -41,7 +44,7 @@ simulate(lambda grid: run_rounds(grid, options, path, resume, tell), 3, cpus=1)
 
 def start(path: Path, how: str, weighting: str = "residual") -> subprocess.Popen:
     command = [sys.executable, "-c", SCRIPT, str(path), how, weighting]
-    paths = [str(FOLDER), str(FOLDER.parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(FOLDER), str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -91,3 +94,18 @@ def test_what_the_server_raises_ends_the_simulation(tmp_path):
         end(failed)
     assert failed.returncode != 0 and "weighting: expected one of" in errors
     assert time.monotonic() - begun < 120
+
+
+def test_the_comparison_runs_and_is_resumed(tmp_path):
+    command = [sys.executable, str(FOLDER / "run.py"), "--quick", "--device", "cpu", "--cpus", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    found = []
+    for extra in ([], ["--resume"]):
+        line = [*command, *extra, "--out", str(tmp_path)]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert "updates left out of a round: 0." in done.stdout and "residual" in done.stdout
+        found.append(json.loads((tmp_path / "federated.json").read_text()))
+    assert found[0]["rows"] == found[1]["rows"]  # of checkpoints, bit for bit
+    assert {row["model"] for row in found[0]["rows"]} == set(MODELS)
+    assert (tmp_path / "federated.png").read_bytes().startswith(b"\x89PNG")
