@@ -45,10 +45,10 @@ class Cell(nn.Module):
         weight *= (NORM_BOUND / torch.linalg.matrix_norm(weight, 2)).clamp(max=1.0)
 
 
-def deqfast_layer(cell: nn.Module, budget: int) -> nn.Module:
+def deqfast_layer(cell: nn.Module, budget: int, rtol: float = RTOL) -> nn.Module:
     """x -> z* with at most ``budget`` evaluations of f forward and products backward."""
-    backward = dq.Implicit(rtol=RTOL, max_iter=budget)
-    return dq.DEQ(cell, solver=dq.Anderson(), rtol=RTOL, max_iter=budget, backward=backward, warn=False)
+    backward = dq.Implicit(rtol=rtol, max_iter=budget)
+    return dq.DEQ(cell, solver=dq.Anderson(), rtol=rtol, max_iter=budget, backward=backward, warn=False)
 
 
 class Equilibrium(nn.Module):

@@ -40,7 +40,8 @@ def simulate(main: Callable[[Grid], None], clients: int, device: str = "cpu", cp
         device: of the clients; with "cuda" they share the GPU.
         cpus: processes that serve them, as many as there are cores without it.
     """
-    cpus = cpus or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cpus or os.cpu_count() or 1
+    if cpus is None:  # macOS knows no affinity
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     server = ServerApp()
 
     @server.main()
