@@ -7,6 +7,9 @@ VENV ?= .venv
 VENV_MIN ?= .venv-min
 # Other packages, with deqfast as their solver; an environment of its own, see adoption.
 VENV_ADOPTION ?= .venv-adoption
+# Flower and Ray, which hold back other packages; see federated.
+VENV_FEDERATED ?= .venv-federated
+FEDERATED_ARGS ?=
 PYTEST_ARGS ?=
 # Test processes: one a core.
 WORKERS ?= auto
@@ -35,7 +38,7 @@ LOCK = $(if $(FLOCK),$(FLOCK) $(1))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build inplace demo examples docs test test-triton test-packaging test-min-torch lint bench bench-report adoption gpu sanitize emulated check-aarch64 check-cuda format clean
+.PHONY: help venv build inplace demo examples docs test test-triton test-packaging test-min-torch lint bench bench-report adoption federated federated-test gpu sanitize emulated check-aarch64 check-cuda format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-16s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -145,6 +148,22 @@ ADOPTION = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV_ADOPTION)/bin/python
 adoption: build $(VENV_ADOPTION)/.deps ## Solve other packages' problems with deqfast in place of their solvers (minutes)
 	$(ADOPTION) -m pytest adoption -p no:cacheprovider --adoption-out=bench/results/$$(date +%Y-%m-%d)-adoption.json $(PYTEST_ARGS)
 	$(ADOPTION) -m adoption.report
+
+$(VENV_FEDERATED)/.deps: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV_FEDERATED)
+	$(VENV_FEDERATED)/bin/python $(PIP_INSTALL) "$(TORCH)" numpy
+	$(VENV_FEDERATED)/bin/python $(PIP_INSTALL) $(BUILD_DEPS) pytest hypothesis
+	DEQFAST_SKIP_BUILD=1 $(VENV_FEDERATED)/bin/python $(PIP_INSTALL) --no-build-isolation -e ".[federated]" "$(TORCH)"
+	touch $@
+
+FEDERATED = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV_FEDERATED)/bin/python
+
+federated: build $(VENV_FEDERATED)/.deps ## Federated learning on digits with Flower, in an environment of its own (minutes); out/federated.*
+	@mkdir -p out
+	$(FEDERATED) examples/federated/run.py --out out $(FEDERATED_ARGS)
+
+federated-test: build $(VENV_FEDERATED)/.deps ## Its tests, those that need Flower and real processes included (minutes)
+	$(FEDERATED) -m pytest tests/federated -p no:cacheprovider $(PYTEST_ARGS)
 
 # No environment of its own: PYTHON's torch, which brings its CUDA along; see docs/gpu-notes.md.
 gpu: ## On a machine with a GPU: build, test, sanitize and measure there (ten minutes, no network)
