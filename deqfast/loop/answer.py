@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.codes import At, Int, Real
+from ..ops.codes import DIVERGENCE, At, Int, Real
+from ..ops.formulas.measure import label
 from ..ops.workspace import Workspace
 from ..status import Status
 
@@ -33,3 +34,12 @@ def answer(ws: Workspace, returns: str, some_run: bool) -> tuple[list[Tensor], T
 
 def _where(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(mask.view(-1, *([1] * (a.dim() - 1))), a, b)
+
+
+def at_the_limit(ws: Workspace, made: int) -> Tensor:
+    """(B,) int32 statuses if every sample that runs had to stop after ``made`` evaluations, as the kernels say it."""
+    status = ws.int_row(Int.STATUS)
+    norm, best_step = ws.real_row(Real.NORM), ws.int_row(Int.BEST_STEP)
+    grown = (best_step == 1) & (norm > DIVERGENCE * ws.real_row(Real.LEAST))
+    found = label(norm, ws.real_row(Real.FIRST), made - best_step, made, grown)
+    return torch.where(status == int(Status.RUNNING), found.to(status.dtype), status)

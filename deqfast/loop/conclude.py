@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.codes import DIVERGENCE, Int, Real
-from ..ops.formulas.measure import label
+from ..ops.codes import Int, Real
 from ..ops.layout import Layout
 from ..solution import Solution
 from ..status import Status
+from .answer import at_the_limit
 from .state import SolverState
 
 _STATUS_AND_STEPS = int(Int.STATUS), int(Int.STEPS)
@@ -57,15 +57,17 @@ def conclude(
     )
 
 
-def out_of_evaluations(state: SolverState) -> None:
-    """The label of samples that run on, where the loop ended at its limit and not the kernels."""
-    ws, made = state.ws, state.nfe
-    status = ws.int_row(Int.STATUS)
-    best_step = ws.int_row(Int.BEST_STEP)
-    grown = (best_step == 1) & (ws.real_row(Real.NORM) > DIVERGENCE * ws.real_row(Real.LEAST))
-    found = label(ws.real_row(Real.NORM), ws.real_row(Real.FIRST), made - best_step, made, grown)
-    status.copy_(torch.where(status == Status.RUNNING, found.to(status.dtype), status))
-    state.finish(made)
+def out_of_evaluations(state: SolverState, returns: str) -> None:
+    """The end of samples that run on, where the loop ended at its limit and not the kernels.
+
+    Their label, and where ``returns`` is not "next" their answer where that of a sample lies that has stopped.
+    """
+    ws = state.ws
+    if returns != "next":
+        for now, found in zip(ws.x[ws.cur], state.answer(returns)[0], strict=True):
+            now.copy_(found)
+    ws.int_row(Int.STATUS).copy_(at_the_limit(ws, state.nfe))
+    state.finish(state.nfe)
 
 
 def unsolved(layout: Layout, start: list[Tensor], backend: str, traced: bool) -> Solution:
