@@ -24,7 +24,7 @@ from .loop.state import SolverState
 from .naming import check_names
 from .ops import contract
 from .ops.codes import Int
-from .ops.layout import as_tuples, layout_of
+from .ops.layout import Layout, as_tuples, layout_of
 from .options import Options, check_args, check_callable, check_flag
 from .problem import Problem
 from .solution import ConvergenceError, Solution
@@ -162,11 +162,7 @@ def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Option
         return gradient.solve(problem, z0)
     solution = None
     if options.max_iter == 0:
-        backend = contract.choose(options.backend, layout.device).name
-        solution = unsolved(layout, [t.detach().clone() for t in layout.tensors(start)], backend, options.trace)
-        if options.states is not None:
-            solution.states_at = options.states.draw()
-            solution.states = [pytree.tree_map(torch.clone, solution.z) for _ in solution.states_at]
+        solution = _unsolved(layout, start, options)
     elif options.mode != "loop" and layout.B and layout.N:
         solution = _replayed(problem, start)
     if solution is None and not transformed:
@@ -181,6 +177,16 @@ def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Option
         solution.reports = problem.reports
     if options.throw and not bool(solution.converged.all()):
         raise ConvergenceError(solution)
+    return solution
+
+
+def _unsolved(layout: Layout, start: Any, options: Options) -> Solution:
+    """The solution of ``max_iter=0``."""
+    backend = contract.choose(options.backend, layout.device).name
+    solution = unsolved(layout, [t.detach().clone() for t in layout.tensors(start)], backend, options.trace)
+    if options.states is not None:
+        solution.states_at = options.states.draw()
+        solution.states = [pytree.tree_map(torch.clone, solution.z) for _ in solution.states_at]
     return solution
 
 
@@ -304,6 +310,7 @@ def _look_on(f: Callable[..., Any], args: tuple[Any, ...], state: SolverState, o
     lookers = [one for one in (images, sampled) if one is not None]
     leaves: list[Tensor] = []
     which: Tensor | None = None
+    told = False  # to stop
     try:
         while not (state.done or state.nfe == options.max_iter) or (compactor is not None and compactor.unsure):
             if compactor is None:
@@ -319,18 +326,32 @@ def _look_on(f: Callable[..., Any], args: tuple[Any, ...], state: SolverState, o
                 bar.update()
                 bar.set_postfix_str(f"{state.known_running} running", refresh=False)
             if options.callback is not None and state.show(options.callback):
-                state.judge(which)
+                told = True
                 break
-        else:
-            if not state.done:  # only where the kernels' limit is beyond
-                state.judge(which)
-                if sampled is not None and options.of != options.returns:
-                    sampled.close(leaves, which)
-                out_of_evaluations(state, options.returns)
     finally:
         if bar is not None:
             bar.close()
+    _end(state, options, sampled, told, (leaves, which))
+    return Seen(rows, images.leaves if images is not None and options.returns == "image" else None, sampled)
+
+
+def _end(
+    state: SolverState,
+    options: Options,
+    sampled: Sampled | None,
+    told: bool,
+    newest: tuple[list[Tensor], Tensor | None],
+) -> None:
+    """After the loop, with f's ``newest`` output and where its samples are in it: what the kernels have not ended.
+
+    ``told``: the callback said stop.
+    """
+    if told or not state.done:  # else the kernels have ended it
+        state.judge(newest[1])
+    if sampled is not None and options.of != options.returns:
+        sampled.close(*newest)
+    if not (told or state.done):
+        out_of_evaluations(state, options.returns)
     if options.returns == "next":
         converged = state.ws.int_row(Int.STATUS) == int(Status.CONVERGED)
-        take(state.layout, state.ws.x[state.ws.cur], converged, leaves, which)
-    return Seen(rows, images.leaves if images is not None and options.returns == "image" else None, sampled)
+        take(state.layout, state.ws.x[state.ws.cur], converged, *newest)

@@ -79,7 +79,8 @@ class Resuming(Keeping):
         steps that there are stay, and no new one is made of this evaluation: of a map that has changed a little they
         still say how it bends. The step from the newest iterate is made once more, and every sample runs again, those
         that had converged or failed too. It counts as an evaluation; ``max_iter`` stays, and what comes after it ends.
-        Broyden's samples of 65,536 numbers and more, and Anderson's ``mix_every`` above 1, forget what they had.
+        Broyden's samples of 65,536 numbers and more forget what they had, as do Anderson's that had stopped where
+        ``mix_every`` is above 1.
 
         Args:
             fz: the new f at ``state.evaluated()``, structured like z0; copied.
@@ -106,16 +107,17 @@ class Resuming(Keeping):
 
     def _redo(self, leaves: list[Tensor]) -> None:
         """The step of the newest evaluation once more with this output of another f, for all samples."""
-        ws, everyone = self.ws, torch.ones(self.layout.B, dtype=torch.bool, device=self.layout.device)
+        ws = self.ws
         self.nfe += 1
-        had = ws.int_row(Int.WOKEN) + (ws.int_row(Int.STATUS) == int(Status.CONVERGED))
+        limit = ws.stopping.max_iter
+        made = min(self.made, limit) if limit else self.made  # a kernel ends what comes at its limit
+        stopped = ws.int_row(Int.STATUS) != int(Status.RUNNING)
         ws.changed()
-        recheck.wake(ws, everyone, self.made)
-        ws.int_row(Int.WOKEN).copy_(had)
+        recheck.wake(ws, torch.ones_like(stopped), made, stopped)
         ws.real_row(Real.NORM).fill_(math.inf)  # nothing has grown
         self._origin = None
         ws.cur ^= 1
-        self.bound = self._backend.bind(ws, self.made - 1)
+        self.bound = self._backend.bind(ws, made - 1)
         running = self.bound(leaves, None, None, None)  # nothing moved, which is no column
         recheck.begin(ws)
         ws.cur ^= 1
@@ -123,7 +125,7 @@ class Resuming(Keeping):
         self._outputs.hold(leaves if self.options.uses_previous else None, settled=False)
         self._outputs.newest = leaves
         if self._together is not None:
-            self._together = Together(ws, self._stopping, self.made - 1)
+            self._together = Together(ws, self._stopping, made - 1)
             running = self._together.look(running)
         self._running = 0 if self.paused else running
 

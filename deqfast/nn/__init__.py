@@ -70,7 +70,10 @@ class DEQ(nn.Module):
                 f"unknown option {unknown[0]!r}{meant}; DEQ takes those of fixed_point: {', '.join(_OPTIONS)}"
             )
         merged = {**_OPTIONS, **options}
-        chosen = {"solver": choose_solver(merged["solver"]), "backward": choose_gradient(merged["backward"])}
+        chosen: dict[str, Any] = {
+            "solver": choose_solver(merged["solver"]),
+            "backward": choose_gradient(merged["backward"]),
+        }
         chosen["states"] = checked(merged["states"])
         Called(cell, merged.pop("kwargs"), check_flag("has_aux", merged.pop("has_aux")))  # checks them
         check_flag("unpack", merged.pop("unpack"))

@@ -59,7 +59,7 @@ class BroydenWorkspace(Workspace):
         self.int_row(Int.COUNT).masked_fill_(which, 0)
 
     def changed(self) -> None:
-        """No update is made of the last step: one of infinite norm takes part in none. Those of Gram form forget all."""
+        """No update is made of the last step: one of infinite norm takes part in none. In Gram form all are forgotten."""
         count = self.int_row(Int.COUNT)
         if self.gram.shape[1]:
             count.zero_()
