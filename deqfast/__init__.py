@@ -31,6 +31,7 @@ from .solve import fixed_point, root
 from .solvers.anderson import Anderson
 from .solvers.broyden import Broyden
 from .solvers.picard import Picard
+from .states import RandomStates, States
 from .status import Status
 from .unrolled import unroll
 
@@ -69,8 +70,10 @@ __all__ = [
     "OneStep",
     "Phantom",
     "Picard",
+    "RandomStates",
     "Solution",
     "SolverState",
+    "States",
     "Status",
     "Unroll",
     "fixed_point",

@@ -18,6 +18,8 @@ from .ops.workspace import Stopping
 DEFAULT_RTOL = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 DEFAULT_LIMIT = 100  # evaluations
 MODES = ("loop", "graph", "device")
+RETURNS = ("best", "last", "image", "next")
+KEEP_BEST = ("best", "image")  # those that need the iterate with the least residual
 
 
 def check_number(name: str, value: object) -> float:
@@ -128,7 +130,7 @@ def stopping(
 class Options:
     """The options of ``fixed_point``, as its docstring describes them; ``solver`` and ``backward`` are chosen already.
 
-    ``backward`` is a ``Gradient`` or None.
+    ``backward`` is a ``Gradient`` or None, ``states`` a ``States``, ``RandomStates`` or None.
     """
 
     solver: contract.Method
@@ -149,7 +151,7 @@ class Options:
     mode: str = "loop"
     progress: bool = False
 
-    RETURNS: ClassVar[tuple[str, ...]] = ("best", "last", "image", "next")
+    RETURNS: ClassVar[tuple[str, ...]] = RETURNS
 
     def __post_init__(self) -> None:
         if self.max_iter is None:
@@ -166,7 +168,6 @@ class Options:
             if not leaves or not all(isinstance(leaf, bool) for leaf in leaves):
                 raise TypeError(f"compact must be a bool or a tree of bools shaped like args, got {self.compact!r}")
         check_backend(self.backend)
-        self._check_states()
         check_flag("trace", self.trace)
         check_flag("throw", self.throw)
         check_flag("progress", self.progress)
@@ -184,14 +185,6 @@ class Options:
         if self.stop == "all":
             raise ValueError('compact leaves out samples that have stopped; with stop="all" they stop together')
 
-    def _check_states(self) -> None:
-        wanted = () if self.states is None else self.states
-        if not isinstance(wanted, Sequence) or isinstance(wanted, str):
-            raise TypeError(f"states must be a list of evaluations, counted from 1, got {type(wanted).__name__}")
-        for at in wanted:
-            check_int("states", at, hint="; the first evaluation is 1")
-        object.__setattr__(self, "states", tuple(wanted))
-
     def _check_tolerances(self) -> None:
         if self.rtol is not None or type(self.atol) is not float or self.atol:
             self.stopping(torch.float32)
@@ -202,7 +195,7 @@ class Options:
             return
         looks = {
             "trace": self.trace,
-            "states": bool(self.states),
+            "states": self.states is not None,
             "callback": self.callback is not None,
             "progress": self.progress,
         }
@@ -213,13 +206,19 @@ class Options:
     @property
     def keep_best(self) -> bool:
         """Whether the iterate with the least residual is the answer."""
-        return self.returns in ("best", "image")
+        return self.returns in KEEP_BEST or self.of in KEEP_BEST
+
+    @property
+    def of(self) -> str:
+        """What a state is, in the words of ``returns``."""
+        of: str | None = None if self.states is None else self.states.of
+        return self.returns if of is None else of
 
     @property
     def looks(self) -> bool:
         """Whether something has to be done between evaluations beside stepping."""
         watched = self.trace or self.progress or self.callback is not None or self.compact is not False
-        watched = watched or bool(self.states)
+        watched = watched or self.states is not None
         return watched or self.returns in ("image", "next")
 
     def stopping(self, dtype: torch.dtype) -> Stopping:

@@ -61,7 +61,8 @@ class Solution:
         nfe: evaluations of f by the solver; reading it waits for the device if the loop ran there.
         status: (B,) int32 of ``dq.Status``.
         trace: (nfe, B) relative residuals if asked for, NaN once a sample has stopped; else None.
-        states: with ``states=`` what would have come back after each of those evaluations, without a graph; else None.
+        states: with ``states=`` the states after each of those evaluations, without a graph; else None.
+        states_at: those evaluations, in ascending order; else None.
         backend: the backend that ran the updates.
         mode: how the loop ran: "loop", "graph" or "device".
         counters: what ``events`` reads.
@@ -82,6 +83,20 @@ class Solution:
     reports: list[BackwardReport] = field(default_factory=list, repr=False)
     aux: Any = field(default=None, repr=False)
     states: list[Any] | None = field(default=None, repr=False)
+    states_at: tuple[int, ...] | None = None
+
+    def state(self, at: int) -> Any:
+        """The state after evaluation ``at``, one of those that ``states=`` asked for.
+
+        Raises:
+            ValueError: it was not stored.
+        """
+        stored = self.states_at or ()
+        if self.states is None or at not in stored:
+            asked = f"one of {list(stored)}, the evaluations that states= asked for" if stored else "asked for"
+            hint = "" if stored else ": this solve was called without states=[...]"
+            raise ValueError(f"at must be {asked}, got {at}{hint}")
+        return self.states[stored.index(at)]
 
     @property
     def backward(self) -> BackwardReport | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +24,13 @@ from .loop.state import SolverState
 from .naming import check_names
 from .ops import contract
 from .ops.codes import Int
-from .ops.layout import as_tuples, layout_of
+from .ops.layout import Layout, as_tuples, layout_of
 from .options import Options, check_args, check_callable, check_flag
 from .problem import Problem
 from .solution import ConvergenceError, Solution
 from .solvers.base import Solver
 from .solvers.choose import choose_solver
+from .states import RandomStates, States, checked
 from .status import Status
 
 
@@ -53,7 +54,7 @@ def fixed_point(
     segments: Any = None,
     compact: Any = False,
     trace: bool = False,
-    states: Sequence[int] | None = None,
+    states: Sequence[int] | States | RandomStates | None = None,
     callback: Callable[[int, SolverState], bool | None] | None = None,
     throw: bool = False,
     backend: str = "auto",
@@ -95,6 +96,8 @@ def fixed_point(
         trace: record the (nfe, B) residuals.
         states: evaluations, counted from 1, whose answer so far is wanted too: ``Solution.states`` has what ``returns``
             asks for as it was then, in ascending order, copies without a gradient. After the end it is that of the end.
+            ``States(at, of="last")`` has the iterates themselves, or another kind of state than the answer's;
+            ``RandomStates`` draws the evaluations at every call.
         callback: called after every evaluation as callback(k, state) with a ``SolverState`` to look at; True stops.
         throw: raise ``ConvergenceError`` unless every sample converged.
         backend: "auto" (default), "native", "triton", "torch" or "reference"; ``python -m deqfast.info`` says what is
@@ -125,7 +128,7 @@ def fixed_point(
         segments=segments,
         compact=compact,
         trace=trace,
-        states=states,
+        states=checked(states),
         callback=callback,
         throw=throw,
         backend=backend,
@@ -159,9 +162,7 @@ def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Option
         return gradient.solve(problem, z0)
     solution = None
     if options.max_iter == 0:
-        backend = contract.choose(options.backend, layout.device).name
-        solution = unsolved(layout, [t.detach().clone() for t in layout.tensors(start)], backend, options.trace)
-        solution.states = [pytree.tree_map(torch.clone, solution.z) for _ in options.states] or None
+        solution = _unsolved(layout, start, options)
     elif options.mode != "loop" and layout.B and layout.N:
         solution = _replayed(problem, start)
     if solution is None and not transformed:
@@ -176,6 +177,16 @@ def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Option
         solution.reports = problem.reports
     if options.throw and not bool(solution.converged.all()):
         raise ConvergenceError(solution)
+    return solution
+
+
+def _unsolved(layout: Layout, start: Any, options: Options) -> Solution:
+    """The solution of ``max_iter=0``."""
+    backend = contract.choose(options.backend, layout.device).name
+    solution = unsolved(layout, [t.detach().clone() for t in layout.tensors(start)], backend, options.trace)
+    if options.states is not None:
+        solution.states_at = options.states.draw()
+        solution.states = [pytree.tree_map(torch.clone, solution.z) for _ in solution.states_at]
     return solution
 
 
@@ -258,22 +269,23 @@ def _run(f: Callable[..., Any], args: tuple[Any, ...], problem: Problem, start: 
     """Evaluate and step until every sample has stopped."""
     options = problem.options
     rule = problem.stopping
-    if options.returns == "next":
+    if "next" in (options.returns, options.of) or options.of != options.returns:
+        # To keep, besides, what all kinds of answers are made of.
         rule = stepping_on(rule)
     state = SolverState(
         options.solver, start, rule, backend=options.backend, layout=problem.layout, together=options.stop == "all"
     )
-    rows = images = sampled = None
+    seen = Seen()
     with torch.no_grad():
         if options.looks:
-            rows, images, sampled = _look_on(f, args, state, options)
+            seen = _look_on(f, args, state, options)
         else:
             while not state.done:
                 state.step(f(state.z, *args))
     shared = options.callback is not None  # it may have kept the state
-    solution = conclude(state, options.returns, rows, shared, images)
-    if sampled is not None:
-        solution.states = sampled.end(problem.layout.tensors(solution.z))
+    solution = conclude(state, options.returns, seen.residuals, shared, seen.images)
+    if seen.sampled is not None:
+        solution.states_at, solution.states = seen.sampled.at, seen.sampled.end(problem.layout.tensors(solution.z))
     problem.copy_z = state.copies_z
     if not shared:
         state.release()
@@ -291,19 +303,26 @@ def _evaluate(f: Callable[..., Any], args: tuple[Any, ...], state: SolverState, 
     return leaves
 
 
-def _look_on(
-    f: Callable[..., Any], args: tuple[Any, ...], state: SolverState, options: Options
-) -> tuple[list[Tensor] | None, list[Tensor] | None, Sampled | None]:
-    """The loop with what somebody wants to see or do between evaluations: recorded residuals, images, states."""
+class Seen(NamedTuple):
+    """What was seen between evaluations, as far as anybody asked: residuals, f at the answer, states."""
+
+    residuals: list[Tensor] | None = None
+    images: list[Tensor] | None = None
+    sampled: Sampled | None = None
+
+
+def _look_on(f: Callable[..., Any], args: tuple[Any, ...], state: SolverState, options: Options) -> Seen:
+    """The loop with what somebody wants to see or do between evaluations."""
     compactor = Compactor(state, args, options.compact) if options.compact is not False else None
-    images = Images(state, compactor is not None) if options.returns == "image" else None
-    sampled = Sampled(state, options.states, options.returns, images) if options.states else None
+    images = Images(state, compactor is not None) if "image" in (options.returns, options.of) else None
+    sampled = None if options.states is None else Sampled(state, options.states.draw(), options.of, images)
     rows: list[Tensor] | None = [] if options.trace else None
     bar = progress_bar(options.max_iter) if options.progress else None
     lookers = [one for one in (images, sampled) if one is not None]
-    judged = options.callback is not None or options.returns == "next"
+    judged = options.callback is not None or options.returns == "next" or options.of != options.returns
     leaves: list[Tensor] = []
     which: Tensor | None = None
+    told = False  # to stop
     try:
         while not (state.done or state.nfe == options.max_iter) or (compactor is not None and compactor.unsure):
             if compactor is None:
@@ -318,16 +337,32 @@ def _look_on(
                 bar.update()
                 bar.set_postfix_str(f"{state.known_running} running", refresh=False)
             if options.callback is not None and state.show(options.callback):
-                state.judge(which)
+                told = True
                 break
-        else:
-            if not state.done:  # only with returns="next"
-                state.judge(which)
-                out_of_evaluations(state)
     finally:
         if bar is not None:
             bar.close()
+    _end(state, options, sampled, told, (leaves, which))
+    return Seen(rows, images.leaves if images is not None and options.returns == "image" else None, sampled)
+
+
+def _end(
+    state: SolverState,
+    options: Options,
+    sampled: Sampled | None,
+    told: bool,
+    newest: tuple[list[Tensor], Tensor | None],
+) -> None:
+    """After the loop, with f's ``newest`` output and where its samples are in it: what the kernels have not ended.
+
+    ``told``: the callback said stop.
+    """
+    if told or not state.done:  # else the kernels have ended it
+        state.judge(newest[1])
+    if sampled is not None and options.of != options.returns:
+        sampled.close(*newest)
+    if not (told or state.done):
+        out_of_evaluations(state, options.returns)
     if options.returns == "next":
         converged = state.ws.int_row(Int.STATUS) == int(Status.CONVERGED)
-        take(state.layout, state.ws.x[state.ws.cur], converged, leaves, which)
-    return rows, None if images is None else images.leaves, sampled
+        take(state.layout, state.ws.x[state.ws.cur], converged, *newest)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.codes import At, Int, Real
+from ..ops.codes import DIVERGENCE, At, Int, Real
+from ..ops.formulas.measure import label
 from ..ops.workspace import Workspace
 from ..status import Status
 
@@ -33,3 +34,16 @@ def answer(ws: Workspace, returns: str, some_run: bool) -> tuple[list[Tensor], T
 
 def _where(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(mask.view(-1, *([1] * (a.dim() - 1))), a, b)
+
+
+def at_the_limit(ws: Workspace, made: int) -> Tensor:
+    """(B,) int32 statuses if every sample that runs had to stop after ``made`` evaluations, as the kernels say it."""
+    norms = (ws.real_row(row) for row in (Real.NORM, Real.LEAST, Real.FIRST))
+    return ended(ws.int_row(Int.STATUS), made, ws.int_row(Int.BEST_STEP), *norms)
+
+
+def ended(status: Tensor, made: int, best_step: Tensor, norm: Tensor, least: Tensor, first: Tensor) -> Tensor:
+    """``status``, with the label of what ran out of evaluations where a sample runs on after ``made`` of them."""
+    grown = (best_step == 1) & (norm > DIVERGENCE * least)
+    found = label(norm, first, made - best_step, made, grown)
+    return torch.where(status == int(Status.RUNNING), found.to(status.dtype), status)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.codes import DIVERGENCE, Int, Real
-from ..ops.formulas.measure import label
+from ..ops.codes import Int, Real
 from ..ops.layout import Layout
 from ..ops.workspace import Stopping
 from ..solution import Solution
 from ..status import Status
+from .answer import at_the_limit
 from .state import SolverState
 
 _STATUS_AND_STEPS = int(Int.STATUS), int(Int.STEPS)
@@ -58,20 +58,17 @@ def conclude(
     )
 
 
-def out_of_evaluations(state: SolverState) -> None:
-    """The label of samples that run on, where the loop ended at its limit and not the kernels."""
-    ws, made = state.ws, state.nfe
-    status = ws.int_row(Int.STATUS)
-    norms = (ws.real_row(row) for row in (Real.NORM, Real.LEAST, Real.FIRST))
-    status.copy_(ended(status, made, ws.int_row(Int.BEST_STEP), *norms))
-    state.finish(made)
+def out_of_evaluations(state: SolverState, returns: str) -> None:
+    """The end of samples that run on, where the loop ended at its limit and not the kernels.
 
-
-def ended(status: Tensor, made: int, best_step: Tensor, norm: Tensor, least: Tensor, first: Tensor) -> Tensor:
-    """``status``, with the label of what ran out of evaluations where a sample runs on after ``made`` of them."""
-    grown = (best_step == 1) & (norm > DIVERGENCE * least)
-    found = label(norm, first, made - best_step, made, grown)
-    return torch.where(status == Status.RUNNING, found.to(status.dtype), status)
+    Their label, and where ``returns`` is not "next" their answer where that of a sample lies that has stopped.
+    """
+    ws = state.ws
+    if returns != "next":
+        for now, found in zip(ws.x[ws.cur], state.answer(returns)[0], strict=True):
+            now.copy_(found)
+    ws.int_row(Int.STATUS).copy_(at_the_limit(ws, state.nfe))
+    state.finish(state.nfe)
 
 
 def stepping_on(rule: Stopping) -> Stopping:

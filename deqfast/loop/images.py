@@ -82,7 +82,12 @@ def _lost() -> list[Tensor]:
 
 
 def take(layout: Layout, into: list[Tensor], which: Tensor, fz: list[Tensor], rows: Tensor | None) -> None:
-    """F's output into the leaves of some samples, of those that f saw; ``rows`` says where they are in it."""
+    """F's output into the leaves of some samples, of those that f saw; ``rows`` says where they are in it.
+
+    No leaf: f has not been evaluated, for there is no sample.
+    """
+    if not fz:
+        return
     values, seen = rows_seen(layout, fz, rows)
     which = which if seen is None else which & seen
     for target, value in zip(layout.rows(into), values, strict=True):

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from .. import compiled
 from ..ops.codes import Int, Real
+from ..ops.layout import Layout
 from ..ops.workspace import Workspace
 from ..options import check_choice
 from ..solution import Solution
 from ..status import Status
-from .answer import answer
+from .answer import answer, at_the_limit
 from .history import Inheriting
 from .origin import Origin
 from .together import Together
@@ -26,6 +27,7 @@ class Keeping(Inheriting):
     _showing: bool
     _shown: list[Any]
     _origin: Origin | None
+    _limit: int | None  # evaluations, of a state whose kernels know of none
 
     @compiled.skip
     def keep(self, rows: Tensor | Sequence[int] | Sequence[bool], returns: str = "best") -> Solution:
@@ -79,13 +81,27 @@ class Keeping(Inheriting):
         inner = self.layout.B // max(1, self.layout.batch_shape[0])
         return (rows[:, None] * inner + torch.arange(inner, device=rows.device)).flatten()
 
+    @property
+    def paused(self) -> bool:
+        """Whether ``max_iter`` of a resumable state is what keeps it from going on."""
+        return self._limit is not None and self.nfe >= self._limit
+
+    @property
+    def some_run(self) -> bool:
+        """Whether there may be samples whose iterate has moved on from the one that f was evaluated at last."""
+        return bool((self._running or self.paused) and self.nfe)
+
     def _conclude(self, leave: Tensor, returns: str) -> Solution:
         """The solution that samples in these rows have reached."""
-        ws, which, layout = self.ws, self._samples(leave), self.layout.resized(leave.numel())
+        return self._found(self._samples(leave), self.layout.resized(leave.numel()), returns)
+
+    def _found(self, which: Tensor, layout: Layout, returns: str) -> Solution:
+        """The solution that these samples have reached, ``layout`` theirs; copies."""
+        ws = self.ws
         if returns == "next":
             leaves, residual = ws.x[ws.cur], ws.real_row(Real.RESIDUAL)
         else:
-            leaves, residual = answer(ws, returns, bool(self._running and self.nfe))
+            leaves, residual = answer(ws, returns, self.some_run)
         residual = residual.index_select(0, which)
         counters = ws.ints.index_select(1, which)
         status = counters[int(Int.STATUS)].clone()
@@ -94,6 +110,8 @@ class Keeping(Inheriting):
             residual.zero_()
         elif not self.nfe:
             residual.fill_(torch.nan)
+        if self.paused and self.nfe:
+            status.copy_(at_the_limit(ws, self.made).index_select(0, which))
         status.masked_fill_(status == int(Status.RUNNING), int(Status.STOPPED))
         return Solution(
             z=layout.unflatten(self.layout.select(leaves, which)),

@@ -14,21 +14,22 @@ from .state import SolverState
 
 
 class Sampled:
-    """Copies of the answer at some evaluations.
+    """Copies of what there is after some evaluations.
 
     Args:
         state: the solve.
-        wanted: evaluations, counted from 1.
-        returns: as in ``fixed_point``.
-        images: f at the best iterates, for ``returns="image"``.
+        at: evaluations, counted from 1, in ascending order.
+        of: what is copied, in the words of ``returns`` of ``fixed_point``.
+        images: f at the best iterates, for ``of="image"``.
 
     Attributes:
         found: the states so far, in the order of their evaluations.
     """
 
-    def __init__(self, state: SolverState, wanted: Sequence[int], returns: str, images: Images | None) -> None:
-        self._state, self._returns, self._images = state, returns, images
-        self._pending = sorted(wanted, reverse=True)
+    def __init__(self, state: SolverState, at: Sequence[int], of: str, images: Images | None) -> None:
+        self.at = tuple(at)
+        self._state, self._of, self._images = state, of, images if of == "image" else None
+        self._pending = sorted(at, reverse=True)
         self.found: list[Any] = []
 
     def look(self, leaves: list[Tensor], rows: Tensor | None) -> None:
@@ -37,8 +38,13 @@ class Sampled:
             self._pending.pop()
             self.found.append(self._now(leaves, rows))
 
+    def close(self, leaves: list[Tensor], rows: Tensor | None) -> None:
+        """The solve has ended: what was to come later is as it is now."""
+        self.found += [self._now(leaves, rows) for _ in self._pending]
+        self._pending = []
+
     def end(self, leaves: list[Tensor]) -> list[Any]:
-        """All of them; what was to come later is a copy of the answer at the end."""
+        """All of them; what was to come later is a copy of these leaves, the answer at the end."""
         self.found += [self._copy(leaves) for _ in self._pending]
         self._pending = []
         return self.found
@@ -50,8 +56,8 @@ class Sampled:
         state = self._state
         if self._images is not None:
             return self._copy(self._images.leaves)
-        if self._returns != "next":
-            return self._copy(state.answer(self._returns)[0])
+        if self._of != "next":
+            return self._copy(state.answer(self._of)[0])
         moved = [t.clone() for t in state.ws.x[state.ws.cur]]
         take(state.layout, moved, state.ws.int_row(Int.STATUS) == int(Status.CONVERGED), leaves, rows)
         return state.layout.unflatten(moved)

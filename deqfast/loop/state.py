@@ -17,17 +17,17 @@ from ..ops.layout import Layout
 from ..ops.samples import Samples
 from ..ops.workspace import Stopping, Workspace
 from ..status import Status
-from . import again, own_residual, saving
+from . import own_residual, saving
 from .answer import answer
-from .keeping import Keeping
 from .origin import EVERY, Origin
 from .outputs import Outputs
+from .resuming import Resuming
 from .together import Together, never
 
 _NOTHING = contextlib.nullcontext()
 
 
-class SolverState(Keeping):
+class SolverState(Resuming):
     """One solve in progress, for a loop of your own.
 
     ::
@@ -52,10 +52,11 @@ class SolverState(Keeping):
         backend: str = "auto",
         layout: Layout | None = None,
         together: bool = False,
+        limit: int | None = None,
     ) -> None:
         self.options = options
         self.layout = Layout(z0) if layout is None else layout
-        self._asked_for = backend
+        self._asked_for, self._limit = backend, limit
         rule = never(stopping) if together else stopping
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING:
             try:
@@ -177,29 +178,11 @@ class SolverState(Keeping):
             if running is not None:
                 self.ws.cur ^= 1
                 self.nfe += 1
-                if running and self._together is None and self.nfe % EVERY:
+                if running and self._together is None and self.nfe % EVERY and self.nfe != self._limit:
                     self._running = running
                     return False
                 return self._close(running, self.layout.tensors(fz), None)
         return self.advance(self.layout.flatten(fz, "f(z)"), None)
-
-    @compiled.skip
-    def verify(self, fz: Any) -> bool:
-        """Take f at ``z`` once more after the solve has ended, and judge every converged sample by it.
-
-        Those that are not within tolerance go on; beyond ``max_iter`` they end as MAX_ITER. ``step`` has looked at the
-        samples that f saw; this is for an f that did not see all of them, or that has changed since. Counts as an
-        evaluation. Returns ``done``.
-        """
-        if self._running:
-            return self.step(fz)
-        self.ws.cur ^= 1  # both iterates of a sample that has stopped are the same
-        self.nfe += 1
-        leaves = self.layout.flatten(fz, "f(z)")
-        if self.options.uses_previous:
-            self._outputs.hold([t.clone() for t in leaves], settled=False)
-        self._running = self._again(leaves, None, said_so=True)
-        return self._running == 0
 
     @compiled.skip
     def advance(self, leaves: list[Tensor], rows: Tensor | None) -> bool:
@@ -224,35 +207,9 @@ class SolverState(Keeping):
             self._origin = self._origin or Origin(self.ws)
             if self._origin.look():
                 self._outputs.note_versions()
-        return running == 0
-
-    def _again(self, leaves: list[Tensor], rows: Tensor | None, said_so: bool = False) -> int:
-        """The last sample has stopped: how many that had converged before go on; ``said_so``: even a sample alone."""
-        ws = self.ws
-        if self.layout.B < 2 and not said_so:
-            return 0
-        which = again.judge(self.bound, ws, leaves, rows, self.made, self._stopping)
-        if which is None:
-            return 0
-        if self._together is not None:
-            which = ws.int_row(Int.STATUS) == int(Status.CONVERGED)  # who stopped together goes on together
-        recheck.wake(ws, which, self.made)
-        ws.cur ^= 1  # the same step once more, for them
-        self.bound = self._backend.bind(ws, self.made - 1)
-        running = self.bound(leaves, None, rows, None)  # they did not move, which is no column
-        recheck.begin(ws, which)
-        ws.cur ^= 1
-        self._outputs.bind(self.bound)
-        self.wakings += 1
-        if self.wakings == 2:
-            again.warn_again(ws)
-        return running
-
-    @compiled.skip
-    def judge(self, rows: Tensor | None = None) -> None:
-        """After ``advance``: converged samples that are not within tolerance at the newest f end as MAX_ITER."""
-        if self._together is None:
-            again.refuse(self.bound, self.ws, self._outputs.newest, rows, self.made)
+        if self.nfe == self._limit:
+            self._running = 0
+        return self._running == 0
 
     def _step_with_residual(self, fz: Any, residual: Any) -> bool:
         first = self.nfe == 0 or self._own_residual
@@ -271,7 +228,7 @@ class SolverState(Keeping):
     @compiled.skip
     def answer(self, returns: str = "best") -> tuple[list[Tensor], Tensor]:
         """Leaves of the returned iterate and its (B,) relative residual; samples still running are read, not moved."""
-        return answer(self.ws, returns, bool(self._running and self.nfe))
+        return answer(self.ws, returns, self.some_run)
 
     def show(self, callback: Callable[[int, SolverState], bool | None]) -> bool:
         """Call ``callback(nfe, self)``, with every iterate it asks for a copy; returns whether it said stop."""
@@ -297,7 +254,7 @@ class SolverState(Keeping):
     @compiled.skip
     def state_dict(self) -> dict[str, Any]:
         """Copies of everything a later step reads; ``load_state_dict`` of a state of the same shape takes it up."""
-        running = self._running and int(self.running.sum())
+        running = (self._running or self.paused) and int(self.running.sum())
         return saving.save(self.options, self.ws, self._outputs, self.nfe, running, self.wakings)
 
     @compiled.skip
@@ -319,12 +276,13 @@ class SolverState(Keeping):
         saving.load(saved, self.ws, self._outputs)
         self.nfe = saved["nfe"]
         self._count_from(saved["before"])
-        self._running, self.wakings = saved["running"], saved["wakings"]
+        self._running, self.wakings = 0 if self.paused else saved["running"], saved["wakings"]
         self._bind()
 
     def __reduce__(self) -> Any:
         together = self._together is not None
         settings = {"stopping": self._own_rule(), "backend": self._asked_for, "together": together}
+        settings["limit"] = self._limit
         given = self.options, self.evaluated(), self.layout.samples, settings
         return _rebuild, (type(self), *given, self.state_dict())
 

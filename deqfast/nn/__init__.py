@@ -17,6 +17,7 @@ from ..options import Options, check_callable, check_flag
 from ..solution import Solution
 from ..solve import fixed_point
 from ..solvers.choose import choose_solver
+from ..states import checked
 from ..warning import warn
 from .icnn import ICNN
 from .lyapunov import LyapunovProjection
@@ -69,7 +70,11 @@ class DEQ(nn.Module):
                 f"unknown option {unknown[0]!r}{meant}; DEQ takes those of fixed_point: {', '.join(_OPTIONS)}"
             )
         merged = {**_OPTIONS, **options}
-        chosen = {"solver": choose_solver(merged["solver"]), "backward": choose_gradient(merged["backward"])}
+        chosen: dict[str, Any] = {
+            "solver": choose_solver(merged["solver"]),
+            "backward": choose_gradient(merged["backward"]),
+        }
+        chosen["states"] = checked(merged["states"])
         Called(cell, merged.pop("kwargs"), check_flag("has_aux", merged.pop("has_aux")))  # checks them
         check_flag("unpack", merged.pop("unpack"))
         Options(**{**merged, **chosen})
@@ -78,23 +83,25 @@ class DEQ(nn.Module):
         self.warn = warn
 
     @compiled.skip
-    def forward(self, x: Any, *args: Any, z0: Any = None) -> Any:
+    def forward(self, x: Any, *args: Any, z0: Any = None, max_iter: int | None = None) -> Any:
         """The equilibrium z for input x; see ``solve``."""
-        return self.solve(x, *args, z0=z0).z
+        return self.solve(x, *args, z0=z0, max_iter=max_iter).z
 
     @compiled.skip
-    def solve(self, x: Any, *args: Any, z0: Any = None) -> Solution:
+    def solve(self, x: Any, *args: Any, z0: Any = None, max_iter: int | None = None) -> Solution:
         """The whole ``Solution`` for input x.
 
         Args:
             x: what the cell receives after z: a tensor (B, ...) or a tree of tensors.
             args: what it receives after x.
             z0: start; default ``cell.init(x)`` or zeros shaped like x.
+            max_iter: evaluations of this call at most; None: those of the layer.
         """
         if z0 is None:
             z0 = _start(getattr(self.cell, "init", None), x)
-        solution = fixed_point(self.cell, z0, (x, *args), **self.options)
-        if self.warn and self.options.get("max_iter") != 0 and solution.steps.numel() and not self._any(solution):
+        options = self.options if max_iter is None else {**self.options, "max_iter": max_iter}
+        solution = fixed_point(self.cell, z0, (x, *args), **options)
+        if self.warn and options.get("max_iter") != 0 and solution.steps.numel() and not self._any(solution):
             self.warn = False
             warn(
                 f"no sample of a batch converged in {type(self.cell).__name__}: {solution.summary()}. Raise max_iter=, "

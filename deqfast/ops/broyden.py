@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -56,3 +57,12 @@ class BroydenWorkspace(Workspace):
     def forget(self, which: Tensor) -> None:
         """No steps from here: those of some of the (B,) samples no longer count."""
         self.int_row(Int.COUNT).masked_fill_(which, 0)
+
+    def changed(self) -> None:
+        """No update is made of the last step: one of infinite norm takes part in none. In Gram form all are forgotten."""
+        count = self.int_row(Int.COUNT)
+        if self.gram.shape[1]:
+            count.zero_()
+            return
+        last = torch.arange(self.method.memory, device=count.device) == count[:, None] - 1
+        self.norms.masked_fill_(last, math.inf)

@@ -79,8 +79,11 @@ def outside(
     return earlier & ~within
 
 
-def wake(ws: Workspace, which: Tensor, made: int) -> None:
-    """Let samples run again, as if evaluation ``made`` were yet to be judged: what they found no longer counts."""
+def wake(ws: Workspace, which: Tensor, made: int, stopped: Tensor | None = None) -> None:
+    """Let samples run again, as if evaluation ``made`` were yet to be judged: what they found no longer counts.
+
+    ``stopped``: those of them that had stopped; None: all.
+    """
     _overwrite(ws.int_row(Int.STATUS), which, int(Status.RUNNING))
     _overwrite(ws.int_row(Int.STEPS), which, made - 1)
     _overwrite(ws.int_row(Int.BEST_AT), which, int(At.NOWHERE))
@@ -88,8 +91,9 @@ def wake(ws: Workspace, which: Tensor, made: int) -> None:
         _overwrite(ws.real_row(row), which, math.inf)
     for row in (Real.FIRST, Real.LARGEST):
         _overwrite(ws.real_row(row), which, 0)
-    ws.int_row(Int.WOKEN).add_(which)
-    ws.woken(which)
+    stopped = which if stopped is None else stopped
+    ws.int_row(Int.WOKEN).add_(stopped)
+    ws.woken(stopped)
 
 
 def begin(ws: Workspace, which: Tensor | None = None) -> None:

@@ -137,6 +137,9 @@ class Workspace:
     def woken(self, which: Tensor) -> None:
         """Some samples run again at an iterate where they had stopped: what is of no use to them is forgotten."""
 
+    def changed(self) -> None:
+        """F is another map from here on: nothing is to be made of a difference of its outputs and the old one's."""
+
     def release(self) -> None:
         """Give the history up; statistics and iterates stay, but no further step can be made."""
         if self.buffer is not None:

@@ -8,7 +8,7 @@ from .. import compiled
 from ..loop.state import SolverState
 from ..ops.layout import Layout, layout_of
 from ..ops.workspace import Stopping, Workspace
-from ..options import check_choice, check_samples, stopping
+from ..options import check_choice, check_flag, check_samples, stopping
 
 
 class Solver:
@@ -36,6 +36,7 @@ class Solver:
         segments: Any = None,
         backend: str = "auto",
         history: SolverState | None = None,
+        resumable: bool = False,
     ) -> SolverState:
         """A state for a loop of your own, starting at a copy of ``z0``; see ``SolverState``.
 
@@ -52,12 +53,18 @@ class Solver:
             history: an earlier solve with the same solver and a state of the same structure, shape and dtype, whose
                 columns are copied: of an f that has changed a little they save evaluations from the first one on.
                 ``dq.Anderson`` with ``mix_every=1`` alone. The earlier state keeps its memory as long as you keep it.
+            resumable: ``max_iter`` is where the state pauses and not where it ends: ``done`` is True then, samples that
+                were still running stay so, ``solution()`` has their answers, and ``extend`` goes on. ``dq.Broyden()``
+                keeps up to 100 steps then, whatever the limit.
         """
         check_choice("stop", stop, ("each", "all"))
         check_samples(batch_dims, segments)
         layout = layout_of(z0, batch_dims, segments)
         rule = stopping(rtol, atol, max_iter, layout.dtype)
-        state = SolverState(self, z0, rule, backend=backend, layout=layout, together=stop == "all")
+        limit = rule.max_iter if check_flag("resumable", resumable) and rule.max_iter else None
+        if limit:
+            rule = rule._replace(max_iter=0)  # the kernels step on
+        state = SolverState(self, z0, rule, backend=backend, layout=layout, together=stop == "all", limit=limit)
         if history is not None:
             state.take_over(history)
         return state

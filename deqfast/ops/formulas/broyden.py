@@ -126,7 +126,12 @@ def chain(algebra: Algebra, z: Tensor, links: Iterable[Link]) -> tuple[Tensor, T
 
 
 def by_gram(
-    products: Tensor, gram: Tensor, count: Tensor, places: Tensor, solve: Callable[[Tensor, Tensor], Tensor]
+    products: Tensor,
+    gram: Tensor,
+    count: Tensor,
+    places: Tensor,
+    solve: Callable[[Tensor, Tensor], Tensor],
+    cut: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The weights of s_1, s_2, ... in z_{k-1} - z_0, (B, k - 1), and the denominator.
 
@@ -136,9 +141,11 @@ def by_gram(
         count: (B,) steps that count.
         places: (k,) 0, 1, ...
         solve: lower triangular systems (B, k, k) with (B, k).
+        cut: (B, k) steps whose ratio is 0: as if they were infinitely long.
     """
-    active = places < count[:, None]
-    both = active[:, :, None] & active[:, None, :]
+    there = places < count[:, None]
+    active = there if cut is None else there & ~cut
+    both = active[:, :, None] & there[:, None, :]
     square = gram.diagonal(dim1=1, dim2=2)
     diagonal = torch.where(active & (square > 0), square, 1.0)
     beyond = torch.where(both, gram, 0.0)[:, :, 1:].tril(-1)

@@ -29,6 +29,7 @@ class Steps:
         self.room = 0
         kept = ws.gram.shape[1] > 0
         self.gram = ws.gram if kept else torch.empty(B, memory, memory, dtype=layout.acc, device=device)
+        self.cut = False  # whether there may be steps of infinite norm, of which no update is made
         if made:
             self._take_up(kept, made)
 
@@ -39,6 +40,7 @@ class Steps:
         self.room = min(-(-made // GROWTH) * GROWTH, ws.method.memory)  # as if it had grown here
         ws.history.masked_fill_(~used[..., None], 0)
         ws.norms.masked_fill_(~used, 0)
+        self.cut = bool(torch.isinf(ws.norms).any())
         if kept:
             self.gram.masked_fill_(~(used[:, :, None] & used[:, None, :]), 0)
         else:
@@ -64,7 +66,8 @@ class Steps:
         steps = self.ws.history[:, :room]
         products = torch.bmm(z[:, None], steps.mT)[:, 0]
         gram = self.gram[:, :room, :room]
-        weights, denominator = broyden.by_gram(products, gram, count, self.places[:room], self.algebra.triangular)
+        cut = torch.isinf(self.ws.norms[:, :room]) if self.cut else None
+        weights, denominator = broyden.by_gram(products, gram, count, self.places[:room], self.algebra.triangular, cut)
         return torch.baddbmm(z[:, None], weights[:, None], steps[:, 1:])[:, 0], denominator
 
     def put(self, count: Tensor, s: Tensor) -> None:
