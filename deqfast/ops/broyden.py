@@ -59,7 +59,7 @@ class BroydenWorkspace(Workspace):
         self.int_row(Int.COUNT).masked_fill_(which, 0)
 
     def changed(self) -> None:
-        """No update is made of the last step: one of infinite norm takes part in none. In Gram form all are forgotten."""
+        """No update is made of the last step: one of infinite norm takes part in none. Gram forms forget all."""
         count = self.int_row(Int.COUNT)
         if self.gram.shape[1]:
             count.zero_()
