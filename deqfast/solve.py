@@ -25,6 +25,7 @@ from .naming import check_names
 from .ops import contract
 from .ops.codes import Int
 from .ops.layout import as_tuples, layout_of
+from .ops.shared import tell
 from .options import Options, check_args, check_callable, check_flag
 from .problem import Problem
 from .solution import ConvergenceError, Solution
@@ -49,6 +50,7 @@ def fixed_point(
     unpack: bool = False,
     returns: str = "best",
     stop: str = "each",
+    group: Any = None,
     batch_dims: int = 1,
     segments: Any = None,
     compact: Any = False,
@@ -83,7 +85,11 @@ def fixed_point(
             that f was evaluated at.
         stop: "each" (default): a sample that is within tolerance is frozen, and judged again when the last one stops;
             where f couples samples it may have to go on. "all": nothing is frozen before the evaluation at which every
-            finite sample is within tolerance.
+            finite sample is within tolerance. "consensus": the same over the ranks of ``group``, each with samples of
+            its own, so that all make as many evaluations: for an f that holds collectives.
+        group: ranks that share the solve: a ``ProcessGroup`` or a ``DeviceMesh`` of one dim. Every sample is spread
+            over them: z0 has this rank's numbers, f returns the same ones of f(z), norms and products are added up. On
+            a CPU. With stop="consensus" it is the ranks that stop together, by default all.
         batch_dims: how many leading dims count samples: 1 (default), 0 (the whole state is one: a vector of unknowns,
             the nodes of a graph), 2 (every token of (B, T, ...)), and so on. ``converged``, ``steps`` and ``residual``
             have their shape.
@@ -112,26 +118,32 @@ def fixed_point(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came, before any work.
         ConvergenceError: with ``throw=True``.
+        RankError: ranks were given what does not fit together, or one of them what cannot be; on every rank.
     """
-    options = Options(
-        solver=choose_solver(solver),
-        rtol=rtol,
-        atol=atol,
-        max_iter=max_iter,
-        backward=choose_gradient(backward),
-        returns=returns,
-        stop=stop,
-        batch_dims=batch_dims,
-        segments=segments,
-        compact=compact,
-        trace=trace,
-        states=states,
-        callback=callback,
-        throw=throw,
-        backend=backend,
-        mode=mode,
-        progress=progress,
-    )
+    try:
+        options = Options(
+            solver=choose_solver(solver),
+            rtol=rtol,
+            atol=atol,
+            max_iter=max_iter,
+            backward=choose_gradient(backward),
+            returns=returns,
+            stop=stop,
+            group=group,
+            batch_dims=batch_dims,
+            segments=segments,
+            compact=compact,
+            trace=trace,
+            states=states,
+            callback=callback,
+            throw=throw,
+            backend=backend,
+            mode=mode,
+            progress=progress,
+        )
+    except (TypeError, ValueError) as error:
+        tell(group, stop, error)
+        raise
     if unpack is not False:
         f = _unpacked(f, z0, unpack)
     if kwargs is None and not has_aux:
@@ -153,8 +165,8 @@ def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Option
     if transformed:
         f = compiled.eager(f)
     start = transforms.values(z0) if transformed else z0
-    layout = layout_of(start, options.batch_dims, options.segments)
-    problem = Problem(f, args, layout, options, options.stopping(layout.dtype), transformed)
+    problem = _problem(f, start, args, options, transformed)
+    layout = problem.layout
     if gradient is not None and gradient.solves and problem.differentiated:
         return gradient.solve(problem, z0)
     solution = None
@@ -162,7 +174,7 @@ def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Option
         backend = contract.choose(options.backend, layout.device).name
         solution = unsolved(layout, [t.detach().clone() for t in layout.tensors(start)], backend, options.trace)
         solution.states = [pytree.tree_map(torch.clone, solution.z) for _ in options.states] or None
-    elif options.mode != "loop" and layout.B and layout.N:
+    elif options.mode != "loop" and layout.B and layout.numbers:
         solution = _replayed(problem, start)
     if solution is None and not transformed:
         solution = _run(f, args, problem, start)
@@ -177,6 +189,17 @@ def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Option
     if options.throw and not bool(solution.converged.all()):
         raise ConvergenceError(solution)
     return solution
+
+
+def _problem(f: Callable[..., Any], start: Any, args: tuple[Any, ...], options: Options, transformed: bool) -> Problem:
+    try:
+        layout = layout_of(start, options.batch_dims, options.segments)
+        problem = Problem(f, args, layout, options, options.stopping(layout.dtype), transformed)
+    except (TypeError, ValueError) as error:
+        tell(options.group, options.stop, error)
+        raise
+    problem.share()
+    return problem
 
 
 _OPTIONS = [name for name, p in inspect.signature(fixed_point).parameters.items() if p.kind is p.KEYWORD_ONLY]
@@ -261,7 +284,13 @@ def _run(f: Callable[..., Any], args: tuple[Any, ...], problem: Problem, start: 
     if options.returns == "next":
         rule = stepping_on(rule)
     state = SolverState(
-        options.solver, start, rule, backend=options.backend, layout=problem.layout, together=options.stop == "all"
+        options.solver,
+        start,
+        rule,
+        backend=options.backend,
+        layout=problem.layout,
+        together=options.stop != "each",
+        group=problem.group,
     )
     rows = images = sampled = None
     with torch.no_grad():
