@@ -73,11 +73,11 @@ class BroydenGram {
     }
 
     // Of a spread sample, before its verdict: the newest step on all ranks. Where it was not finite on one of them no
-    // step counts any more, and the products with them are none.
+    // step counts any more, and the products with them are none. (A sample that goes on after it had stopped has none.)
     void take_carried(int64_t b, double* sum) const {
         double* found = a.carry + b * broyden_carried(a.memory);
         const int count = a.at(kCount, b);
-        if (count > 0) {
+        if (count > 0 && found[0] >= 0) {
             if (found[0] == 0 && std::isfinite(found[1])) {
                 enter(b, count - 1, found);
             } else {
@@ -87,6 +87,7 @@ class BroydenGram {
             }
         }
         std::fill_n(found, broyden_carried(a.memory), 0.0);
+        found[0] = -1;  // entered
     }
 
     template <class Work>

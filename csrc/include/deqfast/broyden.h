@@ -24,7 +24,8 @@ struct BroydenArgs : SolveArgs, BroydenMethod {
 
 DEQFAST_HD inline int64_t broyden_products(int memory) { return 2 + int64_t(memory); }
 
-// Carried, of the newest step: whether it was not finite on some rank, its squared norm, its products with the older.
+// Carried, of the newest step: on how many ranks it was not finite, below 0: there is none; its squared norm, its
+// products with the older ones.
 DEQFAST_HD inline int64_t broyden_carried(int memory) { return 2 + int64_t(memory); }
 
 inline int64_t broyden_scratch_bytes(int64_t N, bool chain, int64_t number) {
