@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import all_well, run_ranks
 from spread_maps import whole
 
 import deqfast as dq
@@ -58,10 +58,7 @@ ROUGH = {
 def found(request, tmp_path_factory):
     given = {**CASES, **ROUGH}
     ranks = run_ranks(tmp_path_factory.mktemp("ranks"), "spread_maps:spread", request.param, cases=list(given.values()))
-    for result in ranks:
-        if isinstance(result, Exception):
-            raise result
-    return dict(zip(given, zip(*ranks, strict=True), strict=True))
+    return dict(zip(given, zip(*all_well(ranks), strict=True), strict=True))
 
 
 def columns(ranks, name):
@@ -97,6 +94,4 @@ def test_ranks_agree_where_one_of_them_overflows(found, name):
     ranks = found[name]
     for r in ranks[1:]:
         assert torch.equal(r["status"], ranks[0]["status"]) and torch.equal(r["steps"], ranks[0]["steps"])
-        assert {k: v.tolist() for k, v in r["events"].items()} == {
-            k: v.tolist() for k, v in ranks[0]["events"].items()
-        }
+        assert {k: v.tolist() for k, v in r["events"].items()} == {k: v.tolist() for k, v in ranks[0]["events"].items()}

@@ -19,9 +19,7 @@ def run_ranks(path: Path, function: str, size: int = 2, timeout: float = 120, **
     env = {**os.environ, "OMP_NUM_THREADS": "1", "RANKS_DIR": str(path), "RANKS_SIZE": str(size)}
     env["PYTHONPATH"] = os.pathsep.join([*(p for p in sys.path if p), str(root)])
     processes = [
-        subprocess.Popen(
-            [sys.executable, str(HERE), function, str(rank)], env=env, stderr=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([sys.executable, str(HERE), function, str(rank)], env=env, stderr=subprocess.PIPE, text=True)
         for rank in range(size)
     ]
     found: list[Any] = []
@@ -29,7 +27,9 @@ def run_ranks(path: Path, function: str, size: int = 2, timeout: float = 120, **
         for rank, process in enumerate(processes):
             _, told = process.communicate(timeout=timeout)
             result = path / f"rank{rank}"
-            found.append(pickle.loads(result.read_bytes()) if result.exists() else RuntimeError(f"died: {told[-2000:]}"))
+            found.append(
+                pickle.loads(result.read_bytes()) if result.exists() else RuntimeError(f"died: {told[-2000:]}")
+            )
     finally:
         for process in processes:
             process.kill()
@@ -37,9 +37,19 @@ def run_ranks(path: Path, function: str, size: int = 2, timeout: float = 120, **
     return found
 
 
+def all_well(found: list[Any]) -> list[Any]:
+    """What the ranks returned; what one of them raised, in its own words, where one did."""
+    errors = [result for result in found if isinstance(result, Exception)]
+    errors.sort(key=lambda error: "peer" in str(error))  # those that lost one come last
+    if errors:
+        raise errors[0]
+    return found
+
+
 def _main() -> None:
     import datetime
     import importlib
+    import traceback
 
     import torch.distributed as dist
 
@@ -52,6 +62,7 @@ def _main() -> None:
     try:
         result = getattr(importlib.import_module(module), name)(rank, size, **given)
     except Exception as error:
+        error.add_note(traceback.format_exc()) if hasattr(error, "add_note") else None
         result = error
     scratch = path / f"rank{rank}.tmp"
     scratch.write_bytes(pickle.dumps(result))

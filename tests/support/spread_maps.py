@@ -107,3 +107,112 @@ def spread(rank, size, cases):
         args = (f.W.requires_grad_(case["grad"]), f.x.requires_grad_(case["grad"]))
         found.append(solve(f, args, {**case["options"], "group": dist.group.WORLD}))
     return found
+
+
+def synced_map(z, W, x, mean):
+    """Centred over the samples of all ranks, as a normalisation that is kept in step would be."""
+    y = torch.tanh(z @ W + x)
+    return y - 0.2 * mean(y)
+
+
+class Mean(torch.autograd.Function):
+    """Of all samples on all ranks."""
+
+    @staticmethod
+    def forward(ctx, y):
+        total = torch.cat([y.sum(0), y.new_tensor([float(len(y))])])
+        dist.all_reduce(total)
+        ctx.count, ctx.rows = total[-1], len(y)
+        return total[:-1] / total[-1]
+
+    @staticmethod
+    def backward(ctx, g):
+        g = g.contiguous()
+        dist.all_reduce(g)
+        return (g / ctx.count).expand(ctx.rows, -1)
+
+
+def rows_of(B, rank, size):
+    """Unequal shares: the last rank of three has no sample."""
+    cuts = [0, 1, B] if size == 2 else [0, 1, B, B]
+    return slice(cuts[rank], cuts[rank + 1])
+
+
+def consensus(rank, size, cases):
+    found = []
+    for case in cases:
+        W, x = problem(case["B"], case["N"], case["dtype"])
+        x = x * torch.linspace(0.1, 2, case["B"], dtype=x.dtype)[:, None]  # some are harder
+        mine = x[rows_of(case["B"], rank, size)].clone()
+        args = (W.requires_grad_(case["grad"]), mine.requires_grad_(case["grad"]))
+        calls = 0
+
+        def f(z, W, x):
+            nonlocal calls
+            calls += 1
+            return synced_map(z, W, x, Mean.apply)
+
+        result = solve(f, args, {**case["options"], "stop": "consensus"})
+        if case["grad"]:
+            dist.all_reduce(result["W"])
+        found.append({**result, "calls": calls})
+    return found
+
+
+def consensus_alone(case):
+    W, x = problem(case["B"], case["N"], case["dtype"])
+    x = x * torch.linspace(0.1, 2, case["B"], dtype=x.dtype)[:, None]
+    args = (W.requires_grad_(case["grad"]), x.requires_grad_(case["grad"]))
+    return solve(lambda z, W, x: synced_map(z, W, x, lambda y: y.mean(0)), args, {**case["options"], "stop": "all"})
+
+
+def wrong(rank, size, cases):
+    """What each rank is told where they were not given what fits together: (kind of error, words) a case."""
+    found = []
+    for given in cases:
+        mine = given[rank % len(given)]
+        try:
+            z0 = torch.zeros(mine.pop("shape", (2, 3)), dtype=mine.pop("dtype", torch.float32))
+            group = None if mine.get("stop") == "consensus" else dist.group.WORLD
+            dq.fixed_point(lambda z: 0.5 * z + 1, z0, **{"group": group, **mine})
+            found.append(("nothing", ""))
+        except Exception as error:
+            found.append((type(error).__name__, str(error)))
+    return found
+
+
+def nan_on_one(rank, size):
+    """Of two samples the second is NaN on the last rank alone."""
+    bad = torch.tensor([[0.0], [torch.nan if rank == size - 1 else 0.0]])
+    sol = dq.fixed_point(lambda z: 0.5 * z + 1 + bad, torch.zeros(2, 3), group=dist.group.WORLD)
+    return told(sol)
+
+
+def own_loop(rank, size, folder):
+    """A loop by hand that is stopped, saved, and taken up by another state; the iterates of both ways."""
+    found = {}
+    for solver in (dq.Anderson(m=4), dq.Broyden()):
+        f = SpreadMap("tanh", rank, size, *problem(3, 40, torch.float64))
+
+        def begin(solver=solver, f=f):
+            return solver.init(torch.zeros_like(f.x), rtol=1e-9, max_iter=60, group=dist.group.WORLD)
+
+        through = begin()
+        while not through.done:
+            through.step(f(through.z, f.W, f.x))
+        first = begin()
+        for _ in range(6):
+            first.step(f(first.z, f.W, f.x))
+        torch.save(first.state_dict(), f"{folder}/state{rank}")
+        second = begin()
+        second.load_state_dict(torch.load(f"{folder}/state{rank}", weights_only=True))
+        while not second.done:
+            second.step(f(second.z, f.W, f.x))
+        refused = []
+        for call in (lambda s=second: __import__("copy").deepcopy(s), lambda s=second: s.keep([0])):
+            try:
+                call()
+            except ValueError as error:
+                refused.append(str(error))
+        found[type(solver).__name__] = (torch.equal(through.z, second.z), through.nfe, second.nfe, refused)
+    return found
