@@ -16,8 +16,8 @@ from .together import Together
 class Consensus(Together):
     """Samples of all ranks stop together: at the first evaluation at which every finite one, anywhere, is within.
 
-    ``Group.overlapped``: the sum over ranks is on its way while f is evaluated once more. The last such evaluation is in
-    vain, and not counted.
+    ``Group.overlapped``: the sum over ranks is on its way while f is evaluated once more. The last such evaluation is
+    in vain, and not counted.
     """
 
     def __init__(self, ws: Workspace, rule: Stopping, made: int, group: Group) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -54,7 +56,7 @@ def test_every_rank_says_what_is_wrong(tmp_path):
         _, kinds, words = WRONG[name]
         for kind, said in told:
             assert kind in kinds.split("|"), (name, told)
-            assert __import__("re").search(words, said), (name, told)
+            assert re.search(words, said), (name, told)
 
 
 @native_only
@@ -76,7 +78,7 @@ def test_a_loop_by_hand_is_saved_and_taken_up(tmp_path):
 
 
 def test_without_a_process_group():
-    with pytest.raises(RuntimeError, match="call torch.distributed.init_process_group first"):
+    with pytest.raises(RuntimeError, match=r"call torch\.distributed\.init_process_group first"):
         dq.fixed_point(lambda z: 0.5 * z, torch.ones(2, 3), stop="consensus")
     with pytest.raises(ValueError, match="stop must be one of 'each', 'all', 'consensus', got 'both'"):
         dq.fixed_point(lambda z: 0.5 * z, torch.ones(2, 3), stop="both")

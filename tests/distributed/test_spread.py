@@ -1,4 +1,4 @@
-"""Samples that are spread over ranks are solved as they are on one: to rounding, in as many evaluations, with gradients."""
+"""Samples that are spread over ranks are solved as on one: to rounding, in as many evaluations, with gradients."""
 
 from __future__ import annotations
 

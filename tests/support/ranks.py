@@ -62,7 +62,8 @@ def _main() -> None:
     try:
         result = getattr(importlib.import_module(module), name)(rank, size, **given)
     except Exception as error:
-        error.add_note(traceback.format_exc()) if hasattr(error, "add_note") else None
+        if hasattr(error, "add_note"):
+            error.add_note(traceback.format_exc())
         result = error
     scratch = path / f"rank{rank}.tmp"
     scratch.write_bytes(pickle.dumps(result))

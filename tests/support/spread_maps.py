@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import itertools
 import warnings
 
 import torch
@@ -14,7 +16,7 @@ import deqfast as dq
 def parts_of(N, size):
     """Where each rank's numbers begin and end: uneven, and of three ranks the middle one has none."""
     cuts = [0, N] if size == 1 else [0, N // 3, N] if size == 2 else [0, N // 3, N // 3, N]
-    return [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [slice(a, b) for a, b in itertools.pairwise(cuts)]
 
 
 def problem(B, N, dtype, seed=0):
@@ -209,7 +211,7 @@ def own_loop(rank, size, folder):
         while not second.done:
             second.step(f(second.z, f.W, f.x))
         refused = []
-        for call in (lambda s=second: __import__("copy").deepcopy(s), lambda s=second: s.keep([0])):
+        for call in (lambda s=second: copy.deepcopy(s), lambda s=second: s.keep([0])):
             try:
                 call()
             except ValueError as error:
