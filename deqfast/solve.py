@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from .ops.layout import as_tuples, layout_of
 from .ops.shared import tell
 from .options import Options, check_args, check_callable, check_flag
 from .problem import Problem
+from .sharded import LocalMap, Placed, is_sharded
 from .solution import ConvergenceError, Solution
 from .solvers.base import Solver
 from .solvers.choose import choose_solver
@@ -67,7 +69,7 @@ def fixed_point(
     Args:
         f: callable (z, *args) -> same structure, shapes and dtypes as z. The z it receives is valid during the call.
         z0: start: tensor (B, ...) or a tuple, list or dict of tensors that share dim 0 (see ``batch_dims``). float64,
-            float32, bfloat16, float16 or complex.
+            float32, bfloat16, float16 or complex. DTensors are solved where they are, see ``group``.
         args: tensors or pytrees handed to f after z. Gradients reach them, and whatever f closes over.
         solver: "anderson" (default), "broyden", "picard", or an ``Anderson``, ``Broyden`` or ``Picard`` with options.
         rtol: a sample stops when ||f(z) - z|| <= atol + rtol ||f(z)||. Default by dtype: 1e-8 float64, 1e-4 float32,
@@ -89,7 +91,8 @@ def fixed_point(
             its own, so that all make as many evaluations: for an f that holds collectives.
         group: ranks that share the solve: a ``ProcessGroup`` or a ``DeviceMesh`` of one dim. Every sample is spread
             over them: z0 has this rank's numbers, f returns the same ones of f(z), norms and products are added up. On
-            a CPU. With stop="consensus" it is the ranks that stop together, by default all.
+            a CPU. With stop="consensus" it is the ranks that stop together, by default all. A z0 of DTensors says by
+            its placements what is spread: leave ``group`` out.
         batch_dims: how many leading dims count samples: 1 (default), 0 (the whole state is one: a vector of unknowns,
             the nodes of a graph), 2 (every token of (B, T, ...)), and so on. ``converged``, ``steps`` and ``residual``
             have their shape.
@@ -146,12 +149,13 @@ def fixed_point(
         raise
     if unpack is not False:
         f = _unpacked(f, z0, unpack)
+    run = _solve_on_mesh if is_sharded(z0) else solve
     if kwargs is None and not has_aux:
-        return solve(f, z0, args, options)
+        return run(f, z0, args, options)
     check_callable("f", f)
     check_flag("has_aux", has_aux)
     called = Called(f, kwargs, has_aux)
-    solution = solve(called, z0, args, options)
+    solution = run(called, z0, args, options)
     solution.aux = called.newest
     return solution
 
@@ -181,13 +185,23 @@ def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Option
     elif solution is None:
         with transforms.Outside() as outside:
             solution = _run(outside.inside(f), transforms.values(args), problem, start)
-    if isinstance(f, Called):
+    if isinstance(f, (Called, LocalMap)):
         f.hold()
     if gradient is not None and problem.differentiated:
         solution.z = gradient.attach(problem, solution.z)
         solution.reports = problem.reports
     if options.throw and not bool(solution.converged.all()):
         raise ConvergenceError(solution)
+    return solution
+
+
+def _solve_on_mesh(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Options) -> Solution:
+    placed = Placed(z0, options.batch_dims, options.group)
+    local = dataclasses.replace(options, group=placed.group)
+    solution = solve(LocalMap(f, placed), placed.local(z0), args, local)
+    solution.z = placed.of_mesh(solution.z)
+    if solution.states is not None:
+        solution.states = [placed.of_mesh(state) for state in solution.states]
     return solution
 
 

@@ -218,3 +218,47 @@ def own_loop(rank, size, folder):
                 refused.append(str(error))
         found[type(solver).__name__] = (torch.equal(through.z, second.z), through.nfe, second.nfe, refused)
     return found
+
+
+def meshed(rank, size):
+    """DTensor states with each placement: the whole solution, and gradients; then what cannot be."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (size,))
+    found = {}
+    for name, placement in (("batch", Shard(0)), ("numbers", Shard(1)), ("replicated", Replicate())):
+        W, x = problem(5, 13, torch.float64)
+        W = distribute_tensor(W, mesh, [Shard(1) if name == "numbers" else Replicate()]).requires_grad_()
+        x = distribute_tensor(x, mesh, [placement]).requires_grad_()
+        z0 = distribute_tensor(torch.zeros(5, 13, dtype=torch.float64), mesh, [placement])
+
+        def f(z, W, x, gathers=name == "numbers"):
+            full = z.redistribute(z.device_mesh, [Replicate()]) if gathers else z
+            return torch.tanh(full @ W + x)
+
+        sol = dq.fixed_point(f, z0, (W, x), rtol=1e-10)
+        (sol.z**2).sum().backward()
+        found[name] = {
+            "is": isinstance(sol.z, DTensor) and tuple(sol.z.placements) == (placement,),
+            "z": sol.z.full_tensor().detach(),
+            "evaluations": sol.evaluations,
+            "W": W.grad.full_tensor(),
+            "x": x.grad.full_tensor(),
+        }
+    told = []
+    two = init_device_mesh("cpu", (1, size), mesh_dim_names=("data", "model"))
+    plain = torch.zeros(5, 3)
+    cases = (
+        (DTensor.from_local(plain, mesh, [Partial()]), {}),
+        ((distribute_tensor(plain, mesh, [Shard(0)]), plain), {}),
+        ((distribute_tensor(plain, mesh, [Shard(0)]), distribute_tensor(plain, two, [Shard(0), Replicate()])), {}),
+        (distribute_tensor(plain, mesh, [Shard(1)]), {"group": dist.group.WORLD}),
+    )
+    for z0, options in cases:
+        try:
+            dq.fixed_point(lambda z: z, z0, **options)
+            told.append("nothing")
+        except (TypeError, ValueError) as error:
+            told.append(str(error))
+    return found, told
