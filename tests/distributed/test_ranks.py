@@ -77,6 +77,13 @@ def test_a_loop_by_hand_is_saved_and_taken_up(tmp_path):
             ]
 
 
+@native_only
+def test_a_rank_that_dies_ends_the_others_with_an_error(tmp_path):
+    survivor, dead = run_ranks(tmp_path, "spread_maps:one_dies", 2)
+    assert isinstance(dead, RuntimeError) and "died" in str(dead)
+    assert isinstance(survivor, RuntimeError) and "peer" in str(survivor)  # gloo's own words
+
+
 def test_without_a_process_group():
     with pytest.raises(RuntimeError, match=r"call torch\.distributed\.init_process_group first"):
         dq.fixed_point(lambda z: 0.5 * z, torch.ones(2, 3), stop="consensus")

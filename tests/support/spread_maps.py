@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import os
 import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -249,7 +251,7 @@ def meshed(rank, size):
     told = []
     two = init_device_mesh("cpu", (1, size), mesh_dim_names=("data", "model"))
     plain = torch.zeros(5, 3)
-    cases = (
+    cases: tuple[Any, ...] = (
         (DTensor.from_local(plain, mesh, [Partial()]), {}),
         ((distribute_tensor(plain, mesh, [Shard(0)]), plain), {}),
         ((distribute_tensor(plain, mesh, [Shard(0)]), distribute_tensor(plain, two, [Shard(0), Replicate()])), {}),
@@ -262,3 +264,17 @@ def meshed(rank, size):
         except (TypeError, ValueError) as error:
             told.append(str(error))
     return found, told
+
+
+def one_dies(rank, size):
+    """The last rank is killed at its third evaluation."""
+    calls = 0
+
+    def f(z):
+        nonlocal calls
+        calls += 1
+        if calls == 3 and rank == size - 1:
+            os._exit(9)
+        return 0.9 * z + 1
+
+    return told(dq.fixed_point(f, torch.zeros(2, 3), rtol=1e-6, group=dist.group.WORLD))
