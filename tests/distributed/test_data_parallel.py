@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import parallel_models
 import pytest
-import torch
 from ranks import all_well, run_ranks
 
 
