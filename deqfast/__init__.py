@@ -26,6 +26,7 @@ from .loop.again import CouplingWarning
 from .loop.state import SolverState
 from .nn import DEQ, ConvergenceWarning
 from .ops import library as _library  # noqa: F401  registers torch.ops.deqfast
+from .ops.ranks import RankError
 from .solution import BackwardReport, ConvergenceError, Solution
 from .solve import fixed_point, root
 from .solvers.anderson import Anderson
@@ -69,6 +70,7 @@ __all__ = [
     "OneStep",
     "Phantom",
     "Picard",
+    "RankError",
     "Solution",
     "SolverState",
     "Status",

@@ -35,6 +35,7 @@ class Placed:
         z0: tree of tensors of one mesh.
         batch_dims: how many leading dims count samples.
         group: what the caller gave for one.
+        stop: as in ``fixed_point``.
 
     Attributes:
         group: the ranks over which samples are spread, None where none is.
@@ -44,7 +45,7 @@ class Placed:
         ValueError: a placement that is no state's, samples spread over several mesh dims, or over another group.
     """
 
-    def __init__(self, z0: Any, batch_dims: int, group: Any) -> None:
+    def __init__(self, z0: Any, batch_dims: int, group: Any, stop: str) -> None:
         leaves, self._spec = pytree.tree_flatten(z0)
         others = [type(t).__name__ for t in leaves if not _on_mesh(t)]
         if others:
@@ -62,6 +63,8 @@ class Placed:
         for t in leaves:
             if across and not set(self._spread_over(t, batch_dims)):
                 raise ValueError("tensors of z0 must all be sharded beyond what counts samples, or none of them")
+        if across and stop == "consensus":
+            raise ValueError('z0 spreads samples over ranks, which stop together anyway: leave out stop="consensus"')
         self.group = self._mesh.get_group(across.pop()) if across else None
         if group is not None:
             raise ValueError("group is told by the mesh of z0 and its placements: leave it out")

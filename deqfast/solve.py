@@ -196,7 +196,7 @@ def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Option
 
 
 def _solve_on_mesh(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Options) -> Solution:
-    placed = Placed(z0, options.batch_dims, options.group)
+    placed = Placed(z0, options.batch_dims, options.group, options.stop)
     local = dataclasses.replace(options, group=placed.group)
     solution = solve(LocalMap(f, placed), placed.local(z0), args, local)
     solution.z = placed.of_mesh(solution.z)

@@ -42,3 +42,4 @@ def test_what_cannot_be_is_said(found):
         assert told[1] == "z0 must hold tensors of a mesh alone, or none, got a Tensor beside one"
         assert told[2] == "tensors of z0 must be of one mesh, got several"
         assert told[3] == "group is told by the mesh of z0 and its placements: leave it out"
+        assert told[4] == 'z0 spreads samples over ranks, which stop together anyway: leave out stop="consensus"'

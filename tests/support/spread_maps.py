@@ -256,6 +256,7 @@ def meshed(rank, size):
         ((distribute_tensor(plain, mesh, [Shard(0)]), plain), {}),
         ((distribute_tensor(plain, mesh, [Shard(0)]), distribute_tensor(plain, two, [Shard(0), Replicate()])), {}),
         (distribute_tensor(plain, mesh, [Shard(1)]), {"group": dist.group.WORLD}),
+        (distribute_tensor(plain, mesh, [Shard(1)]), {"stop": "consensus"}),
     )
     for z0, options in cases:
         try:
