@@ -1,8 +1,8 @@
 """Spread samples and consensus over gloo processes on this machine: `python -m bench.scaling --out FILE.json`.
 
-Pools of 1, 2 and 4 processes stand ready and take turns; a pool that waits takes no processor time. A single process has
-as many threads as the machine has cores, the others one each. f is elementwise and local, so that what is measured is
-the step and its all-reduce. Beside them, the all-reduce alone.
+Pools of 1, 2 and 4 processes stand ready and take turns; a pool that waits takes no processor time. A single process
+has as many threads as the machine has cores, the others one each. f is elementwise and local, so that what is measured
+is the step and its all-reduce. Beside them, the all-reduce alone.
 """
 
 from __future__ import annotations
@@ -154,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.worker:
         size, store, rank = args.worker
         return worker(int(rank), int(size), store, args.quick)
+    rows = measure(args.rounds, args.quick)
     found = {
         "meta": meta.describe("python -m bench.scaling"),
         "strong": STRONG,
@@ -161,12 +162,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "consensus": CONSENSUS,
         "m": M,
         "evaluations": EVALUATIONS,
-        "rows": measure(args.rounds, args.quick),
+        "rows": rows,
     }
     text = json.dumps(found, indent=1)
     if args.out is not None:
         args.out.write_text(text + "\n")
-    for row in found["rows"]:
+    for row in rows:
         print(f"{row['processes']} {row['row']:15} {row['us']:10.1f} us ({row['us_low']:.1f} to {row['us_high']:.1f})")
 
 
