@@ -27,8 +27,9 @@ from .loop.state import SolverState
 from .nn import DEQ, ConvergenceWarning
 from .ops import library as _library  # noqa: F401  registers torch.ops.deqfast
 from .ops.ranks import RankError
+from .roots import root
 from .solution import BackwardReport, ConvergenceError, Solution
-from .solve import fixed_point, root
+from .solve import fixed_point
 from .solvers.anderson import Anderson
 from .solvers.broyden import Broyden
 from .solvers.picard import Picard

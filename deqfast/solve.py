@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,10 +20,9 @@ from .loop.images import Images, take
 from .loop.progress import progress_bar
 from .loop.sampled import Sampled
 from .loop.state import SolverState
-from .naming import check_names
 from .ops import contract
 from .ops.codes import Int
-from .ops.layout import as_tuples, layout_of
+from .ops.layout import layout_of
 from .ops.shared import tell
 from .options import Options, check_args, check_callable, check_flag
 from .problem import Problem
@@ -148,7 +145,7 @@ def fixed_point(
         tell(group, stop, error)
         raise
     if unpack is not False:
-        f = _unpacked(f, z0, unpack)
+        f = unpacked(f, z0, unpack)
     run = _solve_on_mesh if is_sharded(z0) else solve
     if kwargs is None and not has_aux:
         return run(f, z0, args, options)
@@ -216,25 +213,7 @@ def _problem(f: Callable[..., Any], start: Any, args: tuple[Any, ...], options: 
     return problem
 
 
-_OPTIONS = [name for name, p in inspect.signature(fixed_point).parameters.items() if p.kind is p.KEYWORD_ONLY]
-
-
-@compiled.skip
-def root(g: Callable[..., Any], z0: Any, args: tuple[Any, ...] = (), **options: Any) -> Solution:
-    """Solve g(z, *args) = 0 as the fixed point of z + g(z, *args).
-
-    Takes every option of ``fixed_point``; stops a sample on ||g(z)|| <= atol + rtol ||z + g(z)||.
-    """
-    check_callable("g", g)
-    check_names("root", options, _OPTIONS)
-    unpack = options.pop("unpack", False)
-    if unpack is not False:
-        g = _unpacked(g, z0, unpack)
-    way = _shifted_beside_aux if options.get("has_aux") is True else _shifted
-    return fixed_point(functools.partial(way, g), z0, args, **options)
-
-
-def _unpacked(f: Callable[..., Any], z0: Any, unpack: object) -> Callable[..., Any]:
+def unpacked(f: Callable[..., Any], z0: Any, unpack: object) -> Callable[..., Any]:
     """``f(*z, *args)`` as a function of (z, *args)."""
     check_callable("f", f)
     if check_flag("unpack", unpack) and not isinstance(z0, (tuple, list)):
@@ -245,32 +224,6 @@ def _unpacked(f: Callable[..., Any], z0: Any, unpack: object) -> Callable[..., A
 @compiled.skip
 def _spread(f: Callable[..., Any], z: Any, *args: Any, **kwargs: Any) -> Any:
     return f(*z, *args, **kwargs)
-
-
-@compiled.skip
-def _shifted_beside_aux(g: Callable[..., Any], z: Any, *args: Any, **kwargs: Any) -> Any:
-    found = g(z, *args, **kwargs)
-    if not isinstance(found, tuple) or len(found) != 2:
-        return found  # which is refused where aux is taken off
-    return _sum(z, found[0]), found[1]
-
-
-@compiled.skip
-def _shifted(g: Callable[..., Any], z: Any, *args: Any, **kwargs: Any) -> Any:
-    return _sum(z, g(z, *args, **kwargs))
-
-
-@compiled.skip
-def _sum(z: Any, value: Any) -> Any:
-    expected, got = pytree.tree_structure(z), pytree.tree_structure(value)
-    if expected != got and pytree.tree_structure(as_tuples(z)) != pytree.tree_structure(as_tuples(value)):
-        raise TypeError(f"g(z) must have the structure of z0, expected {expected}, got {got}")
-    pairs = list(zip(pytree.tree_leaves(z), pytree.tree_leaves(value), strict=True))
-    for t, v in pairs:
-        if not isinstance(v, Tensor) or v.shape != t.shape:
-            shape = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
-            raise ValueError(f"g(z) must have the shape of z0, expected {tuple(t.shape)}, got {shape}")
-    return pytree.tree_unflatten([t + v for t, v in pairs], expected)
 
 
 def _replayed(problem: Problem, start: Any) -> Solution | None:
