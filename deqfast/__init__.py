@@ -26,8 +26,10 @@ from .loop.again import CouplingWarning
 from .loop.state import SolverState
 from .nn import DEQ, ConvergenceWarning
 from .ops import library as _library  # noqa: F401  registers torch.ops.deqfast
+from .ops.ranks import RankError
+from .roots import root
 from .solution import BackwardReport, ConvergenceError, Solution
-from .solve import fixed_point, root
+from .solve import fixed_point
 from .solvers.anderson import Anderson
 from .solvers.broyden import Broyden
 from .solvers.picard import Picard
@@ -71,6 +73,7 @@ __all__ = [
     "Phantom",
     "Picard",
     "RandomStates",
+    "RankError",
     "Solution",
     "SolverState",
     "States",

@@ -20,6 +20,7 @@ DEFAULT_LIMIT = 100  # evaluations
 MODES = ("loop", "graph", "device")
 RETURNS = ("best", "last", "image", "next")
 KEEP_BEST = ("best", "image")  # those that need the iterate with the least residual
+STOPS = ("each", "all", "consensus")
 
 
 def check_number(name: str, value: object) -> float:
@@ -140,6 +141,7 @@ class Options:
     backward: Any = None
     returns: str = "best"
     stop: str = "each"
+    group: Any = None
     batch_dims: int = 1
     segments: Any = None
     compact: Any = False
@@ -159,8 +161,9 @@ class Options:
         none = not isinstance(self.max_iter, bool) and self.max_iter == 0
         object.__setattr__(self, "max_iter", 0 if none else check_limit(self.max_iter))
         check_choice("returns", self.returns, self.RETURNS)
-        check_choice("stop", self.stop, ("each", "all"))
+        check_choice("stop", self.stop, STOPS)
         self._check_samples()
+        self._check_group()
         if self.callback is not None:
             check_callable("callback", self.callback)
         if self.compact is not True and self.compact is not False:
@@ -182,8 +185,24 @@ class Options:
             raise ValueError("compact leaves out samples of dim 0; with batch_dims=0 the whole state is one sample")
         if self.segments is not None:
             raise ValueError("compact leaves out rows of dim 0, which cannot be combined with segments")
-        if self.stop == "all":
-            raise ValueError('compact leaves out samples that have stopped; with stop="all" they stop together')
+        if self.stop != "each":
+            raise ValueError(
+                f"compact leaves out samples that have stopped; with stop={self.stop!r} they stop together"
+            )
+
+    def _check_group(self) -> None:
+        if self.group is None and self.stop != "consensus":
+            return
+        why = None
+        if self.mode != "loop":
+            why = f"mode={self.mode!r}, which captures a loop without waiting for others"
+        elif self.segments is not None:
+            why = "segments, whose samples lie on one rank each"
+        elif self.compact is not False:
+            why = "compact, which would change what f sees on one rank"
+        if why is not None:
+            what = "group" if self.group is not None else 'stop="consensus"'
+            raise ValueError(f"{what} does not go together with {why}")
 
     def _check_tolerances(self) -> None:
         if self.rtol is not None or type(self.atol) is not float or self.atol:

@@ -10,6 +10,7 @@ import torch
 
 from . import transforms
 from .ops.layout import Layout
+from .ops.shared import Group, group_of
 from .ops.workspace import Stopping
 from .options import Options
 from .solution import BackwardReport
@@ -27,6 +28,20 @@ class Problem:
     transformed: bool = False  # a torch.func transform or a forward-mode level surrounds the call
     copy_z: bool = False  # f writes into the z that it is given
     reports: list[BackwardReport] = field(default_factory=list)  # the last backward solve's, once there was one
+
+    group: Group | None = None  # the ranks that share the solve
+
+    def share(self) -> None:
+        """Where ranks share the solve: find them, and that they were given what fits together.
+
+        Raises:
+            RankError: they were not.
+        """
+        options = self.options
+        self.group = group_of(options.group, options.stop, overlapped=not options.looks)
+        if self.group is not None:
+            more = {"stop": options.stop, "returns": options.returns, "backward": options.backward}
+            self.group.settle(self.layout, options.solver, self.stopping, more)
 
     @property
     def differentiated(self) -> bool:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,23 +14,19 @@ from . import compiled, graphs, transforms
 from .called import Called
 from .gradients.base import Gradient
 from .gradients.choose import choose_gradient
-from .loop.compaction import Compactor
-from .loop.conclude import conclude, out_of_evaluations, stepping_on, unsolved
-from .loop.images import Images, take
-from .loop.progress import progress_bar
-from .loop.sampled import Sampled
+from .loop.conclude import conclude, stepping_on, unsolved
+from .loop.looking import Seen, look_on
 from .loop.state import SolverState
-from .naming import check_names
 from .ops import contract
-from .ops.codes import Int
-from .ops.layout import Layout, as_tuples, layout_of
+from .ops.layout import Layout, layout_of
+from .ops.shared import tell
 from .options import Options, check_args, check_callable, check_flag
 from .problem import Problem
+from .sharded import LocalMap, Placed, is_sharded
 from .solution import ConvergenceError, Solution
 from .solvers.base import Solver
 from .solvers.choose import choose_solver
 from .states import RandomStates, States, checked
-from .status import Status
 
 
 @compiled.entry("f")
@@ -50,6 +45,7 @@ def fixed_point(
     unpack: bool = False,
     returns: str = "best",
     stop: str = "each",
+    group: Any = None,
     batch_dims: int = 1,
     segments: Any = None,
     compact: Any = False,
@@ -66,7 +62,7 @@ def fixed_point(
     Args:
         f: callable (z, *args) -> same structure, shapes and dtypes as z. The z it receives is valid during the call.
         z0: start: tensor (B, ...) or a tuple, list or dict of tensors that share dim 0 (see ``batch_dims``). float64,
-            float32, bfloat16, float16 or complex.
+            float32, bfloat16, float16 or complex. DTensors are solved where they are, see ``group``.
         args: tensors or pytrees handed to f after z. Gradients reach them, and whatever f closes over.
         solver: "anderson" (default), "broyden", "picard", or an ``Anderson``, ``Broyden`` or ``Picard`` with options.
         rtol: a sample stops when ||f(z) - z|| <= atol + rtol ||f(z)||. Default by dtype: 1e-8 float64, 1e-4 float32,
@@ -84,7 +80,12 @@ def fixed_point(
             that f was evaluated at.
         stop: "each" (default): a sample that is within tolerance is frozen, and judged again when the last one stops;
             where f couples samples it may have to go on. "all": nothing is frozen before the evaluation at which every
-            finite sample is within tolerance.
+            finite sample is within tolerance. "consensus": the same over the ranks of ``group``, each with samples of
+            its own, so that all make as many evaluations: for an f that holds collectives.
+        group: ranks that share the solve: a ``ProcessGroup`` or a ``DeviceMesh`` of one dim. Every sample is spread
+            over them: z0 has this rank's numbers, f returns the same ones of f(z), norms and products are added up. On
+            a CPU. With stop="consensus" it is the ranks that stop together, by default all. A z0 of DTensors says by
+            its placements what is spread: leave ``group`` out.
         batch_dims: how many leading dims count samples: 1 (default), 0 (the whole state is one: a vector of unknowns,
             the nodes of a graph), 2 (every token of (B, T, ...)), and so on. ``converged``, ``steps`` and ``residual``
             have their shape.
@@ -115,34 +116,41 @@ def fixed_point(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came, before any work.
         ConvergenceError: with ``throw=True``.
+        RankError: ranks were given what does not fit together, or one of them what cannot be; on every rank.
     """
-    options = Options(
-        solver=choose_solver(solver),
-        rtol=rtol,
-        atol=atol,
-        max_iter=max_iter,
-        backward=choose_gradient(backward),
-        returns=returns,
-        stop=stop,
-        batch_dims=batch_dims,
-        segments=segments,
-        compact=compact,
-        trace=trace,
-        states=checked(states),
-        callback=callback,
-        throw=throw,
-        backend=backend,
-        mode=mode,
-        progress=progress,
-    )
+    try:
+        options = Options(
+            solver=choose_solver(solver),
+            rtol=rtol,
+            atol=atol,
+            max_iter=max_iter,
+            backward=choose_gradient(backward),
+            returns=returns,
+            stop=stop,
+            group=group,
+            batch_dims=batch_dims,
+            segments=segments,
+            compact=compact,
+            trace=trace,
+            states=checked(states),
+            callback=callback,
+            throw=throw,
+            backend=backend,
+            mode=mode,
+            progress=progress,
+        )
+    except (TypeError, ValueError) as error:
+        tell(group, stop, error)
+        raise
     if unpack is not False:
-        f = _unpacked(f, z0, unpack)
+        f = unpacked(f, z0, unpack)
+    run = _solve_on_mesh if is_sharded(z0) else solve
     if kwargs is None and not has_aux:
-        return solve(f, z0, args, options)
+        return run(f, z0, args, options)
     check_callable("f", f)
     check_flag("has_aux", has_aux)
     called = Called(f, kwargs, has_aux)
-    solution = solve(called, z0, args, options)
+    solution = run(called, z0, args, options)
     solution.aux = called.newest
     return solution
 
@@ -156,21 +164,21 @@ def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Option
     if transformed:
         f = compiled.eager(f)
     start = transforms.values(z0) if transformed else z0
-    layout = layout_of(start, options.batch_dims, options.segments)
-    problem = Problem(f, args, layout, options, options.stopping(layout.dtype), transformed)
+    problem = _problem(f, start, args, options, transformed)
+    layout = problem.layout
     if gradient is not None and gradient.solves and problem.differentiated:
         return gradient.solve(problem, z0)
     solution = None
     if options.max_iter == 0:
         solution = _unsolved(layout, start, options)
-    elif options.mode != "loop" and layout.B and layout.N:
+    elif options.mode != "loop" and layout.B and layout.numbers:
         solution = _replayed(problem, start)
     if solution is None and not transformed:
         solution = _run(f, args, problem, start)
     elif solution is None:
         with transforms.Outside() as outside:
             solution = _run(outside.inside(f), transforms.values(args), problem, start)
-    if isinstance(f, Called):
+    if isinstance(f, (Called, LocalMap)):
         f.hold()
     if gradient is not None and problem.differentiated:
         solution.z = gradient.attach(problem, solution.z)
@@ -190,25 +198,28 @@ def _unsolved(layout: Layout, start: Any, options: Options) -> Solution:
     return solution
 
 
-_OPTIONS = [name for name, p in inspect.signature(fixed_point).parameters.items() if p.kind is p.KEYWORD_ONLY]
+def _solve_on_mesh(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Options) -> Solution:
+    placed = Placed(z0, options.batch_dims, options.group, options.stop)
+    local = dataclasses.replace(options, group=placed.group)
+    solution = solve(LocalMap(f, placed), placed.local(z0), args, local)
+    solution.z = placed.of_mesh(solution.z)
+    if solution.states is not None:
+        solution.states = [placed.of_mesh(state) for state in solution.states]
+    return solution
 
 
-@compiled.skip
-def root(g: Callable[..., Any], z0: Any, args: tuple[Any, ...] = (), **options: Any) -> Solution:
-    """Solve g(z, *args) = 0 as the fixed point of z + g(z, *args).
-
-    Takes every option of ``fixed_point``; stops a sample on ||g(z)|| <= atol + rtol ||z + g(z)||.
-    """
-    check_callable("g", g)
-    check_names("root", options, _OPTIONS)
-    unpack = options.pop("unpack", False)
-    if unpack is not False:
-        g = _unpacked(g, z0, unpack)
-    way = _shifted_beside_aux if options.get("has_aux") is True else _shifted
-    return fixed_point(functools.partial(way, g), z0, args, **options)
+def _problem(f: Callable[..., Any], start: Any, args: tuple[Any, ...], options: Options, transformed: bool) -> Problem:
+    try:
+        layout = layout_of(start, options.batch_dims, options.segments)
+        problem = Problem(f, args, layout, options, options.stopping(layout.dtype), transformed)
+    except (TypeError, ValueError) as error:
+        tell(options.group, options.stop, error)
+        raise
+    problem.share()
+    return problem
 
 
-def _unpacked(f: Callable[..., Any], z0: Any, unpack: object) -> Callable[..., Any]:
+def unpacked(f: Callable[..., Any], z0: Any, unpack: object) -> Callable[..., Any]:
     """``f(*z, *args)`` as a function of (z, *args)."""
     check_callable("f", f)
     if check_flag("unpack", unpack) and not isinstance(z0, (tuple, list)):
@@ -219,32 +230,6 @@ def _unpacked(f: Callable[..., Any], z0: Any, unpack: object) -> Callable[..., A
 @compiled.skip
 def _spread(f: Callable[..., Any], z: Any, *args: Any, **kwargs: Any) -> Any:
     return f(*z, *args, **kwargs)
-
-
-@compiled.skip
-def _shifted_beside_aux(g: Callable[..., Any], z: Any, *args: Any, **kwargs: Any) -> Any:
-    found = g(z, *args, **kwargs)
-    if not isinstance(found, tuple) or len(found) != 2:
-        return found  # which is refused where aux is taken off
-    return _sum(z, found[0]), found[1]
-
-
-@compiled.skip
-def _shifted(g: Callable[..., Any], z: Any, *args: Any, **kwargs: Any) -> Any:
-    return _sum(z, g(z, *args, **kwargs))
-
-
-@compiled.skip
-def _sum(z: Any, value: Any) -> Any:
-    expected, got = pytree.tree_structure(z), pytree.tree_structure(value)
-    if expected != got and pytree.tree_structure(as_tuples(z)) != pytree.tree_structure(as_tuples(value)):
-        raise TypeError(f"g(z) must have the structure of z0, expected {expected}, got {got}")
-    pairs = list(zip(pytree.tree_leaves(z), pytree.tree_leaves(value), strict=True))
-    for t, v in pairs:
-        if not isinstance(v, Tensor) or v.shape != t.shape:
-            shape = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
-            raise ValueError(f"g(z) must have the shape of z0, expected {tuple(t.shape)}, got {shape}")
-    return pytree.tree_unflatten([t + v for t, v in pairs], expected)
 
 
 def _replayed(problem: Problem, start: Any) -> Solution | None:
@@ -273,12 +258,18 @@ def _run(f: Callable[..., Any], args: tuple[Any, ...], problem: Problem, start: 
         # To keep, besides, what all kinds of answers are made of.
         rule = stepping_on(rule)
     state = SolverState(
-        options.solver, start, rule, backend=options.backend, layout=problem.layout, together=options.stop == "all"
+        options.solver,
+        start,
+        rule,
+        backend=options.backend,
+        layout=problem.layout,
+        together=options.stop != "each",
+        group=problem.group,
     )
     seen = Seen()
     with torch.no_grad():
         if options.looks:
-            seen = _look_on(f, args, state, options)
+            seen = look_on(f, args, state, options)
         else:
             while not state.done:
                 state.step(f(state.z, *args))
@@ -290,79 +281,3 @@ def _run(f: Callable[..., Any], args: tuple[Any, ...], problem: Problem, start: 
     if not shared:
         state.release()
     return solution
-
-
-def _evaluate(f: Callable[..., Any], args: tuple[Any, ...], state: SolverState, judged: bool) -> list[Tensor]:
-    """One evaluation and step; f's leaves. ``judged``: ``state.judge`` may have to look at this f."""
-    fz = f(state.z, *args)
-    if not judged:
-        state.step(fz)
-        return state.layout.tensors(fz)
-    leaves = state.layout.flatten(fz, "f(z)")
-    state.advance(leaves, None)
-    return leaves
-
-
-class Seen(NamedTuple):
-    """What was seen between evaluations, as far as anybody asked: residuals, f at the answer, states."""
-
-    residuals: list[Tensor] | None = None
-    images: list[Tensor] | None = None
-    sampled: Sampled | None = None
-
-
-def _look_on(f: Callable[..., Any], args: tuple[Any, ...], state: SolverState, options: Options) -> Seen:
-    """The loop with what somebody wants to see or do between evaluations."""
-    compactor = Compactor(state, args, options.compact) if options.compact is not False else None
-    images = Images(state, compactor is not None) if "image" in (options.returns, options.of) else None
-    sampled = None if options.states is None else Sampled(state, options.states.draw(), options.of, images)
-    rows: list[Tensor] | None = [] if options.trace else None
-    bar = progress_bar(options.max_iter) if options.progress else None
-    lookers = [one for one in (images, sampled) if one is not None]
-    judged = options.callback is not None or options.returns == "next" or options.of != options.returns
-    leaves: list[Tensor] = []
-    which: Tensor | None = None
-    told = False  # to stop
-    try:
-        while not (state.done or state.nfe == options.max_iter) or (compactor is not None and compactor.unsure):
-            if compactor is None:
-                leaves = _evaluate(f, args, state, judged)
-            else:
-                leaves, which = compactor.evaluate(f)
-            for one in lookers:
-                one.look(leaves, which)
-            if rows is not None:
-                rows.append(torch.where(state.steps == state.nfe, state.residual, float("nan")))
-            if bar is not None:
-                bar.update()
-                bar.set_postfix_str(f"{state.known_running} running", refresh=False)
-            if options.callback is not None and state.show(options.callback):
-                told = True
-                break
-    finally:
-        if bar is not None:
-            bar.close()
-    _end(state, options, sampled, told, (leaves, which))
-    return Seen(rows, images.leaves if images is not None and options.returns == "image" else None, sampled)
-
-
-def _end(
-    state: SolverState,
-    options: Options,
-    sampled: Sampled | None,
-    told: bool,
-    newest: tuple[list[Tensor], Tensor | None],
-) -> None:
-    """After the loop, with f's ``newest`` output and where its samples are in it: what the kernels have not ended.
-
-    ``told``: the callback said stop.
-    """
-    if told or not state.done:  # else the kernels have ended it
-        state.judge(newest[1])
-    if sampled is not None and options.of != options.returns:
-        sampled.close(*newest)
-    if not (told or state.done):
-        out_of_evaluations(state, options.returns)
-    if options.returns == "next":
-        converged = state.ws.int_row(Int.STATUS) == int(Status.CONVERGED)
-        take(state.layout, state.ws.x[state.ws.cur], converged, *newest)

@@ -131,6 +131,25 @@ class Plan {
         return table.recheck(args, Recheck{made, slack, noise, same});
     }
 
+    // Every sample is spread over ranks, and has so many `numbers` on all of them. Between reduce and apply the caller
+    // adds up `buffer`: (B, products) sums, then (B, carried), and then, where `squares()` says so, `squares` (B, 2).
+    void spread(const Array& buffer, const Array& squares, int64_t numbers) {
+        check_phase(kReduce);
+        const int64_t products = args.B * products_a_sample();
+        args.sums = checked<double>("buffer", buffer, (products + args.B * carried_a_sample()) * 8);
+        args.carry = args.sums + products;
+        args.squares = squares_ = checked<double>("squares", squares, args.B * 2 * 8);
+        args.spread_n = numbers;
+    }
+    // Numbers a sample that are added up, and how many of them are carried from one step to the next.
+    int64_t summed() const { return products_a_sample() + carried_a_sample(); }
+    int64_t carried() const { return carried_a_sample(); }
+    int64_t squares() {
+        const auto& table = cpu::kernels();
+        pybind11::gil_scoped_release release;
+        return table.squares(args, Squares{products_a_sample(), squares_});
+    }
+
 #ifdef DEQFAST_HAS_CUDA
     int64_t failed() const {
         pybind11::gil_scoped_release release;
@@ -149,6 +168,8 @@ class Plan {
 
     virtual void set_previous(bool) {}
     virtual void check_phase(int) const {}
+    virtual int64_t products_a_sample() const = 0;
+    virtual int64_t carried_a_sample() const = 0;
 
     int64_t number() const { return args.dtype == DType::f64 ? 8 : 4; }
 
@@ -181,6 +202,7 @@ class Plan {
     std::unique_ptr<cuda::Device> device_;
 #endif
     Buffer scratch_, sums_, partials_;
+    double* squares_ = nullptr;
     int64_t running_ = 0;
 
     void judge(const Blocks& blocks) {
@@ -207,7 +229,7 @@ class AndersonPlan final : public Plan<AndersonArgs, &cpu::KernelTable::anderson
         static_cast<AndersonMethod&>(args) = read_group<AndersonMethod>("method", method);
         const bool scaled = history_dtype == DType::f16 || history_dtype == DType::i8;
         const int64_t m = args.m, tiled = args.padded * number();
-        const bool kept = args.N > kTinyN || args.n_leaves > 1 || scaled;
+        const bool kept = args.N > kTinyN || args.n_leaves > 1 || scaled || gram.bytes > 0;
         const int64_t bytes = history_dtype == DType::f64   ? 8
                               : history_dtype == DType::f32 ? 4
                               : history_dtype == DType::i8  ? 1
@@ -240,6 +262,8 @@ class AndersonPlan final : public Plan<AndersonArgs, &cpu::KernelTable::anderson
     void check_phase(int phase) const override {
         if (phase != kStep && args.m > 0 && !args.gram) whole_steps_only();
     }
+    int64_t products_a_sample() const override { return anderson_products(args.m); }
+    int64_t carried_a_sample() const override { return kAndersonCarried; }
 };
 
 class BroydenPlan final : public Plan<BroydenArgs, &cpu::KernelTable::broyden_step> {
@@ -252,7 +276,7 @@ class BroydenPlan final : public Plan<BroydenArgs, &cpu::KernelTable::broyden_st
         : Plan(B, dtype, Iterates{numbers, x, x_prev, saved}, ints, reals, stopping, threads, blocks) {
         static_cast<BroydenMethod&>(args) = read_group<BroydenMethod>("method", method);
         const int64_t memory = args.memory;
-        const bool streams = args.N >= kGramMinN;
+        const bool streams = args.N >= kGramMinN || gram.bytes > 0;  // which a spread sample needs of any size
         if (history_dtype != (dtype == DType::f64 ? DType::f64 : DType::f32))
             throw std::invalid_argument("history_dtype: steps are kept in the accumulation dtype");
         args.history = checked("history", history, B * memory * args.N * number());
@@ -265,6 +289,8 @@ class BroydenPlan final : public Plan<BroydenArgs, &cpu::KernelTable::broyden_st
     void check_phase(int phase) const override {
         if (phase != kStep && !args.gram) whole_steps_only();
     }
+    int64_t products_a_sample() const override { return broyden_products(args.memory); }
+    int64_t carried_a_sample() const override { return broyden_carried(args.memory); }
 };
 
 template <class P>
@@ -274,6 +300,10 @@ void declare_steps(pybind11::class_<P>& plan) {
     plan.def("step_dense", &P::step_dense, "cur"_a, "f"_a, "f_prev"_a, "stream"_a = 0);
     plan.def("step", &P::step, pybind11::kw_only(), "cur"_a, "has_previous"_a, "f_rows"_a, "f_prev_rows"_a, "phase"_a,
              "stream"_a);
+    plan.def("spread", &P::spread, pybind11::kw_only(), "buffer"_a, "squares"_a, "numbers"_a);
+    plan.def("squares", &P::squares);
+    plan.def_property_readonly("summed", &P::summed);
+    plan.def_property_readonly("carried", &P::carried);
     plan.def("recheck", &P::recheck, pybind11::kw_only(), "cur"_a, "f_rows"_a, "made"_a, "slack"_a, "noise"_a,
              "same"_a);
 #ifdef DEQFAST_HAS_CUDA

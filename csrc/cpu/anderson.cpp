@@ -106,6 +106,7 @@ class AndersonSplit {
 #pragma omp parallel for num_threads(a.threads) schedule(static) if (a.threads > 1)
         for (int64_t b = 0; b < a.B; ++b) {
             if (a.at(kStatus, b) != kRunning) continue;
+            if (a.carry) sample.take_carried(b);
             Scratch<A> s(a, thread_index());
             Lanes<A> lanes = {};
             double* sum = a.sums + b * sample.D;

@@ -19,6 +19,10 @@ class AndersonColumns {
     void picard(int64_t b, Scratch<A>& s) const {
         for (int l = 0; l < a.n_leaves; ++l)
             for (int64_t c = 0; c < a.leaves[l].n; c += kChunk) mix_chunk(b, l, c, -1, nullptr, 0, s);
+        if (a.carry) {  // the other ranks have to hear of it
+            a.carry[b * kAndersonCarried] = 1;
+            return;
+        }
         a.at(kStepFallbacks, b)++;
         sample.forget(b);
     }

@@ -139,6 +139,17 @@ struct AndersonSample {
         copy(to.ages, from.ages, m);
     }
 
+    // Of a spread sample, before its verdict: what the last mix was on the other ranks. The column that this step has
+    // made stays.
+    void take_carried(int64_t b) const {
+        double& lost = a.carry[b * kAndersonCarried];
+        if (lost != 0) {
+            a.at(kStepFallbacks, b)++;
+            for (int j = 0; j < a.m; ++j) norm(b, j) = 0;
+        }
+        lost = 0;
+    }
+
     // Sample b has no columns any more.
     void forget(int64_t b) const {
         if (a.m == 0) return;

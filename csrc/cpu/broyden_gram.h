@@ -32,6 +32,7 @@ class BroydenGram {
             if (a.at(kStatus, b) != kRunning) continue;
             BroydenScratch<A> s(a, thread_index());
             double* sum = a.sums + b * D;
+            if (a.carry) take_carried(b, sum);
             const Verdict v = judge<A>(a, b, sum[0], sum[1], s.f);
             if (v.spill || !v.going) spill_and_rest(a, b, v);
             if (v.going) coefficients(b, v, sum);
@@ -45,13 +46,18 @@ class BroydenGram {
             const int count = int(sum[0]);
             sum_partials(b, sum);
             const bool finite = sum[0] == 0 && std::isfinite(sum[1]);
-            sample.norm(b, count) = A(sum[1]);
-            for (int j = 0; j < count; ++j) sample.gram(b, count, j) = A(sum[2 + j]);
             if (!finite) {
                 BroydenScratch<A> s(a, 0);
                 sample.picard(b, s);
             }
-            sample.commit(b, count, finite);
+            if (a.carry) {
+                std::copy_n(sum, D, a.carry + b * broyden_carried(a.memory));
+                a.carry[b * broyden_carried(a.memory)] = finite ? 0 : 1;
+                sample.commit(b, count, true);
+            } else {
+                enter(b, count, sum);
+                sample.commit(b, count, finite);
+            }
         }
     }
 
@@ -59,6 +65,30 @@ class BroydenGram {
     const BroydenSample<A> sample;
     const BroydenArgs& a;
     const int64_t D;
+
+    // The squared norm and the products of step `count`.
+    void enter(int64_t b, int count, const double* found) const {
+        sample.norm(b, count) = A(found[1]);
+        for (int j = 0; j < count; ++j) sample.gram(b, count, j) = A(found[2 + j]);
+    }
+
+    // Of a spread sample, before its verdict: the newest step on all ranks. Where it was not finite on one of them no
+    // step counts any more, and the products with them are none. (A sample that goes on after it had stopped has none.)
+    void take_carried(int64_t b, double* sum) const {
+        double* found = a.carry + b * broyden_carried(a.memory);
+        const int count = a.at(kCount, b);
+        if (count > 0 && found[0] >= 0) {
+            if (found[0] == 0 && std::isfinite(found[1])) {
+                enter(b, count - 1, found);
+            } else {
+                a.at(kStepFallbacks, b)++;
+                a.at(kCount, b) = 0;
+                std::fill_n(sum + 2, D - 2, 0.0);
+            }
+        }
+        std::fill_n(found, broyden_carried(a.memory), 0.0);
+        found[0] = -1;  // entered
+    }
 
     template <class Work>
     void for_chunks(Work&& work) {

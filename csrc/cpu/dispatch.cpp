@@ -31,16 +31,18 @@ struct Candidate {
 
 }  // namespace
 
-#define DEQFAST_DECLARE(isa)                                     \
-    namespace isa {                                              \
-    void anderson_step(const AndersonArgs& args, int phase);     \
-    void broyden_step(const BroydenArgs& args, int phase);       \
-    int64_t recheck(const SolveArgs& args, const Recheck& rule); \
-    void joint_map(const JointArgs& args);                       \
-    void joint_finish(const FinishArgs& args);                   \
+#define DEQFAST_DECLARE(isa)                                       \
+    namespace isa {                                                \
+    void anderson_step(const AndersonArgs& args, int phase);       \
+    void broyden_step(const BroydenArgs& args, int phase);         \
+    int64_t recheck(const SolveArgs& args, const Recheck& rule);   \
+    int64_t squares(const SolveArgs& args, const Squares& wanted); \
+    void joint_map(const JointArgs& args);                         \
+    void joint_finish(const FinishArgs& args);                     \
     }
-#define DEQFAST_CANDIDATE(isa) \
-    {{#isa, isa::anderson_step, isa::broyden_step, isa::recheck, isa::joint_map, isa::joint_finish}, has_##isa}
+#define DEQFAST_CANDIDATE(isa)                                                                                     \
+    {{#isa, isa::anderson_step, isa::broyden_step, isa::recheck, isa::squares, isa::joint_map, isa::joint_finish}, \
+     has_##isa}
 
 #ifdef DEQFAST_HAS_AVX512
 DEQFAST_DECLARE(avx512)

@@ -199,9 +199,14 @@ template <class A>
 inline Verdict judge(const SolveArgs& a, int64_t b, double ff, double gg, A* buffers) {
     const double unit = double(a.at<A>(kUnit, b));
     double f_norm, g_norm;
-    if (needs_scan(unit, ff, gg, a.N))
-        scan_norms(a, b, buffers, &f_norm, &g_norm);
-    else {
+    if (needs_scan(unit, ff, gg, a.total())) {
+        if (a.squares) {
+            f_norm = std::sqrt(a.squares[2 * b]);
+            g_norm = std::sqrt(a.squares[2 * b + 1]);
+        } else {
+            scan_norms(a, b, buffers, &f_norm, &g_norm);
+        }
+    } else {
         f_norm = std::sqrt(ff) / unit;
         g_norm = std::sqrt(gg) / unit;
     }

@@ -81,7 +81,9 @@ class Implicit(Gradient):
             rtol = max(rtol, DEFAULT_RTOL[torch.get_autocast_dtype(device)])
         max_iter = (problem.stopping.max_iter or DEFAULT_LIMIT) if self.max_iter is None else self.max_iter
         rule = Stopping(rtol, max_iter=max_iter)
-        return LinearOptions(chosen, rule, problem.options.backend, self.u0, problem.options.mode, self._tell(problem))
+        return LinearOptions(
+            chosen, rule, problem.options.backend, self.u0, problem.options.mode, problem.group, self._tell(problem)
+        )
 
     def _tell(self, problem: Problem) -> Callable[[BackwardReport], Any]:
         """Who hears of a backward solve: the solution, and the caller."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..loop.state import SolverState
 from ..ops.contract import Method
 from ..ops.layout import Layout
+from ..ops.shared import Group
 from ..ops.workspace import Stopping
 from ..solution import BackwardReport
 from ..status import Status
@@ -31,6 +32,7 @@ class LinearOptions:
     backend: str
     u0: Any = None  # start, or a function of the leaves of the right-hand side that gives it
     mode: str = "loop"
+    group: Group | None = None  # ranks that share it
     tell: Callable[[BackwardReport], Any] | None = None  # who hears how it went
     watch: Callable[[SolverState], Any] | None = None  # who looks after every evaluation, where a loop makes them
 
@@ -44,12 +46,21 @@ def solve_linear(
     ``known`` was not finite: an overflowing loss scale, for example, is no failure of this solve.
     """
     with torch.no_grad():
-        state = SolverState(options.solver, start, options.stopping, backend=options.backend, layout=layout)
+        group = options.group
+        state = SolverState(
+            options.solver,
+            start,
+            options.stopping,
+            backend=options.backend,
+            layout=layout,
+            together=group is not None and not group.spread,
+            group=group,
+        )
         while not state.done:
             state.step(f(state.z))
             if options.watch is not None:
                 options.watch(state)
-        if layout.B and layout.N and state.failed():
+        if layout.B and layout.numbers and state.failed():
             warn_of_failures(state, known)
         leaves, residual = state.answer()
         if options.tell is not None:

@@ -61,6 +61,7 @@ class Unroll(Gradient):
             "callback": options.callback is not None,
             "progress": options.progress,
             "states": options.states,
+            "group": problem.group is not None,
         }
         for name, asked in refused.items():
             if asked:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import compiled
 from ..ops.codes import Int, Real
 from ..ops.layout import Layout
+from ..ops.shared import Group, refuse
 from ..ops.workspace import Workspace
 from ..options import check_choice
 from ..solution import Solution
@@ -28,6 +29,7 @@ class Keeping(Inheriting):
     _shown: list[Any]
     _origin: Origin | None
     _limit: int | None  # evaluations, of a state whose kernels know of none
+    _group: Group | None
 
     @compiled.skip
     def keep(self, rows: Tensor | Sequence[int] | Sequence[bool], returns: str = "best") -> Solution:
@@ -51,6 +53,7 @@ class Keeping(Inheriting):
         if self._showing:
             raise RuntimeError("a callback of fixed_point cannot drop samples: compact=True does, or your own loop")
         check_choice("returns", returns, ("best", "last", "next"))
+        refuse(self._group, "a smaller batch")
         self.layout.samples.resized(0)  # refuses what has no rows
         stay, leave = _parts(rows, self.layout.batch_shape[0], self.layout.device)
         with torch.inference_mode(False), torch.no_grad():  # the next step may be made in another mode

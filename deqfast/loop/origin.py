@@ -25,7 +25,7 @@ class Origin:
     def __init__(self, ws: Workspace) -> None:
         self._ws = ws
         # The unit is about the inverse of what a number of the sample was at its first evaluation.
-        self._largest = math.sqrt(ws.layout.N) / ws.real_row(Real.UNIT)
+        self._largest = math.sqrt(ws.layout.numbers) / ws.real_row(Real.UNIT)
         self._looks = ws.layout.device.type == "cpu"
         self._eps = torch.finfo(ws.layout.dtype).eps
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import compiled
 from ..ops import recheck
 from ..ops.codes import Int, Real
+from ..ops.shared import refuse
 from ..options import check_choice, check_limit
 from ..solution import Solution
 from ..status import Status
@@ -95,6 +96,7 @@ class Resuming(Keeping):
         """
         if self._showing:
             raise RuntimeError("a callback of fixed_point cannot repair: the map that it solves is that of its f")
+        refuse(self._group, "a repair")
         if self._own_residual:
             raise ValueError("repair needs a state whose residual is f(z) - z, not one of your own")
         leaves = self.layout.flatten(fz, "fz")
@@ -161,7 +163,8 @@ class Resuming(Keeping):
             which = ws.int_row(Int.STATUS) == int(Status.CONVERGED)  # who stopped together goes on together
         recheck.wake(ws, which, self.made)
         ws.cur ^= 1  # the same step once more, for them
-        self.bound = self._backend.bind(ws, self.made - 1)
+        if self._group is None or not self._group.spread:
+            self.bound = self._backend.bind(ws, self.made - 1)
         running = self.bound(leaves, None, rows, None)  # they did not move, which is no column
         recheck.begin(ws, which)
         ws.cur ^= 1

@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 from .. import compiled
-from ..ops import contract, recheck
+from ..ops import contract, recheck, shared
 from ..ops.codes import Int, Real
 from ..ops.layout import Layout
 from ..ops.samples import Samples
+from ..ops.shared import Group
 from ..ops.workspace import Stopping, Workspace
 from ..status import Status
 from . import own_residual, saving
 from .answer import answer
+from .consensus import together_on
 from .origin import EVERY, Origin
 from .outputs import Outputs
 from .resuming import Resuming
-from .together import Together, never
+from .together import never
 
 _NOTHING = contextlib.nullcontext()
 
@@ -53,10 +55,11 @@ class SolverState(Resuming):
         layout: Layout | None = None,
         together: bool = False,
         limit: int | None = None,
+        group: Group | None = None,
     ) -> None:
         self.options = options
         self.layout = Layout(z0) if layout is None else layout
-        self._asked_for, self._limit = backend, limit
+        self._asked_for, self._limit, self._group = backend, limit, group
         rule = never(stopping) if together else stopping
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING:
             try:
@@ -68,22 +71,25 @@ class SolverState(Resuming):
                 ) from error
         self._backend = contract.choose(backend, self.layout.device, kind=type(self.ws))
         self.nfe = 0
-        self._running = self.layout.B if self.layout.N else 0
+        self._running = self.layout.B if self.layout.numbers else 0
         start = [t.detach() for t in self.layout.tensors(z0)]
         for x, t in zip(self.ws.x[0], start, strict=True):
             x.copy_(t)
         self._own_residual = False
         self.wakings = 0
         self._origin: Origin | None = None
-        self._stopping, self._together = stopping, Together(self.ws, stopping, 0) if together else None
+        self._stopping = stopping
+        self._together = together_on(self.ws, stopping, 0, group) if together else None
+        if self._together is not None and group is not None and not group.spread:
+            self._running = 1  # of all ranks
         # Views in the caller's shape, of a state of one tensor.
         self._shown = [self.layout.unflatten(x) for x in self.ws.x] if self.layout.single else []
         self._showing = False  # while a callback looks, every iterate it asks for is a copy
-        self.bound = self._backend.bind(self.ws)
+        self.bound = shared.bind(self._backend, self.ws, group)
         self._outputs = Outputs(self.ws, self.bound, options.uses_previous, start)
 
     def _bind(self) -> None:
-        self.bound = self._backend.bind(self.ws, self.made)
+        self.bound = shared.bind(self._backend, self.ws, self._group, self.made)
         self._outputs.bind(self.bound)
 
     @property
@@ -173,6 +179,8 @@ class SolverState(Resuming):
         """
         if residual is not None or self._own_residual:
             return self._step_with_residual(fz, residual)
+        if self._group is not None:
+            return self.advance(self.layout.flatten(fz, "f(z)"), None)
         if self._outputs.plain and fz.__class__ is Tensor and self._running:
             running = self._outputs.quick(fz)
             if running is not None:
@@ -188,6 +196,9 @@ class SolverState(Resuming):
     def advance(self, leaves: list[Tensor], rows: Tensor | None) -> bool:
         """``step`` for checked leaves; ``rows`` maps samples to rows of the leaves, -1 for dropped samples."""
         if self._running == 0:
+            return True
+        if self._together is not None and self._together.over():
+            self._running = 0
             return True
         running = self._outputs.careful(leaves, rows, self.nfe)
         self.ws.cur ^= 1
@@ -255,7 +266,8 @@ class SolverState(Resuming):
     def state_dict(self) -> dict[str, Any]:
         """Copies of everything a later step reads; ``load_state_dict`` of a state of the same shape takes it up."""
         running = (self._running or self.paused) and int(self.running.sum())
-        return saving.save(self.options, self.ws, self._outputs, self.nfe, running, self.wakings)
+        saved = saving.save(self.options, self.ws, self._outputs, self.nfe, running, self.wakings)
+        return shared.with_carry(saved, self.bound)
 
     @compiled.skip
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -278,8 +290,10 @@ class SolverState(Resuming):
         self._count_from(saved["before"])
         self._running, self.wakings = 0 if self.paused else saved["running"], saved["wakings"]
         self._bind()
+        shared.take_carry(saved, self.bound)
 
     def __reduce__(self) -> Any:
+        shared.refuse(self._group, "a copy")
         together = self._together is not None
         settings = {"stopping": self._own_rule(), "backend": self._asked_for, "together": together}
         settings["limit"] = self._limit

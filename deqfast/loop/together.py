@@ -36,6 +36,10 @@ class Together:
         if self._waits:
             self._numbers = ws.ints.numpy(), ws.reals.numpy()
 
+    def over(self) -> bool:
+        """Whether everybody has stopped at the last evaluation, as nobody knew when it was made."""
+        return False
+
     def look(self, known: int) -> int:
         """Stop everybody if it is time; the samples still running, as far as the host knows. After ``cur`` flipped.
 

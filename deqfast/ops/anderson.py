@@ -94,7 +94,7 @@ class AndersonWorkspace(Workspace):
         self.method = method
         m, acc, tiles, scaled = method.m, layout.acc, self.tiles, history_dtype in SCALED_DTYPES
         # The products of tiny samples are not kept: reading and writing them would cost more than forming them anew.
-        self.keeps_products = layout.N > TINY or len(layout.leaves) > 1 or scaled
+        self.keeps_products = layout.N > TINY or len(layout.leaves) > 1 or scaled or layout.spread_n > 0
         shape = (2, layout.B, m, layout.N) if self.keeps_products else (2, tiles, m, layout.N, TILE)
         self.history = memory.history(shape, history_dtype)
         self.buffer = memory.buffer

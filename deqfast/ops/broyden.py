@@ -42,7 +42,7 @@ class BroydenWorkspace(Workspace):
         columns, acc, B = method.memory, layout.acc, layout.B
         self.history = memory.history((B, columns, layout.N), acc)
         self.buffer = memory.buffer
-        side = columns if layout.N >= self.GRAM_MIN_N else 0
+        side = columns if layout.N >= self.GRAM_MIN_N or layout.spread_n else 0
         self.norms = memory.new("norms", (B, columns), acc)  # ||s_j||^2
         self.gram = memory.new("gram", (B, side, side), acc)  # s_i . s_j, i >= j
         if fresh:

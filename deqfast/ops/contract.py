@@ -21,6 +21,7 @@ from . import recheck
 from .codes import Int
 from .joint import JointWorkspace
 from .layout import Layout
+from .ranks import Ranks
 from .workspace import Stopping, Workspace
 
 Leaves = list[Tensor]
@@ -60,11 +61,13 @@ class BoundStep(ABC):
         replay: for steps that are captured in a graph and replayed, or None where steps cannot be.
         exact: whether the count that a step returns is its own, and not an earlier one.
         counts_writes: whether torch sees what a step writes, so that the versions of the iterates change.
+        carry: what it has left for the next step, beside the workspace; saved with it.
     """
 
     quick: QuickStep | None = None
     replay: Replay | None = None
     exact: bool = False
+    carry: Tensor | None = None
     counts_writes: ClassVar[bool] = True
 
     def __init__(self, ws: Workspace) -> None:
@@ -206,6 +209,14 @@ class Backend(ABC):
         if binder is None:
             raise ValueError(f"backend {self.name!r} has no step for a {type(ws).__name__}")
         return binder(ws, evaluations)
+
+    def spread(self, ws: Workspace, ranks: Ranks) -> BoundStep:
+        """The update of a workspace whose samples are spread over ranks.
+
+        Raises:
+            ValueError: it has none.
+        """
+        raise ValueError(f"group needs a backend whose steps can be spread over ranks, backend {self.name!r} has none")
 
     @abstractmethod
     def joint(self, ws: JointWorkspace) -> JointEnds:

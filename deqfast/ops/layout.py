@@ -157,6 +157,7 @@ class Layout:
         self.B = self.leaves[0].shape[0]
         self.batch_shape = (self.B,) if self.samples is FIRST_DIM else self.samples.shape
         self.N = sum(leaf.n for leaf in self.leaves)
+        self.spread_n = 0  # numbers a sample on all ranks, where samples are spread over some; 0: they are whole here
         self.dtype = real_dtype(first.dtype)
         self.acc = accumulation_dtype(self.dtype)
         self.device = first.device
@@ -218,6 +219,11 @@ class Layout:
         if self.samples is not FIRST_DIM:
             leaves = [self.samples.join(t) for t in leaves]
         return leaves[0] if self.single else pytree.tree_unflatten(leaves, self.spec)
+
+    @property
+    def numbers(self) -> int:
+        """Numbers a sample, wherever they are."""
+        return self.spread_n or self.N
 
     def counted(self, t: Tensor) -> Tensor:
         """(..., B) numbers, one a sample, in the shape that counts samples."""

@@ -8,6 +8,7 @@ need not be one given those of the newest.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,7 +45,12 @@ def still_within(moved: Tensor, size: Tensor, rtol: Any, atol: Any, rounding: fl
 
 
 def outside(
-    ws: Workspace, f: list[Tensor], f_rows: Tensor | None, made: int | Tensor, rule: Stopping | None = None
+    ws: Workspace,
+    f: list[Tensor],
+    f_rows: Tensor | None,
+    made: int | Tensor,
+    rule: Stopping | None = None,
+    add: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """(B,) bool: samples that converged before evaluation ``made`` and are not within their tolerance at its output.
 
@@ -56,6 +62,7 @@ def outside(
         f_rows: where the samples are in ``f``, -1: not there.
         made: evaluations made, this one included.
         rule: what their tolerance is, where that is not ``ws.stopping``.
+        add: adds up a tensor over ranks, where samples are spread over them.
     """
     layout, stopping = ws.layout, ws.stopping if rule is None else rule
     earlier = (ws.int_row(Int.STATUS) == int(Status.CONVERGED)) & (ws.int_row(Int.STEPS) < made)
@@ -66,9 +73,15 @@ def outside(
         moved = [v - x.to(layout.acc) for v, x in zip(values, layout.rows(ws.x[ws.cur]), strict=True)]
     else:
         moved = [ws.own_residual]
-    largest = torch.stack([v.abs().amax(1) for v in values if v.shape[1]]).amax(0)
-    largest = torch.where(largest > 0, largest, 1.0)  # divided by it, no square overflows or vanishes
+    largest = values[0].new_ones(layout.B)
+    if layout.N:
+        largest = torch.stack([v.abs().amax(1) for v in values if v.shape[1]]).amax(0)
+        largest = torch.where(largest > 0, largest, 1.0)  # divided by it, no square overflows or vanishes
     g_norm, f_norm = (norm_of_parts([v / largest[:, None] for v in parts], layout.acc) for parts in (moved, values))
+    if add is not None:
+        squares = (torch.stack([g_norm, f_norm]).double() * largest).square()
+        add(squares)
+        (g_norm, f_norm), largest = squares.sqrt().to(layout.acc), torch.ones_like(largest)
     within = still_within(g_norm, f_norm, stopping.rtol, stopping.atol / largest, noise(ws))
     relative = (g_norm / f_norm).nan_to_num(nan=0.0, posinf=math.inf)
     known = ws.real_row(Real.RESIDUAL)

@@ -7,8 +7,9 @@ from typing import Any
 from .. import compiled
 from ..loop.state import SolverState
 from ..ops.layout import Layout, layout_of
+from ..ops.shared import group_of, refuse, tell
 from ..ops.workspace import Stopping, Workspace
-from ..options import check_choice, check_flag, check_samples, stopping
+from ..options import STOPS, check_choice, check_flag, check_samples, stopping
 
 
 class Solver:
@@ -32,6 +33,7 @@ class Solver:
         atol: float = 0.0,
         max_iter: int | None = None,
         stop: str = "each",
+        group: Any = None,
         batch_dims: int = 1,
         segments: Any = None,
         backend: str = "auto",
@@ -46,7 +48,8 @@ class Solver:
                 4e-3 float16, 2e-2 bfloat16.
             atol: absolute part of the same, default 0.
             max_iter: evaluations at most; None: no limit.
-            stop: "each" or "all", as in ``fixed_point``.
+            stop: "each", "all" or "consensus", as in ``fixed_point``.
+            group: ranks that share the solve, as there.
             batch_dims: leading dims that count samples, as there.
             segments: samples of unequal length, as there.
             backend: "auto", "native", "triton", "torch" or "reference".
@@ -57,14 +60,23 @@ class Solver:
                 were still running stay so, ``solution()`` has their answers, and ``extend`` goes on. ``dq.Broyden()``
                 keeps up to 100 steps then, whatever the limit.
         """
-        check_choice("stop", stop, ("each", "all"))
-        check_samples(batch_dims, segments)
-        layout = layout_of(z0, batch_dims, segments)
-        rule = stopping(rtol, atol, max_iter, layout.dtype)
-        limit = rule.max_iter if check_flag("resumable", resumable) and rule.max_iter else None
+        try:
+            check_choice("stop", stop, STOPS)
+            check_samples(batch_dims, segments)
+            layout = layout_of(z0, batch_dims, segments)
+            rule = stopping(rtol, atol, max_iter, layout.dtype)
+            limit = rule.max_iter if check_flag("resumable", resumable) and rule.max_iter else None
+        except (TypeError, ValueError) as error:
+            tell(group, stop, error)
+            raise
+        ranks = group_of(group, stop, overlapped=False)
+        if ranks is not None:
+            refuse(ranks if segments is not None or history is not None else None, "segments or history")
+            ranks.settle(layout, self, rule, {"stop": stop})
         if limit:
             rule = rule._replace(max_iter=0)  # the kernels step on
-        state = SolverState(self, z0, rule, backend=backend, layout=layout, together=stop == "all", limit=limit)
+        together = stop != "each"
+        state = SolverState(self, z0, rule, backend=backend, layout=layout, together=together, limit=limit, group=ranks)
         if history is not None:
             state.take_over(history)
         return state

@@ -41,6 +41,9 @@ struct AndersonArgs : SolveArgs, AndersonMethod {
     int32_t* ages = nullptr;  // (tiles, m, 16)
 };
 
+// Carried: whether the last mix was not finite on some rank, so that no rank's columns count any more.
+constexpr int64_t kAndersonCarried = 1;
+
 // The newest columns, which a full history does not give up as least useful.
 DEQFAST_HD inline int newest_kept(int m) { return m / 3 > 2 ? m / 3 : 2; }
 

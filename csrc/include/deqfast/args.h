@@ -82,12 +82,24 @@ struct SolveArgs : Stopping {
     double* partials = nullptr;  // (B, chunks, products a sample), where a sample is split over threads
     int64_t chunks = 0;          // chunks a sample
     int64_t* running = nullptr;  // out: samples still running
+    // A sample that is spread over ranks: `sums` and `carry` are added up over them between reduce and apply.
+    int64_t spread_n = 0;     // numbers a sample on all of them; 0: it is whole here
+    double* carry = nullptr;  // (B, carried a sample): what an apply leaves to be added up with the next products
+    const double* squares = nullptr;  // (B, 2): squared norms of f and of f - x where the products' unit does not fit
+
+    DEQFAST_HD int64_t total() const { return spread_n ? spread_n : N; }
 
     DEQFAST_HD int32_t& at(IntRow row, int64_t b) const { return ints[row * padded + b]; }
     template <class A>
     DEQFAST_HD A& at(RealRow row, int64_t b) const {
         return static_cast<A*>(reals)[row * padded + b];
     }
+};
+
+// Of a spread sample: whether the products' unit does not fit, so that the norms have to be added up for themselves.
+struct Squares {
+    int64_t products;  // from one sample's sums to the next's; ||f||^2 and ||f - x||^2 come first
+    double* out;       // see SolveArgs::squares; 0 where the unit fits
 };
 
 // When a sample that converged before evaluation `made` is still within its tolerance: slack, of the tolerance, and

@@ -24,6 +24,10 @@ struct BroydenArgs : SolveArgs, BroydenMethod {
 
 DEQFAST_HD inline int64_t broyden_products(int memory) { return 2 + int64_t(memory); }
 
+// Carried, of the newest step: on how many ranks it was not finite, below 0: there is none; its squared norm, its
+// products with the older ones.
+DEQFAST_HD inline int64_t broyden_carried(int memory) { return 2 + int64_t(memory); }
+
 inline int64_t broyden_scratch_bytes(int64_t N, bool chain, int64_t number) {
     return (4 * (kBlock + kTile) * number + (chain ? N + kTile : 0) * number + 63) / 64 * 64;
 }

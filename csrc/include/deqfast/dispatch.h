@@ -9,6 +9,7 @@ namespace deqfast {
 
 struct SolveArgs;     // args.h
 struct Recheck;       // args.h
+struct Squares;       // args.h
 struct AndersonArgs;  // anderson.h
 struct BroydenArgs;   // broyden.h
 struct JointArgs;     // joint.h
@@ -23,6 +24,8 @@ struct KernelTable {
     void (*broyden_step)(const BroydenArgs& args, int phase);
     // How many samples that converged earlier are outside their tolerance; the residuals of the others become new.
     int64_t (*recheck)(const SolveArgs& args, const Recheck& rule);
+    // Of spread samples, between reduce and apply: how many have norms to be added up for themselves.
+    int64_t (*squares)(const SolveArgs& args, const Squares& wanted);
     void (*joint_map)(const JointArgs& args);
     void (*joint_finish)(const FinishArgs& args);
 };

@@ -115,7 +115,7 @@ DEQFAST_HD inline Verdict measure(const SolveArgs& a, int64_t b, double f_norm, 
     if (!v.going) return v;
 
     A& unit = a.at<A>(kUnit, b);
-    const double rms = (f_norm > g_norm ? f_norm : g_norm) / std::sqrt(double(a.N));
+    const double rms = (f_norm > g_norm ? f_norm : g_norm) / std::sqrt(double(a.total()));
     const double scaled = rms * double(unit);
     if (rms > 0 && !(scaled >= 1 / kUnitRange && scaled <= kUnitRange)) {
         v.reset = true;

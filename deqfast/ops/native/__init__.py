@@ -8,12 +8,14 @@ import torch
 
 from ..anderson import AndersonWorkspace
 from ..broyden import BroydenWorkspace
-from ..contract import Backend, Binder, JointEnds, register
+from ..contract import Backend, Binder, BoundStep, JointEnds, register
 from ..joint import JointWorkspace
+from ..ranks import Ranks
 from ..workspace import Workspace
 from .extension import EMULATED, why_not
 from .joint import NativeEnds
 from .plan import NativeStep
+from .spread import SpreadStep
 
 
 class Native(Backend):
@@ -30,6 +32,12 @@ class Native(Backend):
         """On a CPU, of samples whose small matrices are kept: all but the smallest."""
         kept = isinstance(ws, AndersonWorkspace) and ws.keeps_products
         return kept and ws.layout.device.type == "cpu" and not EMULATED
+
+    def spread(self, ws: Workspace, ranks: Ranks) -> BoundStep:
+        """On a CPU."""
+        if ws.layout.device.type != "cpu" or EMULATED:
+            raise ValueError(f"group: samples on {ws.layout.device} cannot be spread over ranks, those of a CPU can")
+        return SpreadStep(ws, ranks)
 
     def joint(self, ws: JointWorkspace) -> JointEnds:
         """The ends of a joint step."""

@@ -43,6 +43,8 @@ class PortableStep(BoundStep):
 
     def __call__(self, f: Leaves, f_prev: Leaves | None, f_rows: Rows, f_prev_rows: Rows) -> int:
         """One update."""
+        if not self.ws.layout.B:
+            return 0
         with torch.no_grad():
             if not (torch.is_autocast_enabled(self._device) or torch.is_inference_mode_enabled()):
                 return self._step(f, f_prev, f_rows, f_prev_rows)
