@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 import deqfast as dq
-from bench import meta, timing
+from bench import meta, targets, timing
+from bench.compat_training import held
 
 STRONG, WEAK = 8_000_000, 2_000_000  # numbers of the one sample; a rank
 CONSENSUS = (32, 61_440)
@@ -118,8 +119,8 @@ class Pool:
             process.wait(timeout=60)
 
 
-def measure(rounds: int, quick: bool) -> list[dict[str, Any]]:
-    """Microseconds an evaluation of every row, in turns."""
+def measure(rounds: int, quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Microseconds an evaluation of every row, in turns; and what is held against targets."""
     with tempfile.TemporaryDirectory() as folder:
         pools = {size: Pool(size, folder, quick) for size in POOLS}
         rows = [(size, name) for size in POOLS for name in ("strong", "weak", "all-reduce", "together", "consensus")]
@@ -141,7 +142,15 @@ def measure(rounds: int, quick: bool) -> list[dict[str, Any]]:
         found.append(
             {"processes": size, "row": name, "us": told.median * scale, "us_low": low * scale, "us_high": high * scale}
         )
-    return found
+    # The all-reduce's own latency is allowed for: one process has none.
+    alone = [a + b for a, b in zip(seconds[1, "alone, strong"], seconds[2, "all-reduce"], strict=True)]
+    spread = timing.ratio(seconds[2, "strong"], alone)
+    agreed = timing.ratio(seconds[2, "consensus"], seconds[2, "together"])
+    kept = [
+        held("a spread sample on 2 processes / one process and the all-reduce", spread, targets.SPREAD, at_most=True),
+        held('stop="consensus" / stop="all", 2 processes', agreed, targets.CONSENSUS, at_most=True),
+    ]
+    return found, kept
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -154,9 +163,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.worker:
         size, store, rank = args.worker
         return worker(int(rank), int(size), store, args.quick)
-    rows = measure(args.rounds, args.quick)
+    bystanders = meta.Bystanders()
+    rows, held = measure(args.rounds, args.quick)
     found = {
-        "meta": meta.describe("python -m bench.scaling"),
+        "kind": "scaling",
+        "quick": args.quick,
+        "held": held,
+        "meta": meta.describe("python -m bench.scaling", bystanders),
         "strong": STRONG,
         "weak": WEAK,
         "consensus": CONSENSUS,

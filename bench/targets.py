@@ -63,6 +63,10 @@ COMPAT_SEGMENTS = 0.7
 # Segments of one length over the batch that they are, at most.
 SEGMENTS_EQUAL = 1.15
 
+# On two processes of one thread: over one process of two threads and the all-reduce; over samples that stop together.
+SPREAD = 1.15
+CONSENSUS = 1.03
+
 # On an H200, float32 states. Bandwidth: floor bytes of the step's own schedule (bench/floor.py) over its device time,
 # as a fraction of a copy's; latency in microseconds of device time; ratios are rival over deqfast by wall time, our
 # fastest mode, 30 evaluations of a nearly free f; histories are ratios to float32's.

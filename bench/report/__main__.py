@@ -18,22 +18,24 @@ from bench.report.convergence import convergence_section, time_section
 from bench.report.held import target_section
 from bench.report.markdown import CROWDED
 from bench.report.newest import newest
+from bench.report.processes import scaling_section, segments_section
 from bench.report.sections import breakdown_section, joint_section, speed_section
 from bench.report.torch import torch_section
 
 
 def write(results: Path, out: Path) -> None:
-    kinds = ("speed", "convergence", "breakdown", "torch", "compat")
-    speed, convergence, breakdown, plain, compat = (newest(results, kind) for kind in kinds)
+    kinds = ("speed", "convergence", "breakdown", "torch", "compat", "segments", "scaling")
+    speed, convergence, breakdown, plain, compat, segments, scaling = (newest(results, kind) for kind in kinds)
     if speed is None and convergence is None:
         raise SystemExit(f"no results in {results}: run `make bench` or `python -m bench.convergence` first")
-    quick = [r for r in (speed and speed["machine_info"], convergence, plain, compat) if r and r.get("quick")]
+    records = (speed and speed["machine_info"], convergence, plain, compat, segments, scaling)
+    quick = [r for r in records if r and r.get("quick")]
     img = out.parent / "img"
     parts = ["# Benchmarks", "Written by `python -m bench.report` from the newest results; edit nothing here."]
     if quick:
         parts.append("**Some of these results come from a `--quick` trial and are not measurements.**")
     # Not of compat: a single thread's processor time does not wait for others.
-    metas = [record["meta"] for record in (convergence, breakdown, plain) if record]
+    metas = [record["meta"] for record in (convergence, breakdown, plain, scaling) if record]
     metas += [speed["machine_info"]] if speed else []
     if any((meta.get("busy_elsewhere") or 0.0) > CROWDED for meta in metas):
         parts.append(
@@ -53,6 +55,10 @@ def write(results: Path, out: Path) -> None:
         parts += torch_section(plain)
     if compat is not None:
         parts += compat_section(compat)
+    if segments is not None:
+        parts += segments_section(segments)
+    if scaling is not None:
+        parts += scaling_section(scaling)
     parts += gpu.section(gpu.newest(results))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n\n".join(parts) + "\n")
