@@ -6,8 +6,8 @@ from bench.report.markdown import Results, number, provenance, table, verdict
 
 SEGMENTS = """One thread, processor time, 20 evaluations of a nearly free f. Memory is that of the history; beside it,
 how many times that of the rows themselves it is: segments of unequal length are padded to the longest."""
-SCALING = """Pools of 1, 2 and 4 gloo processes on one machine, in turns; one process has a thread a core, the others one
-thread each. *strong*: one sample of the same size spread over them. *weak*: of a size a process. *alone*: the same
+SCALING = """Pools of 1, 2 and 4 gloo processes on one machine, in turns; one process has a thread a core, the others
+one thread each. *strong*: one sample of the same size spread over them. *weak*: of a size a process. *alone*: the same
 without a group. *together* and *consensus*: a batch in every process, `stop="all"` and `stop="consensus"`. f is
 elementwise and local."""
 
