@@ -12,7 +12,7 @@ from adoption.rows import Record
 from bench import meta
 
 HERE = Path(__file__).parent
-PACKAGES = ("deepinv", "dxtb", "pyscf", "torch_geometric")
+PACKAGES = ("deepinv", "dxtb", "pyscf", "silva-networks", "torch-sla", "torch_geometric")
 _RECORD = Record()
 _BYSTANDERS = meta.Bystanders()
 
