@@ -16,13 +16,13 @@ CLEARLY = 1.05  # of evaluations; of times the interval decides
 
 def evaluations_won(row: Mapping[str, Any]) -> str:
     own, ours = row["evaluations"]
-    if own is None or ours is None:
+    if own is None or ours is None or not any(row["solved"]):
         return "-"
     return "deqfast" if own > CLEARLY * ours else "own" if ours > CLEARLY * own else "even"
 
 
 def time_won(row: Mapping[str, Any]) -> str:
-    if row["ratio"] is None:
+    if row["ratio"] is None or not any(row["solved"]):
         return "-"
     _, low, high = row["ratio"]
     return "deqfast" if low > 1 else "own" if high < 1 else "even"
@@ -32,7 +32,11 @@ def winner(row: Mapping[str, Any]) -> str:
     own, ours = row["solved"]
     if own != ours:
         return "**own**, deqfast's is not within" if own else "deqfast, own is not within"
+    if not own:
+        return "neither is within"
     count, time = evaluations_won(row), time_won(row)
+    if count == "-":
+        return time.replace("own", "**own**")
     if time in ("-", count):
         return "**own**" if count == "own" else count
     return f"evaluations {count.replace('own', '**own**')}, time {time.replace('own', '**own**')}"
@@ -45,7 +49,7 @@ def line(row: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
         f"{row['package']} {versions.get(row['package'], '')}".strip(),
         row["problem"],
         row["own"],
-        f"{own} / {ours}",
+        f"{'-' if own is None else own} / {'-' if ours is None else ours}",
         ratio,
         f"{row['difference']:.0e} ({row['within']:.0e})",
         winner(row),

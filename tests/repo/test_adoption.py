@@ -31,7 +31,10 @@ def test_rows_of_a_batch_are_systems_of_their_own(name):
         ((10, 30), (2.0, 1.5, 2.5), (True, True), "evaluations **own**, time deqfast"),
         ((10, 10), (0.5, 0.4, 0.6), (True, True), "evaluations even, time **own**"),
         ((10, 10), None, (True, True), "even"),
+        ((None, 10), (0.5, 0.4, 0.6), (True, True), "**own**"),
+        ((None, 10), None, (True, True), "-"),
         ((30, 10), (2.0, 1.5, 2.5), (True, False), "**own**, deqfast's is not within"),
+        ((30, 10), (2.0, 1.5, 2.5), (False, False), "neither is within"),
     ],
 )
 def test_the_table_says_who_is_ahead(evaluations, ratio, solved, said, tmp_path):
