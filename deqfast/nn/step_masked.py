@@ -53,6 +53,9 @@ class StepMasked(nn.Module):
     Attributes:
         masks: bool (K, *weight.shape), a buffer.
 
+    Masks follow ``scores`` through optimisers and whatever counts a version of a tensor, which ``.data`` does not: call
+    ``update_masks()`` after that.
+
     Raises:
         TypeError, ValueError: another module, or a value that an argument cannot have.
     """
@@ -98,6 +101,7 @@ class StepMasked(nn.Module):
         self._made: dict[tuple[int, torch.layout], tuple[Any, Tensor]] = {}
         self._faster: dict[tuple[torch.device, torch.dtype, int], torch.layout] = {}
         self._scores_seen: Any = None
+        self._scores_hooked: Any = None
 
     def forward(self, x: Tensor, step: int) -> Tensor:
         """The layer with the weights of one step.
@@ -138,7 +142,9 @@ class StepMasked(nn.Module):
             silent = ~wanted.any(1, keepdim=True)
             wanted = torch.where(silent, self.masks.flatten(1).to(wanted.dtype), wanted)
             self.importance.zero_()
-        self.masks.copy_(_largest(wanted, self.kept).view_as(self.masks))
+        masks = _largest(wanted, self.kept).view_as(self.masks)
+        if not torch.equal(masks, self.masks):  # a graph that holds them stays valid
+            self.masks.copy_(masks)
 
     def multiply_adds(self, step: int, input_shape: Sequence[int] | None = None) -> int:
         """How many multiply-adds a step needs if it skips what its mask drops.
@@ -170,7 +176,7 @@ class StepMasked(nn.Module):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_made": {}, "_faster": {}, "_scores_seen": None}
+        return {**self.__dict__, "_made": {}, "_faster": {}, "_scores_seen": None, "_scores_hooked": None}
 
     def _checked(self, step: int) -> int:
         if isinstance(step, bool) or not isinstance(step, (int, Integral)):
@@ -181,8 +187,17 @@ class StepMasked(nn.Module):
 
     def _follow_scores(self) -> None:
         # All at once: the masks are one tensor, of which autograd may hold a part from the next step on.
-        if self.learn == "scores" and self._scores_seen != _version(self.scores):
+        if self.learn != "scores":
+            return
+        if self._scores_hooked is not self.scores:
+            self.scores.register_post_accumulate_grad_hook(self._forget_scores)
+            self._scores_hooked = self.scores
+        if self._scores_seen != _version(self.scores):
             self.update_masks()
+
+    def _forget_scores(self, _: Tensor) -> None:
+        # A fused optimiser, which may come now, changes them without counting a version.
+        self._scores_seen = None
 
     def _masked(self, step: int) -> Tensor:
         weight, mask = self.module.weight, self.masks[step]
@@ -208,6 +223,8 @@ class StepMasked(nn.Module):
         if self.storage == "dense" or self.training or not isinstance(self.module, nn.Linear):
             return False
         wanted = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        if wanted:  # an optimiser may come, and a fused one counts no version
+            self._made = {}
         return not wanted and not torch.is_autocast_enabled(x.device.type)
 
     def _kept(self, layout: torch.layout, x: Tensor, step: int) -> Tensor:

@@ -138,6 +138,44 @@ def test_scores_find_the_weights_that_a_step_needs():
     assert layer.masks.flatten(1).sum(1).tolist() == [16, 16]
 
 
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+def test_masks_follow_scores_through_a_fused_optimizer(optimizer, copied):
+    layer = linear(learn="scores")
+    layer(torch.randn(4, 12), 0)  # what it remembers of its scores is not copied
+    layer = copy.deepcopy(layer) if copied else layer
+    steps, before = optimizer([layer.scores], lr=10.0, fused=True), layer.masks.clone()
+    version = layer.scores._version
+    layer(torch.randn(4, 12), 2).square().sum().backward()
+    steps.step()
+    assert layer.scores._version == version  # or else the test tests nothing
+    layer(torch.randn(4, 12), 1)
+    assert not torch.equal(layer.masks, before)
+    expected = step_masked._largest(layer.scores.detach().flatten(1), layer.kept)
+    assert torch.equal(layer.masks.flatten(1), expected)
+
+
+def test_kept_matrices_follow_a_fused_optimizer_without_training_mode():
+    layer, x = linear(storage="sparse").eval(), torch.randn(4, 12)
+    steps = torch.optim.SGD(layer.parameters(), lr=0.1, fused=True)
+    with torch.no_grad():
+        before = layer(x, 0)
+    layer(x, 0).square().sum().backward()
+    steps.step()
+    with torch.no_grad():
+        assert torch.allclose(layer(x, 0), layer._dense(x, 0), atol=1e-6)
+        assert not torch.allclose(layer(x, 0), before, atol=1e-3)
+
+
+def test_two_passes_may_be_differentiated_one_after_the_other():
+    layer, x = linear(learn="scores"), torch.randn(4, 12)
+    first, second = layer(x, 0).sum(), layer(x, 1).sum()
+    first.backward()
+    layer(x, 2)  # masks are looked at again
+    second.backward()
+    assert layer.scores.grad[1].any()
+
+
 def test_evaluation_follows_scores_that_were_loaded():
     first, second = linear(learn="scores"), linear(learn="scores")
     x = torch.randn(3, 12)
