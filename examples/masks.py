@@ -133,7 +133,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--updates", type=int, default=300, help="of each training")
     parser.add_argument("--seeds", type=int, default=5, help="of data, weights, masks and order")
     parser.add_argument("--text-seeds", type=int, default=None, help="those of the text (default: 3; 5 with --sweep)")
-    parser.add_argument("--torchdeq-seeds", type=int, default=None, help="and torchdeq's (default: 1; 5 with --sweep)")
+    parser.add_argument("--torchdeq-seeds", type=int, default=None, help="and torchdeq's (default: 1; 3 with --sweep)")
     parser.add_argument("--width", type=int, default=128, help="numbers in the state; half as many for the text")
     parser.add_argument("--largest", type=int, default=2048, help="matrix whose storage is timed")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture and the JSON")
@@ -141,7 +141,7 @@ def parse_args() -> argparse.Namespace:
     # Models this small are fastest on one thread, and their times then vary least.
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
     args = parser.parse_args()
-    for name, usual in (("text_seeds", 5 if args.sweep else 3), ("torchdeq_seeds", 5 if args.sweep else 1)):
+    for name, usual in (("text_seeds", 5 if args.sweep else 3), ("torchdeq_seeds", 3 if args.sweep else 1)):
         if getattr(args, name) is None:
             setattr(args, name, min(usual, args.seeds))
     for name in ("updates", "seeds", "text_seeds", "torchdeq_seeds", "width", "threads"):

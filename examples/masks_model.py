@@ -7,8 +7,8 @@ The state starts at x. Step k of a model without a solver is z <- f_k(z, x) = ta
     one mask  W with one mask for all of them
     untied    K matrices, narrower, so that all of them have as many parameters as the tied model
 
-and a DEQ returns z* = f(z*, x): with implicit gradients, with phantom ones (||W||_2 <= 0.95 in both), or unbounded with a
-Jacobian penalty in the loss. For a sequence, W acts on a position and the one before it: a trellis network.
+and a DEQ returns z* = f(z*, x): with implicit gradients, with phantom ones (||W||_2 <= 0.95 in both), or with a Jacobian
+penalty in the loss. For a sequence, W acts on a position and the one before it: a trellis network.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ class Model(nn.Module):
         if task.sequence:
             nn.init.normal_(self.inject.weight, std=0.5)  # 1, the default, saturates tanh
         self.head = nn.Linear(width, task.outputs)
-        self.cell = Cell(kind, width, task.sequence, torch.Generator().manual_seed(seed))
+        # Another seed: masks from the numbers that weights are made of would keep the largest.
+        self.cell = Cell(kind, width, task.sequence, torch.Generator().manual_seed(1000 + seed))
         self.cell.project(steps=50)
         self.counted = CountedCell(self.cell)
         self.solve = _solver(kind) if kind.way in SOLVED else None

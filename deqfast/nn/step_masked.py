@@ -48,7 +48,8 @@ class StepMasked(nn.Module):
             once for each device, dtype and power of two of rows, for it depends on them (few rows or low densities:
             sparse; docs/masks.md has a table). Under autocast, in training and for ``Conv2d`` all are dense, made anew.
         generator: where masks and scores are drawn from; default torch's own on the CPU. The same seed gives the same
-            masks on every device if it is a generator of the CPU.
+            masks on every device if it is a generator of the CPU. Not the seed that the weights were just drawn with:
+            masks made of the same random numbers keep the largest of them.
 
     Attributes:
         masks: bool (K, *weight.shape), a buffer.
