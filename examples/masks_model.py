@@ -7,8 +7,8 @@ The state starts at x. Step k of a model without a solver is z <- f_k(z, x) = ta
     one mask  W with one mask for all of them
     untied    K matrices, narrower, so that all of them have as many parameters as the tied model
 
-and a DEQ returns z* = f(z*, x): with implicit gradients, with phantom ones (||W||_2 <= 0.95 in both), or with a Jacobian
-penalty in the loss. For a sequence, W acts on a position and the one before it: a trellis network.
+and a DEQ returns z* = f(z*, x): with implicit gradients, with phantom ones (||W||_2 <= 0.95 in both), or with a
+Jacobian penalty in the loss. For a sequence, W acts on a position and the one before it: a trellis network.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def script(name: str):
     return module
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/joint.md", MIGRATION])
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/joint.md", "docs/masks.md", MIGRATION])
 # torch.compile looks at .grad of whatever a graph receives, and hides the warning for that where it is no error.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
