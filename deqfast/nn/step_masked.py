@@ -190,7 +190,7 @@ class StepMasked(nn.Module):
         # All at once: the masks are one tensor, of which autograd may hold a part from the next step on.
         if self.learn != "scores":
             return
-        if self._scores_hooked is not self.scores:
+        if self._scores_hooked is not self.scores and self.scores.requires_grad and self.scores.is_leaf:
             self.scores.register_post_accumulate_grad_hook(self._forget_scores)
             self._scores_hooked = self.scores
         if self._scores_seen != _version(self.scores):

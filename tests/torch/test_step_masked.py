@@ -155,6 +155,15 @@ def test_masks_follow_scores_through_a_fused_optimizer(optimizer, copied):
     assert torch.equal(layer.masks.flatten(1), expected)
 
 
+def test_scores_may_be_frozen_or_replaced():
+    layer, x = linear(learn="scores"), torch.randn(4, 12)
+    expected = layer(x, 1)
+    frozen = copy.deepcopy(layer).requires_grad_(False)
+    assert torch.equal(frozen(x, 1), expected)
+    state = {name: value * 1.0 for name, value in layer.named_parameters()}
+    assert torch.allclose(torch.func.functional_call(layer, state, (x, 1)), expected, atol=1e-6)
+
+
 def test_kept_matrices_follow_a_fused_optimizer_without_training_mode():
     layer, x = linear(storage="sparse").eval(), torch.randn(4, 12)
     steps = torch.optim.SGD(layer.parameters(), lr=0.1, fused=True)
