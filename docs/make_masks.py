@@ -1,7 +1,7 @@
 """Fills the measured tables into docs/masks.md: ``python docs/make_masks.py``.
 
-Takes out/masks.json of ``python examples/masks.py --sweep`` into docs/data/ and its picture into docs/img/, if it is
-there; the tables are of docs/data/masks.json.
+Takes out/masks.json of ``python examples/masks.py --sweep`` into docs/data/, if it is there; the tables and the picture
+in docs/img/ are of docs/data/masks.json.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "examples")]
 
+from frame import paint  # noqa: E402
 from make_joint import fill, table  # noqa: E402
+from masks_figure import draw  # noqa: E402
 from masks_report import main_table, memory_table, reversible_table, storage_table, sweep_tables  # noqa: E402
 
 SILENT = ("device", "threads")  # options that the command need not show
@@ -58,16 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     new, kept = options.results / "masks.json", options.docs / "data" / "masks.json"
     if new.is_file() and json.loads(new.read_text())["options"]["sweep"] == "True":
-        for source, target in ((new, kept), (new.with_suffix(".png"), options.docs / "img" / "masks.png")):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(new, kept)
     elif new.is_file():
         print(f"left out: {new} is not of a run with --sweep")
     if not kept.is_file():
         raise SystemExit(f"nothing measured: no {kept}")
     page = options.docs / "masks.md"
     text = page.read_text()
-    for name, body in blocks(json.loads(kept.read_text())).items():
+    record, picture = json.loads(kept.read_text()), options.docs / "img" / "masks.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    paint(lambda path: draw(path, record), picture, title_pad=8)
+    for name, body in blocks(record).items():
         text = fill(text, name, body)
     page.write_text(text)
     print(f"filled the tables of {kept} into {page}")

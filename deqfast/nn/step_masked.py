@@ -45,8 +45,8 @@ class StepMasked(nn.Module):
         storage: how a ``Linear`` multiplies in evaluation mode where no gradient is asked for. "dense": by the masked
             weight, made anew. "sparse": by ``torch.sparse_csr`` matrices, made once a step and again when weight or
             masks change. "auto": by matrices that are kept likewise, sparse or dense, whichever is faster: measured
-            once for each device, dtype and power of two of rows, for it depends on them (few rows or low densities:
-            sparse; docs/masks.md has a table). Under autocast, in training and for ``Conv2d`` all are dense, made anew.
+            once for each device, dtype and power of two of rows (docs/masks.md has what was found). Under autocast, in
+            training and for ``Conv2d`` all are dense, made anew.
         generator: where masks and scores are drawn from; default torch's own on the CPU. The same seed gives the same
             masks on every device if it is a generator of the CPU. Not the seed that the weights were just drawn with:
             masks made of the same random numbers keep the largest of them.
