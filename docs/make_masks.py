@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "examples")]
 from frame import paint  # noqa: E402
 from make_joint import fill, table  # noqa: E402
 from masks_figure import draw  # noqa: E402
-from masks_report import main_table, memory_table, reversible_table, storage_table, sweep_tables  # noqa: E402
+from masks_report import differences, main_table, memory_table, reversible_table, storage_table, sweep_tables  # noqa: E402
 
 SILENT = ("device", "threads")  # options that the command need not show
 
@@ -30,6 +30,7 @@ def blocks(record: dict[str, Any]) -> dict[str, str]:
     targets = [[t["what"], t["target"], t["measured"], "met" if t["met"] else "**missed**"] for t in record["targets"]]
     return {
         **{data: table(*main_table(record, data)) for data in ("digits", "photographs", "text")},
+        "differences": table(*differences(record)),
         "sweeps": "\n\n".join(table(header, rows) for header, rows in sweep_tables(record)),
         "memory": table(*memory_table(record)),
         "storage": table(*storage_table(record)),

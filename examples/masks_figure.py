@@ -29,14 +29,12 @@ def draw(path: Path, record: dict[str, Any]) -> None:
     ]
     across = 4 if len(panels) > 6 else 3
     down = -(-len(panels) // across)
-    figure, grid = pyplot.subplots(
-        down, across, figsize=(4.1 * across, 3.5 * down), layout="constrained", squeeze=False
-    )
+    figure, grid = pyplot.subplots(down, across, figsize=(4.1 * across, 3.5 * down), squeeze=False)
     for ax in grid.flat[len(panels) :]:
         ax.set_axis_off()
     for ax, panel in zip(grid.flat, panels, strict=False):
         panel(ax)
-    figure.get_layout_engine().set(h_pad=0.1)
+    figure.set_layout_engine("constrained", h_pad=0.1)
     handles, labels = grid.flat[len(SETS) * len(axes)].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=130)

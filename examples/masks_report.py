@@ -17,6 +17,8 @@ COLOURS = {"tied": INK, "masked": OURS, "one mask": RIVALS[1], "untied": RIVALS[
 COLOURS |= {"phantom": RIVALS[3], "penalised": RIVALS[4]}
 LABELS = {"tied": "weight-tied", "masked": "masked", "one mask": "one mask for all steps"}
 LABELS |= {"untied": "untied, equal parameters", "implicit": "DEQ, implicit"}
+DIFFERENCES = [("masked 0.25", "weight-tied"), ("masked 0.25", "one mask 0.25"), ("masked 0.25, scores", "masked 0.25")]
+DIFFERENCES += [("untied, equal parameters", "weight-tied"), ("DEQ, implicit", "weight-tied")]
 AXES = {"density": "density", "depth": "steps K", "width": "width", "samples": "training samples"}
 
 
@@ -58,6 +60,23 @@ def main_table(record: dict[str, Any], data: str) -> tuple[list[str], list[list[
         cells = [value, f"{mine[0]['parameters']:,}", f"{f:.1f}", f"{block:,.0f}", f"{whole:,.0f}", f"{peak / 1e6:.2f}"]
         rows.append([name, *cells, f"{statistics.median(r['seconds'] for r in mine):.2f}", f"{ratio:.1f}{TIMES}"])
     return header, rows
+
+
+def differences(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Of pairs of models, seed by seed: accuracy in points, or bits of the text."""
+    sets = list(dict.fromkeys(run["data"] for run in record["runs"]))
+    rows = []
+    for name, other in DIFFERENCES:
+        cells = []
+        for data in sets:
+            runs = chosen(record["runs"], data=data, axis="main")
+            key, scale = ("bits", 1) if data == "text" else ("accuracy", 100)
+            pairs = paired(chosen(runs, name=name), chosen(runs, name=other), key)
+            mean, half = interval([scale * (a - b) for a, b in pairs]) if pairs else (0.0, 0.0)
+            cells.append(f"{mean:+.2f} ± {half:.2f}" if pairs else "")
+        rows.append([f"{name} - {other}", *cells])
+    units = ["bits" if data == "text" else "points" for data in sets]
+    return ["difference", *(f"{data}, {unit}" for data, unit in zip(sets, units, strict=True))], rows
 
 
 def order(run: Run) -> tuple[Any, ...]:
@@ -159,6 +178,7 @@ def targets(record: dict[str, Any]) -> list[dict[str, Any]]:
 def printed(record: dict[str, Any]) -> str:
     """All tables, as plain text."""
     parts = [columns(*main_table(record, data)) for data in dict.fromkeys(run["data"] for run in record["runs"])]
+    parts.append(columns(*differences(record)))
     parts += [columns(header, rows) for header, rows in sweep_tables(record)]
     parts.append("Peak memory of a training step\n\n" + columns(*memory_table(record)))
     parts.append("Density below which a sparse matrix is faster than a dense one\n\n" + columns(*storage_table(record)))

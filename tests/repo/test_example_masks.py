@@ -194,6 +194,7 @@ def test_short_run_writes_every_table_and_a_picture(quick):
         header, rows = masks_report.main_table(record, data)
         assert {row[0] for row in rows} >= {"weight-tied", "masked 0.25", "DEQ, implicit", "DEQ, implicit, by torchdeq"}
         assert all(len(row) == len(header) for row in rows)
+    assert [len(row) for row in masks_report.differences(record)[1]] == [4] * 5
     tables = masks_report.sweep_tables(record)
     assert len(tables) == 8 and all(len(row) == len(header) for header, rows in tables for row in rows)
     density = next(table for table in tables if table[0][0] == "digits: density")
