@@ -23,7 +23,7 @@ def fill(text: str, name: str, body: str) -> str:
     """``text`` with ``body`` between the markers of ``name``."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise SystemExit(f"joint.md: expected {begin} and {end} once each")
+        raise SystemExit(f"the page: expected {begin} and {end} once each")
     return re.sub(f"{re.escape(begin)}.*{re.escape(end)}", lambda _: f"{begin}\n{body}\n{end}", text, flags=re.DOTALL)
 
 

@@ -44,13 +44,18 @@ class StepMasked(nn.Module):
             of the mask would have, kept or not.
         storage: how a ``Linear`` multiplies in evaluation mode where no gradient is asked for. "dense": by the masked
             weight, made anew. "sparse": by ``torch.sparse_csr`` matrices, made once a step and again when weight or
-            masks change. "auto": whichever was faster for the first input of a device and dtype, measured once. Under
-            autocast, in training and for ``Conv2d`` all are dense.
+            masks change. "auto": by matrices that are kept likewise, sparse or dense, whichever is faster: measured
+            once for each device, dtype and power of two of rows (docs/masks.md has what was found). Under autocast, in
+            training and for ``Conv2d`` all are dense, made anew.
         generator: where masks and scores are drawn from; default torch's own on the CPU. The same seed gives the same
-            masks on every device if it is a generator of the CPU.
+            masks on every device if it is a generator of the CPU. Not the seed that the weights were just drawn with:
+            masks made of the same random numbers keep the largest of them.
 
     Attributes:
         masks: bool (K, *weight.shape), a buffer.
+
+    Masks follow ``scores`` through optimisers and whatever counts a version of a tensor, which ``.data`` does not: call
+    ``update_masks()`` after that.
 
     Raises:
         TypeError, ValueError: another module, or a value that an argument cannot have.
@@ -94,9 +99,10 @@ class StepMasked(nn.Module):
             self.register_buffer("importance", torch.zeros(shape, dtype=weight.dtype, device=weight.device))
         if learn == "scores":
             self.scores = nn.Parameter(drawn.to(weight.device, weight.dtype))
-        self._sparse_weights: dict[int, tuple[Any, Tensor]] = {}
-        self._faster: dict[tuple[torch.device, torch.dtype], bool] = {}
+        self._made: dict[tuple[int, torch.layout], tuple[Any, Tensor]] = {}
+        self._faster: dict[tuple[torch.device, torch.dtype, int], torch.layout] = {}
         self._scores_seen: Any = None
+        self._scores_hooked: Any = None
 
     def forward(self, x: Tensor, step: int) -> Tensor:
         """The layer with the weights of one step.
@@ -113,8 +119,9 @@ class StepMasked(nn.Module):
         """
         step = self._checked(step)
         self._follow_scores()
-        if self._may_be_sparse(x) and (self.storage == "sparse" or self._sparse_is_faster(x, step)):
-            return self._sparse(x, step)
+        if self._may_keep(x):
+            layout = torch.sparse_csr if self.storage == "sparse" else self._faster_layout(x, step)
+            return self._kept(layout, x, step)
         return self._dense(x, step)
 
     @torch.no_grad()
@@ -136,7 +143,9 @@ class StepMasked(nn.Module):
             silent = ~wanted.any(1, keepdim=True)
             wanted = torch.where(silent, self.masks.flatten(1).to(wanted.dtype), wanted)
             self.importance.zero_()
-        self.masks.copy_(_largest(wanted, self.kept).view_as(self.masks))
+        masks = _largest(wanted, self.kept).view_as(self.masks)
+        if not torch.equal(masks, self.masks):  # a graph that holds them stays valid
+            self.masks.copy_(masks)
 
     def multiply_adds(self, step: int, input_shape: Sequence[int] | None = None) -> int:
         """How many multiply-adds a step needs if it skips what its mask drops.
@@ -162,13 +171,13 @@ class StepMasked(nn.Module):
         return f"{options}, learn={self.learn!r}, storage={self.storage!r}"
 
     def train(self, mode: bool = True) -> StepMasked:
-        """``nn.Module.train``; sparse matrices of an evaluation are given up."""
+        """``nn.Module.train``; matrices that an evaluation has kept are given up."""
         if mode:
-            self._sparse_weights = {}
+            self._made = {}
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sparse_weights": {}, "_faster": {}, "_scores_seen": None}
+        return {**self.__dict__, "_made": {}, "_faster": {}, "_scores_seen": None, "_scores_hooked": None}
 
     def _checked(self, step: int) -> int:
         if isinstance(step, bool) or not isinstance(step, (int, Integral)):
@@ -179,8 +188,17 @@ class StepMasked(nn.Module):
 
     def _follow_scores(self) -> None:
         # All at once: the masks are one tensor, of which autograd may hold a part from the next step on.
-        if self.learn == "scores" and self._scores_seen != _version(self.scores):
+        if self.learn != "scores":
+            return
+        if self._scores_hooked is not self.scores and self.scores.requires_grad and self.scores.is_leaf:
+            self.scores.register_post_accumulate_grad_hook(self._forget_scores)
+            self._scores_hooked = self.scores
+        if self._scores_seen != _version(self.scores):
             self.update_masks()
+
+    def _forget_scores(self, _: Tensor) -> None:
+        # A fused optimiser, which may come now, changes them without counting a version.
+        self._scores_seen = None
 
     def _masked(self, step: int) -> Tensor:
         weight, mask = self.module.weight, self.masks[step]
@@ -202,39 +220,51 @@ class StepMasked(nn.Module):
             return functional.linear(x, weight, bias)
         return self.module._conv_forward(x, weight, bias)
 
-    def _may_be_sparse(self, x: Tensor) -> bool:
+    def _may_keep(self, x: Tensor) -> bool:
         if self.storage == "dense" or self.training or not isinstance(self.module, nn.Linear):
             return False
         wanted = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        if wanted:  # an optimiser may come, and a fused one counts no version
+            self._made = {}
         return not wanted and not torch.is_autocast_enabled(x.device.type)
 
-    def _sparse(self, x: Tensor, step: int) -> Tensor:
+    def _kept(self, layout: torch.layout, x: Tensor, step: int) -> Tensor:
+        """The product with a matrix that was made before, unless weight or masks have changed."""
+        weight, bias = self._weight(layout, step), self.module.bias
+        if layout == torch.strided:
+            return functional.linear(x, weight, bias)
         rows = x.reshape(-1, x.shape[-1])
-        y = (self._sparse_weight(step) @ rows.t()).t()
-        y = y if self.module.bias is None else y + self.module.bias
+        y = (weight @ rows.t()).t()
+        y = y if bias is None else y + bias
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     @torch.no_grad()
-    def _sparse_weight(self, step: int) -> Tensor:
+    def _weight(self, layout: torch.layout, step: int) -> Tensor:
         weight = self.module.weight
         key = (_version(weight), _version(self.masks))
-        known = self._sparse_weights.get(step)
+        known = self._made.get((step, layout))
         if known is None or known[0] != key:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-                known = self._sparse_weights[step] = (key, (weight * self.masks[step]).to_sparse_csr())
+            made = weight * self.masks[step]
+            if layout == torch.sparse_csr:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+                    made = made.to_sparse_csr()
+            known = self._made[step, layout] = (key, made)
         return known[1]
 
-    def _sparse_is_faster(self, x: Tensor, step: int) -> bool:
-        key = (x.device, x.dtype)
+    def _faster_layout(self, x: Tensor, step: int) -> torch.layout:
+        rows = x.numel() // max(1, x.shape[-1])
+        key = (x.device, x.dtype, rows.bit_length())
         if key not in self._faster:
             if x.is_cuda and torch.cuda.is_current_stream_capturing():
-                return False
+                return torch.strided
+            sparse, dense = (partial(self._kept, layout, x, step) for layout in (torch.sparse_csr, torch.strided))
             try:
-                ways = (partial(self._sparse, x, step), partial(self._dense, x, step))
-                self._faster[key] = _is_faster(*ways, x.device)
+                faster = _is_faster(sparse, dense, x.device)
             except RuntimeError:  # no sparse product for this dtype or device
-                self._faster[key] = False
+                faster = False
+            self._faster[key] = torch.sparse_csr if faster else torch.strided
+            self._made.pop((step, torch.strided if faster else torch.sparse_csr), None)
         return self._faster[key]
 
 

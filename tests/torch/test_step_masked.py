@@ -138,6 +138,53 @@ def test_scores_find_the_weights_that_a_step_needs():
     assert layer.masks.flatten(1).sum(1).tolist() == [16, 16]
 
 
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+def test_masks_follow_scores_through_a_fused_optimizer(optimizer, copied):
+    layer = linear(learn="scores")
+    layer(torch.randn(4, 12), 0)  # what it remembers of its scores is not copied
+    layer = copy.deepcopy(layer) if copied else layer
+    steps, before = optimizer([layer.scores], lr=10.0, fused=True), layer.masks.clone()
+    version = layer.scores._version
+    layer(torch.randn(4, 12), 2).square().sum().backward()
+    steps.step()
+    assert layer.scores._version == version  # or else the test tests nothing
+    layer(torch.randn(4, 12), 1)
+    assert not torch.equal(layer.masks, before)
+    expected = step_masked._largest(layer.scores.detach().flatten(1), layer.kept)
+    assert torch.equal(layer.masks.flatten(1), expected)
+
+
+def test_scores_may_be_frozen_or_replaced():
+    layer, x = linear(learn="scores"), torch.randn(4, 12)
+    expected = layer(x, 1)
+    frozen = copy.deepcopy(layer).requires_grad_(False)
+    assert torch.equal(frozen(x, 1), expected)
+    state = {name: value * 1.0 for name, value in layer.named_parameters()}
+    assert torch.allclose(torch.func.functional_call(layer, state, (x, 1)), expected, atol=1e-6)
+
+
+def test_kept_matrices_follow_a_fused_optimizer_without_training_mode():
+    layer, x = linear(storage="sparse").eval(), torch.randn(4, 12)
+    steps = torch.optim.SGD(layer.parameters(), lr=0.1, fused=True)
+    with torch.no_grad():
+        before = layer(x, 0)
+    layer(x, 0).square().sum().backward()
+    steps.step()
+    with torch.no_grad():
+        assert torch.allclose(layer(x, 0), layer._dense(x, 0), atol=1e-6)
+        assert not torch.allclose(layer(x, 0), before, atol=1e-3)
+
+
+def test_two_passes_may_be_differentiated_one_after_the_other():
+    layer, x = linear(learn="scores"), torch.randn(4, 12)
+    first, second = layer(x, 0).sum(), layer(x, 1).sum()
+    first.backward()
+    layer(x, 2)  # masks are looked at again
+    second.backward()
+    assert layer.scores.grad[1].any()
+
+
 def test_evaluation_follows_scores_that_were_loaded():
     first, second = linear(learn="scores"), linear(learn="scores")
     x = torch.randn(3, 12)
@@ -161,7 +208,7 @@ def test_sparse_storage(bias):
         with torch.no_grad():
             found, expected = layer(x, k), layer._dense(x, k)
             assert torch.allclose(found, expected, atol=1e-6) and found.shape == (5, 2, 8)
-        held = layer._sparse_weights[k][1]
+        held = layer._made[k, torch.sparse_csr][1]
         assert held.layout == torch.sparse_csr and held._nnz() == layer.multiply_adds(k)
     with torch.no_grad():
         layer.module.weight.mul_(2.0)
@@ -170,19 +217,35 @@ def test_sparse_storage(bias):
         assert torch.allclose(layer(x, 1), layer._dense(x, 1), atol=1e-6)
     assert layer(x, 1).requires_grad  # dense, where gradients are asked for
     layer.train()
-    assert not layer._sparse_weights
+    assert not layer._made
     assert copy.deepcopy(layer.eval())(x, 0).shape == (5, 2, 8)
 
 
 @pytest.mark.parametrize("faster", [True, False])
-def test_auto_measures_once_and_takes_the_faster(faster, monkeypatch):
+def test_auto_measures_once_a_power_of_two_of_rows_and_keeps_the_faster(faster, monkeypatch):
     asked = []
-    monkeypatch.setattr(step_masked, "_is_faster", lambda *a: asked.append(a) or faster)
-    layer, x = linear(storage="auto").eval(), torch.randn(5, 12)
+    monkeypatch.setattr(step_masked, "_is_faster", lambda *ways: asked.append([way() for way in ways[:2]]) or faster)
+    layer = linear(storage="auto").eval()
     with torch.no_grad():
-        for k in (0, 1, 1):
-            assert torch.allclose(layer(x, k), layer._dense(x, k), atol=1e-6)
-    assert len(asked) == 1 and set(layer._sparse_weights) == ({0, 1} if faster else set())
+        for rows in (5, 7, 8):
+            x = torch.randn(rows, 12)
+            for k in (0, 1, 1):
+                assert torch.allclose(layer(x, k), layer._dense(x, k), atol=1e-6)
+        assert layer(torch.randn(0, 12), 1).shape == (0, 8)
+    layout = torch.sparse_csr if faster else torch.strided
+    assert len(asked) == 3 and set(layer._made) == {(0, layout), (1, layout)}
+
+
+@pytest.mark.parametrize("storage", ["dense", "sparse", "auto"])
+def test_what_is_kept_follows_weight_and_masks(storage):
+    layer, x = linear(storage=storage, learn="scores").eval(), torch.randn(5, 12)
+    drawn = torch.rand_like(layer.scores)
+    with torch.no_grad():
+        for change in (lambda: layer.module.weight.mul_(2.0), lambda: layer.scores.copy_(drawn)):
+            before = layer(x, 1)
+            change()
+            assert torch.allclose(layer(x, 1), layer._dense(x, 1), atol=1e-6)
+            assert not torch.allclose(layer(x, 1), before, atol=1e-3)
 
 
 def test_the_measurement_tells_fast_from_slow():
@@ -194,10 +257,14 @@ def test_the_measurement_tells_fast_from_slow():
 
 
 def test_auto_is_dense_where_there_is_no_sparse_product(monkeypatch):
-    def none(*_):
-        raise RuntimeError("not implemented")
+    kept = step_masked.StepMasked._kept
 
-    monkeypatch.setattr(step_masked.StepMasked, "_sparse", none)
+    def none(self, layout, *a):
+        if layout == torch.sparse_csr:
+            raise RuntimeError("not implemented")
+        return kept(self, layout, *a)
+
+    monkeypatch.setattr(step_masked.StepMasked, "_kept", none)
     layer, x = linear(storage="auto").eval(), torch.randn(5, 12)
     with torch.no_grad():
         assert torch.equal(layer(x, 0), layer._dense(x, 0))
