@@ -36,9 +36,12 @@ EVENTS = {
 
 @dataclass(frozen=True)
 class BackwardReport:
-    """How an ``Implicit`` gradient's backward solve went: vjps; relative residual and ``Status`` of each sample."""
+    """How an ``Implicit`` gradient's backward solve went: vjps; relative residual and ``Status`` of each sample.
 
-    evaluations: int
+    With ``mode="device"`` ``evaluations`` is a tensor, for which ``int`` waits.
+    """
+
+    evaluations: int | Tensor
     residual: Tensor
     status: Tensor
 

@@ -139,6 +139,24 @@ def test_gradients_are_those_of_the_loop(recorder, mode):
     assert counts == [6, 6]  # forward and backward, once each
 
 
+@pytest.mark.parametrize("mode", ["graph", "device"])
+def test_a_backward_solve_reports_what_that_of_the_loop_does(recorder, mode):
+    cell, x = Cell(), torch.randn(4, 24)
+    told = {}
+    for which in ("loop", mode, mode):
+        heard: list[dq.BackwardReport] = []
+        options = {"rtol": 1e-6, "mode": which, "backward": dq.Implicit(callback=heard.append)}
+        sol = dq.fixed_point(cell, torch.zeros(4, 24), (x.clone().requires_grad_(),), **options)
+        assert sol.backward is None
+        sol.z.square().sum().backward()
+        assert heard == [sol.backward]
+        told[which] = heard[0]
+    loop, recorded = told["loop"], told[mode]
+    assert int(recorded.evaluations) >= loop.evaluations  # a few more may be replayed
+    assert torch.equal(recorded.residual, loop.residual) and torch.equal(recorded.status, loop.status)
+    assert bool(recorded.converged.all())
+
+
 def test_double_backward_and_functional_gradients_run_in_graph_mode_too(recorder):
     cell = Cell(6).double()
     x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
