@@ -1,7 +1,8 @@
 """The source archive, and from it a wheel that other machines take: ``make sdist``, ``make wheel``.
 
 The wheel is made of what the source archive holds, in one and the same folder: nothing of an earlier build gets in, and
-the same input gives the same file. What nvcc compiles carries a hash of its path, so that holds for a checkout at one place.
+the same input gives the same file. What nvcc compiles carries a hash of its path: with CUDA kernels that holds for
+checkouts at one place.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def fresh(folder: Path) -> Path:
 
 def make_sdist(out: Path, work: Path, environment: Mapping[str, str]) -> Path:
     """The source archive in ``out``."""
-    build = [sys.executable, "-m", "build", "--sdist", "--outdir", fresh(work / "sdist"), ROOT]
+    build: list[str | Path] = [sys.executable, "-m", "build", "--sdist", "--outdir", fresh(work / "sdist"), ROOT]
     run(*build, cwd=ROOT, environment=environment)
     made = only(work / "sdist", "*.tar.gz")
     out.mkdir(parents=True, exist_ok=True)
@@ -91,16 +92,21 @@ def make_wheel(sdist: Path, out: Path, work: Path, environment: Mapping[str, str
     with tarfile.open(sdist) as archive:
         archive.extractall(fresh(work / "source"), filter="data")
     source = only(work / "source", "*")
-    run(
-        *(sys.executable, "-m", "build", "--wheel", "--outdir", fresh(work / "wheel"), source),
-        cwd=source,
-        environment=environment,
-    )
+    build: list[str | Path] = [sys.executable, "-m", "build", "--wheel", "--outdir", fresh(work / "wheel"), source]
+    run(*build, cwd=source, environment=environment)
     made = only(work / "wheel", "*.whl")
     if platform.system() == "Linux" and not made.name.endswith("-any.whl"):
         audit = [sys.executable, "-m", "auditwheel"]
         run(*audit, "show", made, cwd=source, environment=environment)
-        repair = [*audit, "repair", "--exclude", FROM_TORCH, "--wheel-dir", fresh(work / "repaired"), made]
+        repair: list[str | Path] = [
+            *audit,
+            "repair",
+            "--exclude",
+            FROM_TORCH,
+            "--wheel-dir",
+            fresh(work / "repaired"),
+            made,
+        ]
         run(*repair, cwd=source, environment=environment)
         made = only(work / "repaired", "*.whl")
     return Path(shutil.copyfile(made, out / made.name))
