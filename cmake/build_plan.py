@@ -104,7 +104,7 @@ def said(environment: Mapping[str, str], decision: Decision) -> list[str]:
     if "DEQFAST_CUDA" in environment.get("CMAKE_ARGS", ""):
         return [*lines, "deqfast: CUDA kernels as CMAKE_ARGS says"]
     if decision.compiled:
-        what = f"deqfast: compiling the CUDA kernels, a quarter of an hour of one core: {decision.why}"
+        what = f"deqfast: compiling the CUDA kernels, 7 to 15 minutes of one core: {decision.why}"
         return [*lines, what, "deqfast: DEQFAST_CUDA=off leaves them out, DEQFAST_CUDA_ARCHS=90-real compiles fewer"]
     if decision.why == "DEQFAST_CUDA=emulate":
         return [*lines, f"deqfast: compiling the CUDA kernels for CPU tensors, as tests want them ({decision.why})"]
