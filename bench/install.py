@@ -1,7 +1,7 @@
 """What wheels and installs cost: ``python -m bench.install --dist .venv-dist/bin/python --out FILE``; minutes.
 
-Each wheel is made twice, from two copies of the tree: the same input must give the same file. With ``--cuda`` both copies
-lie at one place, one after the other, because what nvcc compiles carries a hash of its path.
+Each wheel is made twice, from two copies of the tree: the same input must give the same file. With ``--cuda`` both
+copies lie at one place, one after the other, because what nvcc compiles carries a hash of its path.
 """
 
 from __future__ import annotations
