@@ -34,6 +34,7 @@ print(f"deqfast {deqfast.__version__}, torch {torch.__version__}, {extension._C.
 def run(*command: str | Path, cwd: Path) -> None:
     """The command; its failure ends the script. PYTHONPATH goes: the tree must not be found."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment.setdefault("OMP_WAIT_POLICY", "passive")  # as `make test` runs them
     done = subprocess.run([str(part) for part in command], cwd=cwd, env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(str(part) for part in command)[:200]}: exit status {done.returncode}")

@@ -19,7 +19,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,24 +109,26 @@ def imports(python: Path, cwd: Path, processes: int) -> dict[str, Any]:
     return {"processes": processes, "torch_s": torch_s, "deqfast_s": own_s, "busy_elsewhere": others.cores()}
 
 
-def measure(options: argparse.Namespace, scratch: Path) -> Mapping[str, Any]:
-    """All rows; every environment and every tree lies below ``scratch``."""
+def measure(options: argparse.Namespace, scratch: Path) -> Iterator[Mapping[str, Any]]:
+    """All that has been measured so far, row after row; every environment and tree lies below ``scratch``."""
     dist, base = options.dist.absolute(), Path(sys.executable).absolute()
     timed([dist, ROOT / ".ci" / "wheel.py", "--sdist-only", "--out", scratch, "--work", scratch / "work"], scratch)
     (sdist,) = scratch.glob("*.tar.gz")
-    found: dict[str, Any] = {"sdist_bytes": sdist.stat().st_size, "wheels": {}, "installs": {}}
-    tree = unpacked(sdist, scratch / "install")
-    bare = environment(base, scratch / "bare")
-    found["installs"]["no torch (`--no-deps`)"] = install(bare, tree, "--no-deps")
-    tree = unpacked(sdist, scratch / "install")
+    wheels: dict[str, Any] = {}
+    installs: dict[str, Any] = {}
+    found = {"sdist_bytes": sdist.stat().st_size, "wheels": wheels, "installs": installs}
+    wheels["CPU kernels"] = wheel_twice(dist, sdist, [scratch / "one", scratch / "two" / "deeper"], "off")
+    yield found
     full = environment(base, scratch / "full", options.torch, "numpy")
-    found["installs"][f"{options.torch}, a build without CUDA"] = install(full, tree)
+    installs[f"{options.torch}, a build without CUDA"] = install(full, unpacked(sdist, scratch / "install"))
     found["imports"] = imports(full, scratch, options.processes)
-    places = [scratch / "one", scratch / "two" / "deeper"]
-    found["wheels"]["CPU kernels"] = wheel_twice(dist, sdist, places, "off")
+    yield found
+    bare = environment(base, scratch / "bare")
+    installs["no torch (`--no-deps`)"] = install(bare, unpacked(sdist, scratch / "install"), "--no-deps")
+    yield found
     if options.cuda:
-        found["wheels"]["CPU and CUDA kernels"] = wheel_twice(dist, sdist, [scratch / "one"] * 2, "on")
-    return found
+        wheels["CPU and CUDA kernels"] = wheel_twice(dist, sdist, [scratch / "one"] * 2, "on")
+        yield found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -141,8 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = "python -m bench.install" + (" --cuda" if options.cuda else "") + f" --torch {options.torch}"
     others = Bystanders()
     with tempfile.TemporaryDirectory() as scratch:
-        found = measure(options, Path(scratch))
-    options.out.write_text(json.dumps({"meta": describe(command, others), **found}, indent=1) + "\n")
+        for found in measure(options, Path(scratch)):
+            options.out.write_text(json.dumps({"meta": describe(command, others), **found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
