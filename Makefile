@@ -236,8 +236,11 @@ try-wheel: ## Install this Python's wheel of dist/ into an empty environment, an
 check-release: ## CHANGELOG.md has a section for the version (VERSION=v0.1.0: that of the tag)
 	@$(PYTHON) .ci/changelog.py $(VERSION)
 
-install-report: $(VENV_DIST)/.deps ## Measure installs and wheels (a quarter of an hour), write the table of docs/install.md
-	$(DIST) docs/make_install.py --measure
+install-report: build $(VENV_DIST)/.deps ## Measure wheels and installs (minutes), write the table of docs/install.md
+	@mkdir -p bench/results
+	$(BIN)/python -m bench.install $(if $(filter on,$(WHEEL_CUDA)),--cuda) --dist $(VENV_DIST)/bin/python \
+	  --out bench/results/$$(date +%Y-%m-%d)-install.json
+	$(BIN)/python docs/make_install.py
 
 format: venv ## Format Python and C++ in place, write the API reference
 	$(BIN)/ruff check --fix .
