@@ -26,13 +26,19 @@ from typing import Any
 from .meta import Bystanders, describe
 
 ROOT = Path(__file__).resolve().parents[1]
+# Of Python's collector, which walks all of torch's objects when it happens to be due, the time is told apart.
 IMPORT = """
-import time
+import gc, time
 begin = time.perf_counter()
 import torch
+spent, started = 0.0, 0.0
+def collecting(phase, _):
+    global spent, started
+    started, spent = (time.perf_counter(), spent) if phase == "start" else (0, spent + time.perf_counter() - started)
+gc.callbacks.append(collecting)
 middle = time.perf_counter()
 import deqfast
-print(middle - begin, time.perf_counter() - middle)
+print(middle - begin, time.perf_counter() - middle, spent)
 """
 
 
@@ -102,11 +108,12 @@ def install(python: Path, tree: Path, *options: str) -> dict[str, Any]:
 
 
 def imports(python: Path, cwd: Path, processes: int) -> dict[str, Any]:
-    """Median seconds of importing torch, and then deqfast, in fresh processes."""
+    """Median seconds of importing torch, and then deqfast, in fresh processes, and of the collector in the latter."""
     others = Bystanders()
     pairs = [timed([python, "-c", IMPORT], cwd)["output"].split() for _ in range(processes + 1)][1:]
-    torch_s, own_s = (statistics.median(float(pair[i]) for pair in pairs) for i in (0, 1))
-    return {"processes": processes, "torch_s": torch_s, "deqfast_s": own_s, "busy_elsewhere": others.cores()}
+    torch_s, own_s, gc_s = (statistics.median(float(pair[i]) for pair in pairs) for i in range(3))
+    found = {"processes": processes, "torch_s": torch_s, "deqfast_s": own_s, "collector_s": gc_s}
+    return {**found, "busy_elsewhere": others.cores()}
 
 
 def measure(options: argparse.Namespace, scratch: Path) -> Iterator[Mapping[str, Any]]:
