@@ -70,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         python = environment_with(options.torch, options.torch_from, place / "environment")
-        pip = (python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps")
-        run(*pip, "--find-links", options.wheels.resolve(), f"deqfast=={version}", cwd=place)
+        pip = (python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--ignore-installed")
+        run(*pip, "--no-index", "--no-deps", "--find-links", options.wheels.resolve(), f"deqfast=={version}", cwd=place)
         for name in ("tests", "pyproject.toml"):
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
             copy(ROOT / name, place / name)
