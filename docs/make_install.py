@@ -45,8 +45,9 @@ def rows(found: Mapping[str, Any]) -> list[list[str]]:
         made.append([f"`pip install .`, {what}", minutes(row), limit])
     if "imports" in found:
         row = found["imports"]
-        own = f"{row['deqfast_s']:.3f} s after torch's {row['torch_s']:.2f} s, "
-        own += f"{row['collector_s']:.3f} s of it Python's collector on torch's objects"
+        own = f"{row['deqfast_s']:.3f} s after torch's {row['torch_s']:.2f} s"
+        if "collector_s" in row:
+            own += f", {row['collector_s']:.3f} s of it Python's collector on torch's objects"
         limit = f"under {IMPORT_S} s: {verdict(row['deqfast_s'], IMPORT_S)}"
         made.append([f"`import deqfast`, median of {row['processes']} processes", own, limit])
     return made
