@@ -13,11 +13,19 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- install:begin -->", "<!-- install:end -->"
 # What was asked for: MB of a wheel; minutes of the CPU's wheel and of an install on two cores; s of an import.
 WHEEL_MB, WHEEL_MINUTES, INSTALL_MINUTES, IMPORT_S = 20, 3, 6, 0.1
+CROWDED = 0.15  # cores in other programs' hands above which a time on the clock says nothing of a target
 
 
 def verdict(measured: float, limit: float) -> str:
     """Whether the target was met."""
     return "met" if measured < limit else "**missed**"
+
+
+def timed(row: Mapping[str, Any], limit: int) -> str:
+    """Whether a time met its target; not told where others kept the cores busy, but for what the processor did."""
+    if (row["busy_elsewhere"] or 0) > CROWDED:
+        return f"under {limit} min: not told, the machine was not free; {row['processor_s'] / 120:.1f} if shared by two cores"
+    return f"under {limit} min: {verdict(row['seconds'] / 60, limit)}"
 
 
 def minutes(row: Mapping[str, Any]) -> str:
@@ -41,14 +49,15 @@ def rows(found: Mapping[str, Any]) -> list[list[str]]:
         same = f"yes, {row['sha256'][0][:16]}..." if row["same"] else "**no**"
         made.append(["the same file, made twice", same, "yes"])
     for what, row in found["installs"].items():
-        limit = f"under {INSTALL_MINUTES} min: {verdict(row['seconds'] / 60, INSTALL_MINUTES)}"
-        made.append([f"`pip install .`, {what}", minutes(row), limit])
+        made.append([f"`pip install .`, {what}", minutes(row), timed(row, INSTALL_MINUTES)])
     if "imports" in found:
         row = found["imports"]
         own = f"{row['deqfast_s']:.3f} s after torch's {row['torch_s']:.2f} s"
         if "collector_s" in row:
             own += f", {row['collector_s']:.3f} s of it Python's collector on torch's objects"
-        limit = f"under {IMPORT_S} s: {verdict(row['deqfast_s'], IMPORT_S)}"
+        crowded = (row["busy_elsewhere"] or 0) > CROWDED
+        limit = "not told, the machine was not free" if crowded else verdict(row["deqfast_s"], IMPORT_S)
+        limit = f"under {IMPORT_S} s: {limit}"
         made.append([f"`import deqfast`, median of {row['processes']} processes", own, limit])
     return made
 
