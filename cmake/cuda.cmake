@@ -27,6 +27,17 @@ else()
     message(STATUS "CUDA: no nvcc found, the module will have CPU kernels only")
     return()
   endif()
+  if(DEQFAST_CUDA STREQUAL "auto")
+    execute_process(
+      COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/build_plan.py"
+      OUTPUT_VARIABLE decision OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
+    string(REGEX MATCH "^(on|off)\n(.*)$" _ "${decision}")
+    message(STATUS "CUDA: ${CMAKE_MATCH_1}, ${CMAKE_MATCH_2}")
+    if(NOT CMAKE_MATCH_1 STREQUAL "on")
+      message(STATUS "CUDA: the module will have CPU kernels only; DEQFAST_CUDA=on compiles the others")
+      return()
+    endif()
+  endif()
 
   # DEQFAST_CUDA_ARCHS, else TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") in CMake's terms, else Ampere, Hopper and, for what
   # comes later, PTX.

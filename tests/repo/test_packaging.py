@@ -128,6 +128,29 @@ def test_skip_build_makes_a_pure_wheel_that_needs_no_compiler_and_imports(source
 
 
 @pytest.mark.packaging
+def test_a_local_version_is_the_wheel_s_and_the_package_s(source, tmp_path):
+    env = {"DEQFAST_SKIP_BUILD": "1", "DEQFAST_LOCAL_VERSION": "cu128"}
+    wheel = build("build_wheel", source, tmp_path / "wheel", env=env)
+    assert wheel.name == f"deqfast-{VERSION}+cu128-py3-none-any.whl"
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    assert imported_from(tmp_path / "site", "import deqfast; result = deqfast.__version__", cwd=tmp_path) == (
+        f"{VERSION}+cu128"
+    )
+
+
+@pytest.mark.packaging
+def test_wheels_of_the_same_sources_are_the_same_file_wherever_they_were_built(sdist, tmp_path):
+    env = {"CMAKE_ARGS": "-DDEQFAST_ISAS=baseline", "SOURCE_DATE_EPOCH": "1000000000"}
+    contents = []
+    for place in ("one", "two/deeper"):
+        with tarfile.open(sdist) as archive:
+            archive.extractall(tmp_path / place, filter="data")
+        (tree,) = (tmp_path / place).iterdir()
+        contents.append(build("build_wheel", tree, tmp_path / place / "out", env=env).read_bytes())
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.packaging
 def test_editable_install_puts_the_module_into_the_tree(source, tmp_path):
     quick = {"CMAKE_ARGS": "-DDEQFAST_ISAS=baseline", "SKBUILD_CMAKE_BUILD_TYPE": "Debug"}
     wheel = build("build_editable", source, tmp_path / "wheel", env=quick)
