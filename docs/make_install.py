@@ -43,9 +43,7 @@ def rows(found: Mapping[str, Any]) -> list[list[str]]:
         size = row["bytes"] / 1e6
         asked = f"under {WHEEL_MB} MB: {verdict(size, WHEEL_MB)}"
         made.append([f"wheel, {what}", f"{size:.2f} MB; module {row['module_bytes'] / 1e6:.2f} MB unpacked", asked])
-        limit = (
-            f"under {WHEEL_MINUTES} min: {verdict(row['seconds'] / 60, WHEEL_MINUTES)}" if what == "CPU kernels" else ""
-        )
+        limit = timed(row, WHEEL_MINUTES) if what == "CPU kernels" else ""
         made.append([f"`make wheel`, {what}", minutes(row), limit])
         same = f"yes, {row['sha256'][0][:16]}..." if row["same"] else "**no**"
         made.append(["the same file, made twice", same, "yes"])
