@@ -22,7 +22,7 @@ from .loop.progress import progress_bar
 from .loop.sampled import Sampled
 from .loop.state import SolverState
 from .naming import check_names
-from .ops import contract
+from .ops import contract, grouped
 from .ops.codes import Int
 from .ops.layout import as_tuples, layout_of
 from .options import Options, check_args, check_callable, check_flag
@@ -153,7 +153,7 @@ def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Option
     if transformed:
         f = compiled.eager(f)
     start = transforms.values(z0) if transformed else z0
-    layout = layout_of(start, options.batch_dims, options.segments)
+    layout = layout_of(start, options.batch_dims, options.segments, pads=_pads(start, options, gradient))
     problem = Problem(f, args, layout, options, options.stopping(layout.dtype), transformed)
     if gradient is not None and gradient.solves and problem.differentiated:
         return gradient.solve(problem, z0)
@@ -177,6 +177,13 @@ def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Option
     if options.throw and not bool(solution.converged.all()):
         raise ConvergenceError(solution)
     return solution
+
+
+def _pads(start: Any, options: Options, gradient: Gradient | None) -> bool | None:
+    """How segments of unequal length are laid out: one block where the loop is differentiated or captured."""
+    if options.segments is None or options.mode != "loop" or (gradient is not None and gradient.solves):
+        return None
+    return grouped.pads(options.backend, start)
 
 
 _OPTIONS = [name for name, p in inspect.signature(fixed_point).parameters.items() if p.kind is p.KEYWORD_ONLY]

@@ -53,7 +53,7 @@ def conclude(
         status=layout.counted(status),
         trace=trace,
         backend=state.backend,
-        counters=counters,
+        counters=layout.counted_rows(counters),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import compiled
-from ..ops import contract, recheck
+from ..ops import contract, grouped, recheck
 from ..ops.codes import Int, Real
 from ..ops.layout import Layout
 from ..ops.samples import Samples
@@ -59,13 +59,13 @@ class SolverState(Keeping):
         rule = never(stopping) if together else stopping
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING:
             try:
-                self.ws: Workspace = options.workspace(self.layout, rule)
+                self.ws: Workspace = grouped.workspace_of(options, self.layout, rule)
             except torch.OutOfMemoryError as error:
                 raise torch.OutOfMemoryError(
                     f"no room for the history of {options} for {self.layout.B} samples of {self.layout.N} numbers: "
                     f"keep fewer columns, Anderson's in a narrower history_dtype, or solve a smaller batch. {error}"
                 ) from error
-        self._backend = contract.choose(backend, self.layout.device, kind=type(self.ws))
+        self._backend = contract.choose(backend, self.layout.device, kind=self.ws.kind)
         self.nfe = 0
         self._running = self.layout.B if self.layout.N else 0
         start = [t.detach() for t in self.layout.tensors(z0)]
@@ -76,13 +76,13 @@ class SolverState(Keeping):
         self._origin: Origin | None = None
         self._stopping, self._together = stopping, Together(self.ws, stopping, 0) if together else None
         # Views in the caller's shape, of a state of one tensor.
-        self._shown = [self.layout.unflatten(x) for x in self.ws.x] if self.layout.single else []
+        self._shown = [self.layout.unflatten(x) for x in self.ws.x] if self.layout.single and self.layout.samples.views else []
         self._showing = False  # while a callback looks, every iterate it asks for is a copy
-        self.bound = self._backend.bind(self.ws)
+        self.bound = grouped.bind(self._backend, self.ws)
         self._outputs = Outputs(self.ws, self.bound, options.uses_previous, start)
 
     def _bind(self) -> None:
-        self.bound = self._backend.bind(self.ws, self.made)
+        self.bound = grouped.bind(self._backend, self.ws, self.made)
         self._outputs.bind(self.bound)
 
     @property
@@ -238,7 +238,7 @@ class SolverState(Keeping):
             which = ws.int_row(Int.STATUS) == int(Status.CONVERGED)  # who stopped together goes on together
         recheck.wake(ws, which, self.made)
         ws.cur ^= 1  # the same step once more, for them
-        self.bound = self._backend.bind(ws, self.made - 1)
+        self.bound = grouped.bind(self._backend, ws, self.made - 1)
         running = self.bound(leaves, None, rows, None)  # they did not move, which is no column
         recheck.begin(ws, which)
         ws.cur ^= 1

@@ -57,6 +57,8 @@ def outside(
         made: evaluations made, this one included.
         rule: what their tolerance is, where that is not ``ws.stopping``.
     """
+    if ws.parts:
+        return _of_groups(ws, f, made, ws.stopping if rule is None else rule)
     layout, stopping = ws.layout, ws.stopping if rule is None else rule
     earlier = (ws.int_row(Int.STATUS) == int(Status.CONVERGED)) & (ws.int_row(Int.STEPS) < made)
     values, seen = rows_seen(layout, f, f_rows)
@@ -77,6 +79,14 @@ def outside(
         target = ws.real_row(row)
         target.copy_(torch.where(new, value, target))
     return earlier & ~within
+
+
+def _of_groups(ws: Workspace, f: list[Tensor], made: int | Tensor, rule: Stopping) -> Tensor:
+    found = []
+    for (group, _), part in zip(ws.layout.parts, ws.parts, strict=True):
+        part.cur = ws.cur
+        found.append(outside(part, [group.of(t) for t in f], None, made, rule))
+    return torch.cat(found)
 
 
 def wake(ws: Workspace, which: Tensor, made: int) -> None:

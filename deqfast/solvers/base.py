@@ -6,6 +6,7 @@ from typing import Any
 
 from .. import compiled
 from ..loop.state import SolverState
+from ..ops import grouped
 from ..ops.layout import Layout, layout_of
 from ..ops.workspace import Stopping, Workspace
 from ..options import check_choice, check_samples, stopping
@@ -55,7 +56,7 @@ class Solver:
         """
         check_choice("stop", stop, ("each", "all"))
         check_samples(batch_dims, segments)
-        layout = layout_of(z0, batch_dims, segments)
+        layout = layout_of(z0, batch_dims, segments, pads=segments is not None and grouped.pads(backend, z0))
         rule = stopping(rtol, atol, max_iter, layout.dtype)
         state = SolverState(self, z0, rule, backend=backend, layout=layout, together=stop == "all")
         if history is not None:

@@ -25,6 +25,7 @@ class Torch(Backend):
     name = "torch"
     own_residual = True
     counts_on_host = True
+    pads = True
     steps: Mapping[type[Workspace], Binder] = {
         AndersonWorkspace: portable.AndersonStep,
         BroydenWorkspace: portable_broyden.BroydenStep,
