@@ -170,13 +170,22 @@ class Layout:
         self.parts: list[tuple[Group, Layout]] = []
         if self.samples.groups:
             rows = self.empty()
-            self.parts = [(group, Layout([group.of(t) for t in rows], name)) for group in self.samples.groups]
+            self.parts = [(group, self._part(group, rows)) for group in self.samples.groups]
             self.N = max(part.N for _, part in self.parts)
 
     def __repr__(self) -> str:
         samples = "" if self.samples is FIRST_DIM else f", {self.samples!r}"
         leaves = ", ".join(f"{tuple(leaf.shape)} {leaf.dtype} in order {leaf.order}" for leaf in self.leaves)
         return f"{self._describe()}: {leaves}{samples}"
+
+    def _part(self, group: Group, rows: list[Tensor]) -> Layout:
+        """The layout of the samples of one group, whose rows are views."""
+        part = copy.copy(self)
+        leaves = [group.of(t) for t in rows]
+        part.samples, part.leaves, part.shapes = FIRST_DIM, [Leaf(t) for t in leaves], [t.shape for t in leaves]
+        part.B, part.batch_shape = group.count, (group.count,)
+        part.N = self.N * group.length
+        return part
 
     def resized(self, rows: int) -> Layout:
         """The layout of such a state with so many rows of dim 0.
