@@ -189,7 +189,7 @@ class Plan {
     void judge(const Blocks& blocks) {
         const size_t count = blocks.rules.size();
         if (count > size_t(kMaxBlocks)) throw std::invalid_argument("too many blocks");
-        args.block_norms = checked<double>("block_norms", blocks.norms, int64_t(count) * 2 * args.padded * 8);
+        args.block_norms = checked<double>("block_norms", blocks.norms, int64_t(count) * 2 * padded * 8);
         args.n_blocks = int(count);
         for (size_t i = 0; i < count; ++i) {
             args.block_rtol[i] = blocks.rules[i][0];
