@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import graphs
 from ..graphs import identity
 from ..loop.state import SolverState
+from ..solution import BackwardReport
 from .graph import Attachment, Graph, adjoint_map, autocast_as, evaluate
 from .linear import adjoint_start, warn_of_failures
 
@@ -37,7 +38,11 @@ def replayed_adjoint(attachment: Attachment, z: Sequence[Tensor], g: list[Tensor
     def finish(state: SolverState, evaluations: int | Tensor) -> list[Tensor]:
         if options.mode == "graph" and state.failed():
             warn_of_failures(state, g)
-        return [t.clone() for t in state.answer()[0]]
+        leaves, residual = state.answer()
+        if options.tell is not None:  # the memory is the recording's
+            counted = layout.counted(residual)
+            options.tell(BackwardReport(evaluations, counted.clone(), state.status.clone()))
+        return [t.clone() for t in leaves]
 
     program = graphs.Program(
         prepare=prepare,
