@@ -1,7 +1,7 @@
 """Samples of unequal length as `segments=`: `python -m bench.segments --out FILE.json`.
 
-Segments of one length against the batch that they are; of unequal lengths against one block padded to the longest, which
-is what they were solved as at first, and against rows as samples. Equal evaluations of a nearly free f.
+Segments of one length against the batch that they are; of unequal lengths against one block padded to the longest, as
+they were solved at first, and against rows as samples. Equal evaluations of a nearly free f.
 
 One thread, processor time, rows in turns within one run: the cores may have other work. A block that takes more than
 1 GB of history is not solved; its memory stands there all the same.
@@ -92,7 +92,7 @@ def case_rows(name: str, lengths: list[int], backend: str, rounds: int) -> list[
     rows = []
     for method, solver in SOLVERS.items():
         fits = {way: told for way, told in ways.items() if history_bytes(solver, told[1]) <= LARGEST_BLOCK}
-        calls = {way: partial(solve, f, solver, backend, *told) for way, (f, *told) in fits.items()}
+        calls = {way: partial(solve, f, solver, backend, layout, z) for way, (f, layout, z) in fits.items()}
         taken = timing.alternate(calls, rounds=rounds, budget=8.0, clock=time.process_time)
         for way, (_, layout, _) in ways.items():
             row: Row = {"case": name, "backend": backend, "solver": method, "row": way, "segments": len(lengths)}

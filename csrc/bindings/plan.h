@@ -295,8 +295,8 @@ inline void declare_plans(pybind11::module_& m) {
                           const std::optional<Place>&, const py::tuple&, DType, const Array&, const Array&,
                           const Array&, const Array&, const Array&, const Array&>(),
                  py::kw_only(), "B"_a, "dtype"_a, "numbers"_a, "x"_a, "x_prev"_a, "saved"_a, "ints"_a, "reals"_a,
-                 "stride"_a, "stopping"_a, "threads"_a, "blocks"_a, "place"_a, "method"_a, "history_dtype"_a, "history"_a,
-                 "scales"_a, "matrix"_a, "gram"_a, "norms"_a, "ages"_a);
+                 "stride"_a, "stopping"_a, "threads"_a, "blocks"_a, "place"_a, "method"_a, "history_dtype"_a,
+                 "history"_a, "scales"_a, "matrix"_a, "gram"_a, "norms"_a, "ages"_a);
     declare_steps(anderson);
     py::class_<BroydenPlan> broyden(m, "BroydenPlan", "One Broyden solve on a workspace; see deqfast.ops.native.");
     broyden.def(
@@ -304,7 +304,8 @@ inline void declare_plans(pybind11::module_& m) {
                  const Array&, int64_t, const py::tuple&, int, const std::optional<Blocks>&,
                  const std::optional<Place>&, const py::tuple&, DType, const Array&, const Array&, const Array&>(),
         py::kw_only(), "B"_a, "dtype"_a, "numbers"_a, "x"_a, "x_prev"_a, "saved"_a, "ints"_a, "reals"_a, "stride"_a,
-        "stopping"_a, "threads"_a, "blocks"_a, "place"_a, "method"_a, "history_dtype"_a, "history"_a, "norms"_a, "gram"_a);
+        "stopping"_a, "threads"_a, "blocks"_a, "place"_a, "method"_a, "history_dtype"_a, "history"_a, "norms"_a,
+        "gram"_a);
     declare_steps(broyden);
 }
 

@@ -76,7 +76,9 @@ class SolverState(Keeping):
         self._origin: Origin | None = None
         self._stopping, self._together = stopping, Together(self.ws, stopping, 0) if together else None
         # Views in the caller's shape, of a state of one tensor.
-        self._shown = [self.layout.unflatten(x) for x in self.ws.x] if self.layout.single and self.layout.samples.views else []
+        self._shown = (
+            [self.layout.unflatten(x) for x in self.ws.x] if self.layout.single and self.layout.samples.views else []
+        )
         self._showing = False  # while a callback looks, every iterate it asks for is a copy
         self.bound = grouped.bind(self._backend, self.ws)
         self._outputs = Outputs(self.ws, self.bound, options.uses_previous, start)

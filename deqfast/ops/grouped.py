@@ -173,5 +173,3 @@ class GroupedStep(BoundStep):
     def failed(self) -> int:
         """Of all groups."""
         return sum(step.failed() for step in self._steps)
-
-

@@ -112,9 +112,7 @@ class Leaf:
         return t.reshape(t.shape[0], self.n)
 
 
-def layout_of(
-    z0: Any, batch_dims: int, segments: Any = None, name: str = "z0", pads: bool | None = None
-) -> Layout:
+def layout_of(z0: Any, batch_dims: int, segments: Any = None, name: str = "z0", pads: bool | None = None) -> Layout:
     """The layout of a state whose samples are counted by options that have been checked.
 
     ``pads``: how segments of unequal length are laid out, see ``segments.py``.

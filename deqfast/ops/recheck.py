@@ -37,9 +37,7 @@ def rows_seen(layout: Layout, f: list[Tensor], f_rows: Tensor | None) -> tuple[l
     return [rows.index_select(0, f_rows.clamp(min=0)) for rows in values], f_rows >= 0
 
 
-def still_within(
-    moved: Tensor, size: Tensor, rtol: Any, atol: Any, rounding: float, slack: float = SLACK
-) -> Tensor:
+def still_within(moved: Tensor, size: Tensor, rtol: Any, atol: Any, rounding: float, slack: float = SLACK) -> Tensor:
     """Whether what was within its tolerance still is, f's own rounding allowed for; what is no number is not."""
     allowed = (atol + rtol * size) * (1 + slack) + rounding * size
     return (moved <= allowed) & torch.isfinite(moved + size)

@@ -11,12 +11,13 @@ Views wherever memory allows it.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from torch import Tensor
 
 
-class Group(NamedTuple):
+@dataclass(frozen=True)
+class Group:
     """Consecutive samples of one length, and their rows: one sample after the other."""
 
     first: int

@@ -110,7 +110,7 @@ def test_gradients_with_segments(backward):
         loss(sol.z, sol.x, target, owner).sum() if backward == "envelope" else sol.x.square().sum(), target
     )
     f_one = lambda z, x, target: f(z, x, target, None)  # noqa: E731
-    each = lambda z, x, target: ((z - target).square().sum((0, 1)) + x.square().sum((0, 1)))  # noqa: E731
+    each = lambda z, x, target: (z - target).square().sum((0, 1)) + x.square().sum((0, 1))  # noqa: E731
     for a, b in itertools.pairwise(BOUNDS):
         if a == b:
             continue
@@ -174,7 +174,9 @@ def test_coupled_samples_are_all_within_tolerance_when_they_stop_together(backen
     f = lambda z, x: torch.tanh(z @ W + x + 0.1 * z.mean(0))  # noqa: E731
     loss = lambda z, x: (z - target).square().sum(1) + x.square().sum(1)  # noqa: E731
     z0 = torch.zeros(5, 4, dtype=F64)
-    sol = dq.joint_solve(f, loss, z0, z0, step_size=0.02, stop="all", max_iter=1000, backend=backend, rtol=1e-7, solver="picard")
+    sol = dq.joint_solve(
+        f, loss, z0, z0, step_size=0.02, stop="all", max_iter=1000, backend=backend, rtol=1e-7, solver="picard"
+    )
     assert bool(sol.converged.all()) and bool((sol.steps == sol.nfe).all())
     image = f(sol.z, sol.x)
     assert bool(((image - sol.z).norm(dim=1) <= 1.2e-7 * image.norm(dim=1)).all())

@@ -63,7 +63,7 @@ def test_what_cannot_be_compared_is_said():
         "a, mlp/1: other tolerances or samples",
     ]
     assert not counts.compare(RECORD, {**RECORD, "counts": {}}).same
-    with pytest.raises(ValueError, match="before must be a result of bench.convergence, got kind 'speed'"):
+    with pytest.raises(ValueError, match=r"before must be a result of bench.convergence, got kind 'speed'"):
         counts.compare({"kind": "speed"}, RECORD)
 
 
@@ -79,7 +79,7 @@ def test_the_script_ends_with_one_where_something_changed(tmp_path, capsys):
 def test_a_run_is_held_against_an_earlier_one(tmp_path, capsys):
     pytest.importorskip("torchdeq")
     pytest.importorskip("matplotlib")
-    from bench import convergence  # noqa: PLC0415 - needs packages that are optional
+    from bench import convergence
 
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     wanted = ["--problems", "linear/non-normal .9", "--methods", "deqfast A*", "--no-time", "--img", str(tmp_path)]
