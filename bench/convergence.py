@@ -3,6 +3,7 @@
     python -m bench.convergence --out bench/results/convergence.json            # everything, several minutes
     python -m bench.convergence --quick                                         # eleven problems, under a minute
     python -m bench.convergence --problems 'linear/*' --no-time                 # a part of it
+    python -m bench.convergence --no-time --methods 'deqfast *' --against OLD.json  # did a change move a count?
 
 Writes one JSON file, prints the tables, and draws performance profiles to docs/img/.
 """
@@ -10,6 +11,7 @@ Writes one JSON file, prints the tables, and draws performance profiles to docs/
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import time
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench import meta, methods, problems, tolerance_time
+from bench import counts, meta, methods, problems, tolerance_time
 from bench.families.scaling import rescaled
 from bench.peers import Peer
 from bench.recorder import count
@@ -33,7 +35,7 @@ OTHER_FACTORS = (1e-6, 1e-3, 0.3, 3.0, 1e3, 1e6)
 
 
 def count_all(contestants: Sequence[Peer], suite: Sequence[problems.Problem], cap: int) -> dict[str, Any]:
-    counts: dict[str, dict[str, Any]] = {peer.name: {} for peer in contestants}
+    found_of: dict[str, dict[str, Any]] = {peer.name: {} for peer in contestants}
     described: dict[str, Any] = {}
     for index, problem in enumerate(suite, 1):
         start = time.perf_counter()
@@ -43,12 +45,12 @@ def count_all(contestants: Sequence[Peer], suite: Sequence[problems.Problem], ca
         }  # fmt: skip
         for peer in contestants:
             found = count(peer, problem, tolerances, cap)
-            counts[peer.name][problem.name] = vars(found)
+            found_of[peer.name][problem.name] = vars(found)
             if found.error:
                 print(f"    {peer.name} raised on {problem.name}: {found.error}", flush=True)
         took = time.perf_counter() - start
         print(f"[{index:2d}/{len(suite)}] {problem.name:<30s} {took:5.1f} s", flush=True)
-    return {"problems": described, "counts": counts}
+    return {"problems": described, "counts": found_of}
 
 
 def scaling(peer: Peer, cap: int) -> list[dict[str, Any]]:
@@ -88,6 +90,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--img", type=Path, default=Path("docs/img"), help="folder of the pictures")
     parser.add_argument("--quick", action="store_true", help="eleven problems, fewer methods and rounds")
     parser.add_argument("--problems", default="*", help="shell pattern of problem names")
+    parser.add_argument("--methods", nargs="+", default=["*"], help="shell patterns of methods, torchdeq's among them")
+    parser.add_argument("--against", type=Path, help="an earlier result: ends with 1 where a count has changed")
     parser.add_argument("--rivals-only", action="store_true", help="torchdeq alone; needs no deqfast")
     parser.add_argument("--shown-only", action="store_true", help="deqfast's defaults and torchdeq, no variants")
     parser.add_argument("--no-time", action="store_true", help="skip the time to tolerance")
@@ -96,13 +100,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def _named(peer: Peer, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(peer.name, pattern) for pattern in patterns)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     start = time.perf_counter()
     rivals = methods.rivals()
     own = [] if options.rivals_only else methods.own(options.backend, options.quick)
     if options.shown_only:
         own = [peer for peer in own if peer.name in methods.SHOWN]
+    own, rivals = ([p for p in peers if _named(p, options.methods)] for peers in (own, rivals))
     suite = problems.suite(pattern=options.problems, quick=options.quick)
     print(f"{len(suite)} problems built in {time.perf_counter() - start:.1f} s", flush=True)
     command = "python -m bench.convergence" + (" --quick" if options.quick else "")
@@ -111,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record.update(cap=options.cap, tolerances=list(TOLERANCES), headline=list(HEADLINE))
     record.update(count_all([*own, *rivals], suite, options.cap))
     print_table(record)
-    if own:
+    if own and not options.against:
         record["scaling"] = scaling(own[0], options.cap)
         if not options.no_time:
             contestants = [peer for peer in [*own, *rivals] if peer.name in methods.SHOWN]
@@ -123,7 +132,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shown = [method for method in methods.SHOWN if method in record["counts"]]
     pictures.performance_profiles(record, shown, options.img / "performance_profiles.png")
     print(f"\nwrote {options.out} and pictures in {options.img}, {time.perf_counter() - start:.0f} s in all")
+    if options.against is None:
+        return 0
+    found = counts.compare(json.loads(options.against.read_text()), record)
+    print(f"\nagainst {options.against}:\n{counts.told(found)}")
+    return 0 if found.same else 1
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

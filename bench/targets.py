@@ -60,8 +60,9 @@ COMPAT_SCIPY = {1_000: 5.0, 1_000_000: 3.0}
 COMPAT_SCIPY_BATCH = 200.0
 COMPAT_SEGMENTS = 0.7
 
-# Segments of one length over the batch that they are, at most.
+# Segments of one length over the batch that they are, and very unequal ones over one block, padded, at most.
 SEGMENTS_EQUAL = 1.15
+SEGMENTS_UNEQUAL = {"1 of 1,000 rows, 99 of 10": 0.5}
 
 # On two processes of one thread: over one process of two threads and the all-reduce; over samples that stop together.
 SPREAD = 1.15

@@ -36,14 +36,22 @@ EVENTS = {
 
 @dataclass(frozen=True)
 class BackwardReport:
-    """How an ``Implicit`` gradient's backward solve went: vjps; relative residual and ``Status`` of each sample.
+    """How an ``Implicit`` gradient's backward solve went.
 
-    With ``mode="device"`` ``evaluations`` is a tensor, for which ``int`` waits.
+    Attributes:
+        evaluations: vjps; reading it waits for the device if the loop ran there.
+        residual: (B,) relative residual.
+        status: (B,) int32 of ``Status``.
     """
 
-    evaluations: int | Tensor
+    made: int | Tensor  # a loop on the device leaves a tensor
     residual: Tensor
     status: Tensor
+
+    @property
+    def evaluations(self) -> int:
+        """Vjps of the solve."""
+        return int(self.made)
 
     @property
     def converged(self) -> Tensor:
@@ -103,7 +111,7 @@ class Solution:
 
     @property
     def backward(self) -> BackwardReport | None:
-        """How the last backward solve went (not one that ran as a graph); None before there was one."""
+        """How the last backward solve went; None before there was one."""
         return self.reports[0] if self.reports else None
 
     @property

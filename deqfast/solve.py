@@ -17,7 +17,7 @@ from .gradients.choose import choose_gradient
 from .loop.conclude import conclude, stepping_on, unsolved
 from .loop.looking import Seen, look_on
 from .loop.state import SolverState
-from .ops import contract
+from .ops import contract, grouped
 from .ops.layout import Layout, layout_of
 from .ops.shared import tell
 from .options import Options, check_args, check_callable, check_flag
@@ -171,7 +171,7 @@ def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Option
     solution = None
     if options.max_iter == 0:
         solution = _unsolved(layout, start, options)
-    elif options.mode != "loop" and layout.B and layout.numbers:
+    elif options.mode != "loop" and layout.B and layout.total:
         solution = _replayed(problem, start)
     if solution is None and not transformed:
         solution = _run(f, args, problem, start)
@@ -198,6 +198,14 @@ def _unsolved(layout: Layout, start: Any, options: Options) -> Solution:
     return solution
 
 
+def _pads(start: Any, options: Options) -> bool | None:
+    """How segments of unequal length are laid out: one block where the loop is differentiated or captured."""
+    gradient: Gradient | None = options.backward
+    if options.segments is None or options.mode != "loop" or (gradient is not None and gradient.solves):
+        return None
+    return grouped.pads(options.backend, start)
+
+
 def _solve_on_mesh(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Options) -> Solution:
     placed = Placed(z0, options.batch_dims, options.group, options.stop)
     local = dataclasses.replace(options, group=placed.group)
@@ -210,7 +218,7 @@ def _solve_on_mesh(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], option
 
 def _problem(f: Callable[..., Any], start: Any, args: tuple[Any, ...], options: Options, transformed: bool) -> Problem:
     try:
-        layout = layout_of(start, options.batch_dims, options.segments)
+        layout = layout_of(start, options.batch_dims, options.segments, pads=_pads(start, options))
         problem = Problem(f, args, layout, options, options.stopping(layout.dtype), transformed)
     except (TypeError, ValueError) as error:
         tell(options.group, options.stop, error)

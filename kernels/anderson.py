@@ -58,7 +58,7 @@ def sample_kernel(
     beta = tl.load(numbers + MIXING).to(acc)
     if m > 0:
         new = new_column(sample, small.norms, has_previous, M, method)
-        columns = columns_of(history, b, B, padded, m, form)
+        columns = columns_of(history, b, B, m, form)
         products = reduce(points, columns, new, 0, N, C, form)
         ff, gg = products.ff, products.gg
     else:
@@ -163,7 +163,7 @@ def reduce_kernel(
     points = Points(row_of(f, b, chunks.n), here.x, row_of(f_prev, b, chunks.n), here.x_prev)
     if m > 0:
         new = new_column(sample, small.norms, has_previous, form.M, method)
-        columns = columns_of(history, b, B, padded, m, form)
+        columns = columns_of(history, b, B, m, form)
         products = reduce(points, columns, new, begin, end, method.C, form)
         ff, gg = products.ff, products.gg
         store_products(out, products, chunks.total, m, form.M, method.C)
@@ -245,7 +245,7 @@ def mix_kernel(
         if m > 0:
             j = tl.arange(0, form.M)
             weights = tl.load(gammas + b * m + j, mask=j < m, other=0.0)
-            columns = columns_of(history, b, B, padded, m, form)
+            columns = columns_of(history, b, B, m, form)
             points = Points(now, here.x, now, here.x_prev)
             finite = mix(points, columns, weights, beta, begin, end, method.MIXED, form)
         else:

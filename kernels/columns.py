@@ -91,7 +91,7 @@ class Products(NamedTuple):
 
 
 @triton.jit
-def columns_of(history, b, B, padded, m: tl.constexpr, form: tl.constexpr):
+def columns_of(history, b, B, m: tl.constexpr, form: tl.constexpr):
     """Those of sample b."""
     N, blocks = history.N, history.blocks
     columns, scales = history.columns, history.scales
@@ -101,7 +101,7 @@ def columns_of(history, b, B, padded, m: tl.constexpr, form: tl.constexpr):
     scales_f, scales_g = scales + b * m * blocks, scales + (B.to(tl.int64) + b) * m * blocks
     if form.TILED:
         start = columns + (b // TILE) * (m * N * TILE) + b % TILE
-        to_g = (padded // TILE).to(tl.int64) * (m * N * TILE)
+        to_g = tl.cdiv(B, TILE).to(tl.int64) * (m * N * TILE)  # rows of statistics may be longer
         return Columns(start, start + to_g, scales_f, scales_g, blocks, N * TILE)
     else:
         stride = tl.cast(N, tl.int64)

@@ -50,14 +50,16 @@ struct Place {
 template <class Args, void (*cpu::KernelTable::*kernel)(const Args&, int)>
 class Plan {
    public:
-    Plan(int64_t B, DType dtype, const Iterates& state, const Array& ints, const Array& reals,
-         const pybind11::tuple& stopping, int threads, const std::optional<Blocks>& blocks) {
+    Plan(int64_t B, DType dtype, const Iterates& state, const Array& ints, const Array& reals, int64_t stride,
+         const pybind11::tuple& stopping, int threads, const std::optional<Blocks>& blocks)
+        : padded((B + kTile - 1) / kTile * kTile) {
         static_cast<Stopping&>(args) = read_group<Stopping>("stopping", stopping);
+        if (stride < padded) throw std::invalid_argument("stride: rows of ints and reals overlap");
         args.B = B;
         args.dtype = dtype;
-        args.padded = (B + kTile - 1) / kTile * kTile;
-        args.ints = checked<int32_t>("ints", ints, 16 * args.padded * 4);
-        args.reals = checked("reals", reals, 8 * args.padded * number());
+        args.padded = stride;
+        args.ints = checked<int32_t>("ints", ints, 16 * padded * 4);
+        args.reals = checked("reals", reals, 8 * padded * number());
         args.threads = threads;
         args.running = &running_;
         const int64_t size = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
@@ -164,6 +166,7 @@ class Plan {
 
    protected:
     Args args;
+    const int64_t padded;  // B rounded up to tiles; rows of ints and reals may lie further apart
     int64_t blocks_ = 0;
 
     virtual void set_previous(bool) {}
@@ -208,7 +211,7 @@ class Plan {
     void judge(const Blocks& blocks) {
         const size_t count = blocks.rules.size();
         if (count > size_t(kMaxBlocks)) throw std::invalid_argument("too many blocks");
-        args.block_norms = checked<double>("block_norms", blocks.norms, int64_t(count) * 2 * args.padded * 8);
+        args.block_norms = checked<double>("block_norms", blocks.norms, int64_t(count) * 2 * padded * 8);
         args.n_blocks = int(count);
         for (size_t i = 0; i < count; ++i) {
             args.block_rtol[i] = blocks.rules[i][0];
@@ -221,27 +224,28 @@ class Plan {
 class AndersonPlan final : public Plan<AndersonArgs, &cpu::KernelTable::anderson_step> {
    public:
     AndersonPlan(int64_t B, DType dtype, const std::vector<int64_t>& numbers, const Arrays& x, const Arrays& x_prev,
-                 const Arrays& saved, const Array& ints, const Array& reals, const pybind11::tuple& stopping,
-                 int threads, const std::optional<Blocks>& blocks, const std::optional<Place>& place,
-                 const pybind11::tuple& method, DType history_dtype, const Array& history, const Array& scales,
-                 const Array& matrix, const Array& gram, const Array& norms, const Array& ages)
-        : Plan(B, dtype, Iterates{numbers, x, x_prev, saved}, ints, reals, stopping, threads, blocks) {
+                 const Arrays& saved, const Array& ints, const Array& reals, int64_t stride,
+                 const pybind11::tuple& stopping, int threads, const std::optional<Blocks>& blocks,
+                 const std::optional<Place>& place, const pybind11::tuple& method, DType history_dtype,
+                 const Array& history, const Array& scales, const Array& matrix, const Array& gram, const Array& norms,
+                 const Array& ages)
+        : Plan(B, dtype, Iterates{numbers, x, x_prev, saved}, ints, reals, stride, stopping, threads, blocks) {
         static_cast<AndersonMethod&>(args) = read_group<AndersonMethod>("method", method);
         const bool scaled = history_dtype == DType::f16 || history_dtype == DType::i8;
-        const int64_t m = args.m, tiled = args.padded * number();
+        const int64_t m = args.m, tiled = padded * number();
         const bool kept = args.N > kTinyN || args.n_leaves > 1 || scaled || gram.bytes > 0;
         const int64_t bytes = history_dtype == DType::f64   ? 8
                               : history_dtype == DType::f32 ? 4
                               : history_dtype == DType::i8  ? 1
                                                             : 2;
         args.history_dtype = history_dtype;
-        args.history = checked("history", history, 2 * (kept ? B : args.padded) * m * args.N * bytes);
+        args.history = checked("history", history, 2 * (kept ? B : padded) * m * args.N * bytes);
         args.scales = checked<float>("scales", scales, scaled ? 2 * B * m * blocks_ * 4 : 0);
         args.blocks = scaled ? blocks_ : 0;
         args.matrix = checked("matrix", matrix, kept && args.test_space != 0 ? m * m * tiled : 0);
         args.gram = checked("gram", gram, kept ? m * m * tiled : 0);
         args.norms = checked("norms", norms, 2 * m * tiled);
-        args.ages = checked<int32_t>("ages", ages, m * args.padded * 4);
+        args.ages = checked<int32_t>("ages", ages, m * padded * 4);
         settle(place, anderson_scratch_bytes(args.m, number()), anderson_products(args.m), true);
     }
 
@@ -269,11 +273,11 @@ class AndersonPlan final : public Plan<AndersonArgs, &cpu::KernelTable::anderson
 class BroydenPlan final : public Plan<BroydenArgs, &cpu::KernelTable::broyden_step> {
    public:
     BroydenPlan(int64_t B, DType dtype, const std::vector<int64_t>& numbers, const Arrays& x, const Arrays& x_prev,
-                const Arrays& saved, const Array& ints, const Array& reals, const pybind11::tuple& stopping,
-                int threads, const std::optional<Blocks>& blocks, const std::optional<Place>& place,
-                const pybind11::tuple& method, DType history_dtype, const Array& history, const Array& norms,
-                const Array& gram)
-        : Plan(B, dtype, Iterates{numbers, x, x_prev, saved}, ints, reals, stopping, threads, blocks) {
+                const Arrays& saved, const Array& ints, const Array& reals, int64_t stride,
+                const pybind11::tuple& stopping, int threads, const std::optional<Blocks>& blocks,
+                const std::optional<Place>& place, const pybind11::tuple& method, DType history_dtype,
+                const Array& history, const Array& norms, const Array& gram)
+        : Plan(B, dtype, Iterates{numbers, x, x_prev, saved}, ints, reals, stride, stopping, threads, blocks) {
         static_cast<BroydenMethod&>(args) = read_group<BroydenMethod>("method", method);
         const int64_t memory = args.memory;
         const bool streams = args.N >= kGramMinN || gram.bytes > 0;  // which a spread sample needs of any size
@@ -329,21 +333,22 @@ inline void declare_plans(pybind11::module_& m) {
              py::kw_only(), "index"_a, "evaluations"_a, "lag"_a, "halves"_a, "allocate"_a);
     py::class_<AndersonPlan> anderson(m, "AndersonPlan", "One Anderson solve on a workspace; see deqfast.ops.native.");
     anderson.def(py::init<int64_t, DType, const std::vector<int64_t>&, const Arrays&, const Arrays&, const Arrays&,
-                          const Array&, const Array&, const py::tuple&, int, const std::optional<Blocks>&,
+                          const Array&, const Array&, int64_t, const py::tuple&, int, const std::optional<Blocks>&,
                           const std::optional<Place>&, const py::tuple&, DType, const Array&, const Array&,
                           const Array&, const Array&, const Array&, const Array&>(),
                  py::kw_only(), "B"_a, "dtype"_a, "numbers"_a, "x"_a, "x_prev"_a, "saved"_a, "ints"_a, "reals"_a,
-                 "stopping"_a, "threads"_a, "blocks"_a, "place"_a, "method"_a, "history_dtype"_a, "history"_a,
-                 "scales"_a, "matrix"_a, "gram"_a, "norms"_a, "ages"_a);
+                 "stride"_a, "stopping"_a, "threads"_a, "blocks"_a, "place"_a, "method"_a, "history_dtype"_a,
+                 "history"_a, "scales"_a, "matrix"_a, "gram"_a, "norms"_a, "ages"_a);
     declare_steps(anderson);
     anderson.def("own", &AndersonPlan::own, py::kw_only(), "residual"_a, "before"_a, "columns"_a);
     py::class_<BroydenPlan> broyden(m, "BroydenPlan", "One Broyden solve on a workspace; see deqfast.ops.native.");
     broyden.def(
         py::init<int64_t, DType, const std::vector<int64_t>&, const Arrays&, const Arrays&, const Arrays&, const Array&,
-                 const Array&, const py::tuple&, int, const std::optional<Blocks>&, const std::optional<Place>&,
-                 const py::tuple&, DType, const Array&, const Array&, const Array&>(),
-        py::kw_only(), "B"_a, "dtype"_a, "numbers"_a, "x"_a, "x_prev"_a, "saved"_a, "ints"_a, "reals"_a, "stopping"_a,
-        "threads"_a, "blocks"_a, "place"_a, "method"_a, "history_dtype"_a, "history"_a, "norms"_a, "gram"_a);
+                 const Array&, int64_t, const py::tuple&, int, const std::optional<Blocks>&,
+                 const std::optional<Place>&, const py::tuple&, DType, const Array&, const Array&, const Array&>(),
+        py::kw_only(), "B"_a, "dtype"_a, "numbers"_a, "x"_a, "x_prev"_a, "saved"_a, "ints"_a, "reals"_a, "stride"_a,
+        "stopping"_a, "threads"_a, "blocks"_a, "place"_a, "method"_a, "history_dtype"_a, "history"_a, "norms"_a,
+        "gram"_a);
     declare_steps(broyden);
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..loop.state import SolverState
+from ..ops.codes import Int
 from ..ops.contract import Method
 from ..ops.layout import Layout
 from ..ops.shared import Group
@@ -60,7 +61,7 @@ def solve_linear(
             state.step(f(state.z))
             if options.watch is not None:
                 options.watch(state)
-        if layout.B and layout.numbers and state.failed():
+        if layout.B and layout.total and state.failed():
             warn_of_failures(state, known)
         leaves, residual = state.answer()
         if options.tell is not None:
@@ -71,9 +72,8 @@ def solve_linear(
 
 def warn_of_failures(state: SolverState, known: list[Tensor]) -> None:
     """Say how many samples of a solve did not converge, but for those whose right-hand side ``known`` is not finite."""
-    failed = state.status != Status.CONVERGED
-    for t in known:
-        failed = failed & torch.isfinite(t.reshape(t.shape[0], -1)).all(1)
+    failed = state.ws.int_row(Int.STATUS) != Status.CONVERGED
+    failed = failed & state.layout.finite(known)
     count = int(failed.sum())
     if count:
         worst, rule = float(state.answer()[1][failed].max()), state.ws.stopping

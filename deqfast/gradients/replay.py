@@ -39,8 +39,9 @@ def replayed_adjoint(attachment: Attachment, z: Sequence[Tensor], g: list[Tensor
         if options.mode == "graph" and state.failed():
             warn_of_failures(state, g)
         leaves, residual = state.answer()
-        if options.tell is not None:
-            options.tell(BackwardReport(evaluations, layout.counted(residual), state.status.clone()))
+        if options.tell is not None:  # the memory is the recording's
+            counted = layout.counted(residual)
+            options.tell(BackwardReport(evaluations, counted.clone(), state.status.clone()))
         return [t.clone() for t in leaves]
 
     program = graphs.Program(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..ops.codes import BLOCKS
 from ..ops.joint import MapOptions
 from ..ops.lag import Later, capturing
 from ..ops.layout import Layout, Leaf, layout_of
+from ..ops.samples import FIRST_DIM
 from ..options import check_args, check_callable
 from ..project import Box, L2Ball, LinfBall, Projection
 from .options import JointOptions, check_positive
@@ -38,13 +40,13 @@ class Problem:
         check_callable("loss", loss)
         check_args(args, example="a")
         self.f, self.loss, self.args, self.options = f, loss, args, options
-        self.z_layout = layout_of(z0, options.batch_dims, name="z0")
+        self.z_layout = layout_of(z0, options.batch_dims, options.segments, name="z0")
         self.has_x = bool(pytree.tree_leaves(x0))
         self.x_layout: Any = None  # of an absent x
         self.x_leaves: list[Leaf] = []
         self.x_tree: Callable[[list[Tensor]], Any] = lambda leaves: x0
         if self.has_x:
-            self.x_layout = layout_of(x0, options.batch_dims, name="x0")
+            self.x_layout = self._layout_of_x(x0)
             self.x_leaves, self.x_tree = self.x_layout.leaves, self.x_layout.unflatten
             check_alike(self.z_layout, self.x_layout)
         self.blocks = BLOCKS if self.has_x else BLOCKS[:2]
@@ -60,6 +62,11 @@ class Problem:
         self._late: list[tuple[Later, str]] = []
         self._schedule = self._step_sizes(step_size)
         self.projection = self._projection(project)
+
+    def _layout_of_x(self, x0: Any) -> Layout:
+        if self.options.segments is not None:
+            return Layout(x0, "x0", self.z_layout.samples)  # the same rows
+        return layout_of(x0, self.options.batch_dims, name="x0")
 
     def _step_sizes(self, step_size: Any) -> Callable[[int], float]:
         if not self.has_x:
@@ -94,12 +101,13 @@ class Problem:
             if not _broadcasts(t, shape):
                 raise ValueError(f"step_size must broadcast to x0, expected {tuple(shape)}, got {tuple(t.shape)}")
         rates = [t.detach().to(self.layout.dtype) for t in leaves]
-        if self.options.batch_dims != 1:
-            rates = [self.x_layout.samples.split(t.expand(s)) for t, s in zip(rates, self.x_layout.shapes, strict=True)]
         for t in rates:
             within = f"step_size must be positive and finite throughout, as {self.layout.dtype} too"
             self._refuse_where(~((t > 0) & t.isfinite()).all(), within)
-        return rates
+        samples = self.x_layout.samples
+        if samples is FIRST_DIM:
+            return rates
+        return [samples.split(t.expand(s)) for t, s in zip(rates, self.x_layout.shapes, strict=True)]
 
     def step_size(self, k: int) -> float:
         """a_x of step ``k``."""
@@ -119,7 +127,7 @@ class Problem:
             self.x_layout.flatten(project.center, "project.center")
         x = self.start[2 * len(self.z_layout.leaves) :]
         if self.layout.B:
-            inside = self.x_layout.flatten(project(self.x_tree([t.clone() for t in x])), "project(x)")
+            inside = self._projected(project, [t.clone() for t in x])
             for t, p in zip(x, inside, strict=True):
                 eps = torch.finfo(t.dtype).eps
                 # Of rounding, in what made x0 as well. A number that is none says nothing of the others.
@@ -127,6 +135,23 @@ class Problem:
                 away = ((t - p).abs() > bound).any()
                 self._refuse_where(away, "x0 must lie within the projection; start from project(x0)")
         return project
+
+    def _projected(self, project: Projection | Callable[[Any], Any], x: list[Tensor]) -> list[Tensor]:
+        """The tensors of x, (B, ...) each, projected: a set of ours knows samples by their first dim."""
+        if not isinstance(project, Projection):
+            return self.x_layout.flatten(project(self.x_tree(x)), "project(x)")
+        center = project.center
+        if center is not None:
+            center = self.x_layout.flatten(center, "project.center")
+        found = replace(project, center=center)(x)
+        if not self._leaves_zero(project):
+            found = self.x_layout.tensors(self.x_layout.unflatten(found))  # padding is 0 again
+        inside: list[Tensor] = found
+        return inside
+
+    def _leaves_zero(self, project: Projection) -> bool:
+        """Whether it leaves the padding of unequal samples alone; there need not be any."""
+        return self.x_layout.samples.views or project.low <= 0 <= project.high
 
     def _refuse_where(self, bad: Tensor, message: str) -> None:
         """Raise ValueError if ``bad``; on a GPU in ``check_late``, for nobody is to wait for it."""
@@ -147,8 +172,8 @@ class Problem:
     def map_options(self) -> MapOptions:
         """What the op needs to know."""
         options = MapOptions(damping=self.options.damping, normalize=self.options.normalize)
-        if isinstance(self.projection, Projection):
-            p = self.projection
+        p = self.projection
+        if isinstance(p, Projection) and self._leaves_zero(p):
             options.ball, options.radius, options.low, options.high = p.ball, p.radius, p.low, p.high
         return options
 
@@ -167,16 +192,16 @@ class Problem:
     @property
     def project_leaves(self) -> Callable[[list[Tensor]], list[Tensor]] | None:
         """The caller's own projection on the tensors of x, None if the op does it."""
-        if self.projection is None or isinstance(self.projection, Projection):
-            return None
         project = self.projection
-        return lambda leaves: self.x_layout.flatten(project(self.x_tree(leaves)), "project(x)")
+        if project is None or (isinstance(project, Projection) and self._leaves_zero(project)):
+            return None
+        return lambda leaves: self._projected(project, leaves)
 
     def feasible(self, x: list[Tensor]) -> list[Tensor]:
         """The tensors of x, projected."""
         if self.projection is None:
             return x
-        return self.x_layout.flatten(self.projection(self.x_tree(x)), "project(x)")
+        return self._projected(self.projection, x)
 
     def evaluate(self, at: list[Tensor], first: bool) -> tuple[list[Tensor], Tensor]:
         """f, p and q (see ``gradients``) as one list, and the (B,) cost, at the tensors of z, mu and x."""

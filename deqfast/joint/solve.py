@@ -53,7 +53,9 @@ def joint_solve(
     max_iter: int = 100,
     returns: str = "best",
     safeguard: bool = False,
+    stop: str = "each",
     batch_dims: int = 1,
+    segments: Any = None,
     mu0: Any = None,
     backward: str | Envelope | Implicit = "envelope",
     trace: bool = False,
@@ -89,7 +91,13 @@ def joint_solve(
             "cost", the one accepted last, where a lower cost is accepted at up to 1.3 times the best residual.
         safeguard: forget a sample's history when its residual grows beyond twice the best since it last did; for maps
             that walk to saddles.
+        stop: "each" (default): a sample whose blocks are within tolerance is frozen. "all": nothing is frozen before
+            the evaluation at which every finite sample is; for batches that f or loss couples. Waits for a device at
+            every evaluation.
         batch_dims: how many leading dims of z0 and x0 count samples, as in ``fixed_point``; loss returns their shape.
+        segments: samples of unequal length as rows of z0 and of x0 alike, as in ``fixed_point``; loss returns
+            (samples,). They are padded to the longest, for z, mu and x are one system a sample. A projection of your
+            own sees the rows of all samples; those of ``deqfast.project`` know samples.
         mu0: start of the adjoint, default zeros.
         backward: "envelope" (default) or an ``Envelope``: gradients reach z, and through it parameters and args, with x
             as a constant, which is right where the outer loss is the inner one; the backward solve starts at mu.
@@ -122,7 +130,9 @@ def joint_solve(
         max_iter=max_iter,
         backward=gradient,
         returns=returns,
+        stop=stop,
         batch_dims=batch_dims,
+        segments=segments,
         trace=trace,
         callback=callback,
         throw=throw,

@@ -56,7 +56,7 @@ class JointState:
             self.ws.value(i, 0).copy_(t)
             if self.ws.record.kept is not None:
                 self.ws.record.kept[i].copy_(t)
-        self._step = JointStep(self.ws, backend, problem.project_leaves)
+        self._step = JointStep(self.ws, backend, problem.project_leaves, problem.options.stop == "all")
         self._running = layout.B if layout.N else 0
         self.nfe = 0
         self.cost: Tensor | None = None

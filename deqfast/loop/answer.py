@@ -25,6 +25,7 @@ def answer(ws: Workspace, returns: str, some_run: bool) -> tuple[list[Tensor], T
     if some_run:
         running = status == int(Status.RUNNING)
         from_saved = running & (ws.int_row(Int.BEST_AT) == int(At.SAVED)) & (returns != "last")
+        from_saved, running = ws.layout.spread(from_saved), ws.layout.spread(running)
         leaves = [
             _where(from_saved, saved, _where(running, previous, current))
             for current, previous, saved in zip(leaves, ws.x[1 - ws.cur], ws.saved, strict=True)

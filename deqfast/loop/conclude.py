@@ -37,7 +37,7 @@ def conclude(
         leaves, residual = state.answer(returns)
     counters = ws.ints.clone() if shared else ws.ints
     status, steps = (counters[row, : layout.B] for row in _STATUS_AND_STEPS)
-    if layout.numbers == 0:
+    if layout.total == 0:
         status.fill_(Status.CONVERGED)
         residual = torch.zeros_like(residual)
     elif not state.done:
@@ -54,7 +54,7 @@ def conclude(
         status=layout.counted(status),
         trace=trace,
         backend=state.backend,
-        counters=counters,
+        counters=layout.counted_rows(counters),
     )
 
 
@@ -81,8 +81,8 @@ def unsolved(layout: Layout, start: list[Tensor], backend: str, traced: bool) ->
     B, device = layout.B, layout.device
     counters = torch.zeros(16, B, dtype=torch.int32, device=device)
     status, steps = (counters[row] for row in _STATUS_AND_STEPS)
-    status.fill_(Status.MAX_ITER if layout.numbers else Status.CONVERGED)
-    residual = torch.full((B,), torch.nan if layout.numbers else 0.0, dtype=layout.acc, device=device)
+    status.fill_(Status.MAX_ITER if layout.total else Status.CONVERGED)
+    residual = torch.full((B,), torch.nan if layout.total else 0.0, dtype=layout.acc, device=device)
     return Solution(
         z=layout.unflatten(start),
         converged=layout.counted(status == _CONVERGED),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..ops import contract
+from ..ops import contract, grouped
 from ..ops.anderson import AndersonWorkspace
 from ..ops.codes import Int, Real
 from ..ops.workspace import Stopping
@@ -36,32 +36,25 @@ class Inheriting(Recordable):
         Raises:
             TypeError, ValueError: ``other`` is no such solve, naming what differs; this state is as before.
         """
-        ws, old = self._check(other)
+        pairs = self._check(other)
         if not other.made or not self.layout.N:
             return
+        before = max(ws.method.m for ws, _ in pairs)  # so that no backend takes a slot for one it has not come to yet
         with torch.inference_mode(False), torch.no_grad():
-            start = [t.clone() for t in ws.x[ws.cur]]
-            ws.take(old, torch.arange(self.layout.B, device=self.layout.device))
-            ws.cur = 0
-            for leaves in (*ws.x, ws.saved):
-                for x, t in zip(leaves, start, strict=True):
-                    x.copy_(t)
-            before = ws.method.m  # so that no backend takes a slot for one that it has not come to yet
-            ws.ages.add_((before - ws.ints[int(Int.STEPS)]).view(ws.tiles, 1, -1)).clamp_(min=0)
-            _clear(ws, before)
-            ws.woken(torch.ones(self.layout.B, dtype=torch.bool, device=self.layout.device))
-            ws.before = 0  # of this one
+            for ws, old in pairs:  # in the order of their statistics: one may end in the tile of the next
+                _begin(ws, old, before)
+            self.ws.cur = 0
+            self.ws.before = 0  # of this one
             self._count_from(before)
-        self.bound = self._backend.bind(ws, self.made)
+        self.bound = grouped.bind(self._backend, self.ws, self.made)
         self._outputs.bind(self.bound)
 
-    def _check(self, other: Any) -> tuple[AndersonWorkspace, AndersonWorkspace]:
-        """The two workspaces."""
+    def _check(self, other: Any) -> list[tuple[AndersonWorkspace, AndersonWorkspace]]:
+        """The two workspaces, of each group where samples are of unequal length."""
         if not isinstance(other, Inheriting):
             raise TypeError(f"history must be a SolverState, got {type(other).__name__}")
-        ws, old = self.ws, other.ws
-        reason = ws.why_no_start()
-        if reason is not None or not isinstance(ws, AndersonWorkspace):
+        reason = self.ws.why_no_start()
+        if reason is not None:
             raise ValueError(f"history cannot be that of {self.options}: {reason}")
         pairs = {
             "solver": (other.options, self.options),
@@ -73,11 +66,15 @@ class Inheriting(Recordable):
                 raise ValueError(
                     f"history must be of a solve like this one: its {name} is {theirs}, this one's is {own}"
                 )
-        if not isinstance(old, AndersonWorkspace) or old.history.shape != ws.history.shape:
-            raise ValueError("history is of a solve that has given its columns back")
-        if old.own_residual is not None:
-            raise ValueError("history is of a solve with residuals of your own, whose columns are not of f(z) - z")
-        return ws, old
+        found = []
+        for ws, old in zip(self.ws.parts or [self.ws], other.ws.parts or [other.ws], strict=True):
+            assert isinstance(ws, AndersonWorkspace)
+            if not isinstance(old, AndersonWorkspace) or old.history.shape != ws.history.shape:
+                raise ValueError("history is of a solve that has given its columns back")
+            if old.own_residual is not None:
+                raise ValueError("history is of a solve with residuals of your own, whose columns are not of f(z) - z")
+            found.append((ws, old))
+        return found
 
     def _own_rule(self) -> Stopping:
         """The rule with the limit of this solve alone."""
@@ -94,6 +91,20 @@ class Inheriting(Recordable):
 
 def _moved(rule: Stopping, by: int) -> Stopping:
     return rule._replace(max_iter=min(rule.max_iter + by, 2**31 - 1)) if rule.max_iter else rule
+
+
+def _begin(ws: AndersonWorkspace, old: AndersonWorkspace, before: int) -> None:
+    """As after so many evaluations: the columns of ``old``, and the start that the workspace has."""
+    start = [t.clone() for t in ws.x[ws.cur]]
+    every = torch.arange(ws.layout.B, device=ws.layout.device)
+    ws.take(old, every)
+    ws.cur = 0
+    for leaves in (*ws.x, ws.saved):
+        for x, t in zip(leaves, start, strict=True):
+            x.copy_(t)
+    ws.ages.add_((before - ws.ints[int(Int.STEPS)]).view(ws.tiles, 1, -1)).clamp_(min=0)
+    _clear(ws, before)
+    ws.woken(torch.ones_like(every, dtype=torch.bool))
 
 
 def _clear(ws: AndersonWorkspace, before: int) -> None:

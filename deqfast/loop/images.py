@@ -90,6 +90,7 @@ def take(layout: Layout, into: list[Tensor], which: Tensor, fz: list[Tensor], ro
         return
     values, seen = rows_seen(layout, fz, rows)
     which = which if seen is None else which & seen
+    which = layout.spread(which)
     for target, value in zip(layout.rows(into), values, strict=True):
         target.copy_(torch.where(which[:, None], value.to(target.dtype), target))
 

@@ -7,8 +7,6 @@ once; anything else goes on from there, and is owed its own digits.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -25,7 +23,7 @@ class Origin:
     def __init__(self, ws: Workspace) -> None:
         self._ws = ws
         # The unit is about the inverse of what a number of the sample was at its first evaluation.
-        self._largest = math.sqrt(ws.layout.numbers) / ws.real_row(Real.UNIT)
+        self._largest = ws.layout.numbers().sqrt() / ws.real_row(Real.UNIT)
         self._looks = ws.layout.device.type == "cpu"
         self._eps = torch.finfo(ws.layout.dtype).eps
 
@@ -46,7 +44,8 @@ class Origin:
             self._largest = torch.maximum(self._largest, size).masked_fill(arrived, 0)
             if self._looks and not bool(arrived.any()):
                 return False
+            rows = ws.layout.spread(arrived)[:, None]
             for x in ws.layout.rows(ws.x[ws.cur]):
-                x.masked_fill_(arrived[:, None], 0)
+                x.masked_fill_(rows, 0)
             ws.forget(arrived)
         return True

@@ -30,6 +30,8 @@ def taken(
     Raises:
         TypeError, ValueError: the method or the backend takes none, or something is wrong with it.
     """
+    if ws.parts:
+        raise ValueError("residual cannot be given where segments are of unequal length, got segments of several")
     anderson = takes_residual(ws)
     if anderson is None:
         raise ValueError(f"residual needs dq.Anderson(type=2) with mixing=1, got {method}")

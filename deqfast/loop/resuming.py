@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import compiled
-from ..ops import recheck
+from ..ops import grouped, recheck
 from ..ops.codes import Int, Real
 from ..ops.shared import refuse
 from ..options import check_choice, check_limit
@@ -117,7 +117,7 @@ class Resuming(Keeping):
         ws.real_row(Real.NORM).fill_(math.inf)  # nothing has grown
         self._origin = None
         ws.cur ^= 1
-        self.bound = self._backend.bind(ws, made - 1)
+        self.bound = grouped.bind(self._backend, ws, made - 1)
         running = self.bound(leaves, None, None, None)  # nothing moved, which is no column
         recheck.begin(ws)
         ws.cur ^= 1
@@ -162,7 +162,7 @@ class Resuming(Keeping):
         recheck.wake(ws, which, self.made)
         ws.cur ^= 1  # the same step once more, for them
         if self._group is None or not self._group.spread:
-            self.bound = self._backend.bind(ws, self.made - 1)
+            self.bound = grouped.bind(self._backend, ws, self.made - 1)
         running = self.bound(leaves, None, rows, None)  # they did not move, which is no column
         recheck.begin(ws, which)
         ws.cur ^= 1

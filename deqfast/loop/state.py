@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import compiled
-from ..ops import contract, recheck, shared
+from ..ops import contract, grouped, recheck, shared
 from ..ops.codes import Int, Real
 from ..ops.layout import Layout
 from ..ops.samples import Samples
@@ -63,15 +63,15 @@ class SolverState(Resuming):
         rule = never(stopping) if together else stopping
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING:
             try:
-                self.ws: Workspace = options.workspace(self.layout, rule)
+                self.ws: Workspace = grouped.workspace_of(options, self.layout, rule)
             except torch.OutOfMemoryError as error:
                 raise torch.OutOfMemoryError(
                     f"no room for the history of {options} for {self.layout.B} samples of {self.layout.N} numbers: "
                     f"keep fewer columns, Anderson's in a narrower history_dtype, or solve a smaller batch. {error}"
                 ) from error
-        self._backend = contract.choose(backend, self.layout.device, kind=type(self.ws))
+        self._backend = contract.choose(backend, self.layout.device, kind=self.ws.kind)
         self.nfe = 0
-        self._running = self.layout.B if self.layout.numbers else 0
+        self._running = self.layout.B if self.layout.total else 0
         start = [t.detach() for t in self.layout.tensors(z0)]
         for x, t in zip(self.ws.x[0], start, strict=True):
             x.copy_(t)
@@ -83,13 +83,15 @@ class SolverState(Resuming):
         if self._together is not None and group is not None and not group.spread:
             self._running = 1  # of all ranks
         # Views in the caller's shape, of a state of one tensor.
-        self._shown = [self.layout.unflatten(x) for x in self.ws.x] if self.layout.single else []
+        self._shown = (
+            [self.layout.unflatten(x) for x in self.ws.x] if self.layout.single and self.layout.samples.views else []
+        )
         self._showing = False  # while a callback looks, every iterate it asks for is a copy
-        self.bound = shared.bind(self._backend, self.ws, group)
+        self.bound = grouped.bind(self._backend, self.ws, group=group)
         self._outputs = Outputs(self.ws, self.bound, options.uses_previous, start)
 
     def _bind(self) -> None:
-        self.bound = shared.bind(self._backend, self.ws, self._group, self.made)
+        self.bound = grouped.bind(self._backend, self.ws, self.made, self._group)
         self._outputs.bind(self.bound)
 
     @property

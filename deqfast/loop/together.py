@@ -84,8 +84,9 @@ class Together:
         late = (ws.int_row(Int.STATUS) > int(Status.CONVERGED)) & (ws.int_row(Int.BEST_AT) == int(At.CURRENT))
         late = late & self.within()  # out of evaluations: their answer is that iterate already
         layout = ws.layout
+        rows = layout.spread(which)[:, None]
         for now, before in zip(layout.rows(ws.x[ws.cur]), layout.rows(ws.x[1 - ws.cur]), strict=True):
-            now.copy_(torch.where(which[:, None], before, now))
+            now.copy_(torch.where(rows, before, now))
         ws.int_row(Int.STATUS).masked_fill_(which | late, int(Status.CONVERGED))
         ws.int_row(Int.BEST_AT).masked_fill_(which, int(At.CURRENT))
         best = ws.real_row(Real.BEST)

@@ -183,11 +183,14 @@ class Backend(ABC):
     Attributes:
         name: what users call it.
         counts_on_host: whether ``bind`` must be told exactly how many evaluations the workspace has seen.
+        pads: whether segments of unequal length are padded to others of about theirs, because a step of its costs much
+            however few the samples; else a step is made for each length.
         steps: for each kind of workspace it serves, what binds one: (workspace, evaluations made so far) -> the step.
     """
 
     name: str
     counts_on_host: bool = False
+    pads: bool = False
     steps: Mapping[type[Workspace], Binder]
 
     @abstractmethod

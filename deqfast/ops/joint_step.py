@@ -22,10 +22,17 @@ class JointStep:
     """One joint solve's step on a backend; flips ``core.cur``.
 
     ``project``: a projection of the caller's own, of the mapped x's tensors; without the projection of ``options``.
+    ``together``: nobody stops before an evaluation at which everybody is within his rules, or the last one.
     """
 
-    def __init__(self, ws: JointWorkspace, backend: Backend, project: Project | None = None) -> None:
+    def __init__(
+        self, ws: JointWorkspace, backend: Backend, project: Project | None = None, together: bool = False
+    ) -> None:
         self.ws, self.project, self.backend = ws, project, backend
+        self.rules = ws.core.block_rules
+        self._never = [(0.0, -1.0, weight) for _, _, weight in self.rules] if together else None
+        if self._never is not None:
+            ws.core.block_rules = self._never
         self.ends, self.bound = backend.joint(ws), backend.bind(ws.core)
         self.inputs = [i for i, part in enumerate(ws.parts) if BLOCKS[part.block] == "x"]
         self.accelerated = tuple(ws.accelerated(mapped) for mapped in ws.mapped)
@@ -46,6 +53,8 @@ class JointStep:
         cost = None if cost is None else cost.resolve_neg().contiguous()  # kernels read its memory
         with torch.no_grad():
             self._map(values, step_size, cost)
+            if self._never is not None:
+                self._judge_by(self.rules if self._time_to_stop() else self._never)
             previous = self.accelerated[1 - core.cur] if self.made else None
             running = self.bound(self.accelerated[core.cur], previous, None, None)
             self.made += 1
@@ -54,6 +63,32 @@ class JointStep:
                 running = self._again(values, cost)
         core.cur ^= 1
         return running
+
+    def _time_to_stop(self) -> bool:
+        """Whether everybody who runs is within his rules at this evaluation, or it is the last; waits for a device."""
+        core = self.ws.core
+        if self.made + 1 == core.stopping.max_iter:
+            return True
+        if capturing(core.layout.device):
+            return False
+        within, finite = self._within(0.0, 0.0)
+        running = core.int_row(Int.STATUS) == int(Status.RUNNING)
+        return not bool((running & finite & ~within).any())
+
+    def _judge_by(self, rules: list[tuple[float, float, float]]) -> None:
+        core = self.ws.core
+        if core.block_rules is not rules:
+            core.block_rules = rules
+            self.bound = self.backend.bind(core, self.made)
+
+    def _within(self, slack: float, noise: float) -> tuple[Tensor, Tensor]:
+        """(B,) bool: samples all of whose blocks are within their rules, and those whose norms are finite."""
+        norms = self.ws.core.block_norms
+        assert norms is not None
+        moved, size = norms[:, :, : self.ws.core.layout.B].unbind(1)
+        rtol, atol, _ = norms.new_tensor(self.rules)[:, :, None].unbind(1)
+        within = recheck.still_within(moved, size, rtol, atol, noise, slack)
+        return within.all(0), torch.isfinite(moved + size).all(0)
 
     def _map(self, values: list[Tensor], step_size: float, cost: Tensor | None) -> None:
         self._least_step = min(self._least_step, step_size)
@@ -72,7 +107,7 @@ class JointStep:
         everybody outside.
         """
         core, record = self.ws.core, self.ws.record
-        status, B = core.int_row(Int.STATUS), core.layout.B
+        status = core.int_row(Int.STATUS)
         earlier = (status == int(Status.CONVERGED)) & (core.int_row(Int.STEPS) < self.made)
         if core.layout.device.type == "cpu" and not bool(earlier.any()):
             return None
@@ -81,9 +116,7 @@ class JointStep:
         status.masked_fill_(earlier, int(Status.RUNNING))
         self._map(values, self._least_step, cost)
         status.masked_fill_(earlier, int(Status.CONVERGED))
-        moved, size = norms[:, :, :B].unbind(1)
-        rtol, atol, _ = norms.new_tensor(core.block_rules)[:, :, None].unbind(1)
-        within = recheck.still_within(moved, size, rtol, atol, recheck.noise(core)).all(0)
+        within, _ = self._within(recheck.SLACK, recheck.noise(core))
         note(record.best_cost, record.best_norms, earlier & within, cost, norms)
         return earlier & ~within
 
@@ -98,6 +131,9 @@ class JointStep:
             return 0
         if not bool(which.any()):
             return 0
+        if self._never is not None:  # who stopped together goes on together
+            which = core.int_row(Int.STATUS) == int(Status.CONVERGED)
+            core.block_rules = self._never
         recheck.wake(core, which, self.made)
         self.bound = self.backend.bind(core, self.made - 1)
         running = self.bound(self.accelerated[core.cur], None, None, None)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .samples import FIRST_DIM, Samples, samples_of
+from .samples import FIRST_DIM, Group, Samples
+from .segments import samples_of
 
 REAL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _REAL_OF_COMPLEX = {torch.complex128: torch.float64, torch.complex64: torch.float32, torch.complex32: torch.float16}
@@ -111,19 +112,23 @@ class Leaf:
         return t.reshape(t.shape[0], self.n)
 
 
-def layout_of(z0: Any, batch_dims: int, segments: Any = None, name: str = "z0") -> Layout:
-    """The layout of a state whose samples are counted by options that have been checked."""
+def layout_of(z0: Any, batch_dims: int, segments: Any = None, name: str = "z0", pads: bool | None = None) -> Layout:
+    """The layout of a state whose samples are counted by options that have been checked.
+
+    ``pads``: how segments of unequal length are laid out, see ``segments.py``.
+    """
     if batch_dims == 1 and segments is None:
         return Layout(z0, name)
     first = z0 if isinstance(z0, Tensor) else next(iter(pytree.tree_leaves(z0)), None)
-    return Layout(z0, name, samples_of(batch_dims, segments, first if isinstance(first, Tensor) else None))
+    return Layout(z0, name, samples_of(batch_dims, segments, first if isinstance(first, Tensor) else None, pads))
 
 
 class Layout:
     """Structure and memory layout of a batched state.
 
     ``B`` samples of ``N`` real numbers each, counted by ``batch_shape``; ``dtype`` is the real dtype they are stored
-    in, ``acc`` the one in which dot products and small solves run.
+    in, ``acc`` the one in which dot products and small solves run. Of samples of unequal length ``N`` is the longest's,
+    leaves are the rows of all, and ``parts`` has a layout for those of each length.
     """
 
     def __init__(self, z0: Any, name: str = "z0", samples: Samples = FIRST_DIM) -> None:
@@ -154,18 +159,32 @@ class Layout:
         self.samples = samples.of(first)
         self.shapes = [t.shape for t in leaves]
         self.leaves = [Leaf(self.samples.split(t)) for t in leaves]
-        self.B = self.leaves[0].shape[0]
-        self.batch_shape = (self.B,) if self.samples is FIRST_DIM else self.samples.shape
+        self.batch_shape = (first.shape[0],) if self.samples is FIRST_DIM else self.samples.shape
+        self.B = math.prod(self.batch_shape)
         self.N = sum(leaf.n for leaf in self.leaves)
         self.spread_n = 0  # numbers a sample on all ranks, where samples are spread over some; 0: they are whole here
         self.dtype = real_dtype(first.dtype)
         self.acc = accumulation_dtype(self.dtype)
         self.device = first.device
+        self.parts: list[tuple[Group, Layout]] = []
+        if self.samples.groups:
+            rows = self.empty()
+            self.parts = [(group, self._part(group, rows)) for group in self.samples.groups]
+            self.N = max(part.N for _, part in self.parts)
 
     def __repr__(self) -> str:
         samples = "" if self.samples is FIRST_DIM else f", {self.samples!r}"
         leaves = ", ".join(f"{tuple(leaf.shape)} {leaf.dtype} in order {leaf.order}" for leaf in self.leaves)
         return f"{self._describe()}: {leaves}{samples}"
+
+    def _part(self, group: Group, rows: list[Tensor]) -> Layout:
+        """The layout of the samples of one group, whose rows are views."""
+        part = copy.copy(self)
+        leaves = [group.of(t) for t in rows]
+        part.samples, part.leaves, part.shapes = FIRST_DIM, [Leaf(t) for t in leaves], [t.shape for t in leaves]
+        part.B, part.batch_shape = group.count, (group.count,)
+        part.N = self.N * group.length
+        return part
 
     def resized(self, rows: int) -> Layout:
         """The layout of such a state with so many rows of dim 0.
@@ -221,13 +240,34 @@ class Layout:
         return leaves[0] if self.single else pytree.tree_unflatten(leaves, self.spec)
 
     @property
-    def numbers(self) -> int:
+    def total(self) -> int:
         """Numbers a sample, wherever they are."""
         return self.spread_n or self.N
 
     def counted(self, t: Tensor) -> Tensor:
-        """(..., B) numbers, one a sample, in the shape that counts samples."""
-        return t if self.samples is FIRST_DIM else t.view((*t.shape[:-1], *self.batch_shape))
+        """(..., B) numbers, one a sample, in the shape and order that count samples."""
+        return self.samples.counted(t)
+
+    def counted_rows(self, t: Tensor) -> Tensor:
+        """(rows, B and more) numbers as they are, but for the order of samples."""
+        return self.samples.counted(t[:, : self.B]) if self.parts else t
+
+    def spread(self, t: Tensor) -> Tensor:
+        """(B,) numbers, one a sample, as one for each row of the leaves."""
+        return self.samples.spread(t)
+
+    def numbers(self) -> Tensor:
+        """(B,) how many numbers each sample has, in the accumulation dtype."""
+        if not self.parts:
+            return torch.full((self.B,), self.total, dtype=self.acc, device=self.device)
+        of_parts = [torch.full((part.B,), part.N, dtype=self.acc) for _, part in self.parts]
+        return torch.cat(of_parts).to(self.device)
+
+    def finite(self, leaves: list[Tensor]) -> Tensor:
+        """(B,) bool: samples all of whose numbers are finite."""
+        broken = torch.stack([~torch.isfinite(t.reshape(t.shape[0], -1)).all(1) for t in leaves]).any(0)
+        for_each = [group.of(broken).any(1) for group, _ in self.parts]
+        return ~(torch.cat(for_each) if for_each else broken)
 
     def empty(self, batch: int | None = None) -> list[Tensor]:
         """Uninitialised leaves in this layout."""

@@ -38,9 +38,9 @@ def rows_seen(layout: Layout, f: list[Tensor], f_rows: Tensor | None) -> tuple[l
     return [rows.index_select(0, f_rows.clamp(min=0)) for rows in values], f_rows >= 0
 
 
-def still_within(moved: Tensor, size: Tensor, rtol: Any, atol: Any, rounding: float) -> Tensor:
+def still_within(moved: Tensor, size: Tensor, rtol: Any, atol: Any, rounding: float, slack: float = SLACK) -> Tensor:
     """Whether what was within its tolerance still is, f's own rounding allowed for; what is no number is not."""
-    allowed = (atol + rtol * size) * (1 + SLACK) + rounding * size
+    allowed = (atol + rtol * size) * (1 + slack) + rounding * size
     return (moved <= allowed) & torch.isfinite(moved + size)
 
 
@@ -64,6 +64,8 @@ def outside(
         rule: what their tolerance is, where that is not ``ws.stopping``.
         add: adds up a tensor over ranks, where samples are spread over them.
     """
+    if ws.parts:
+        return _of_groups(ws, f, made, ws.stopping if rule is None else rule)
     layout, stopping = ws.layout, ws.stopping if rule is None else rule
     earlier = (ws.int_row(Int.STATUS) == int(Status.CONVERGED)) & (ws.int_row(Int.STEPS) < made)
     values, seen = rows_seen(layout, f, f_rows)
@@ -90,6 +92,14 @@ def outside(
         target = ws.real_row(row)
         target.copy_(torch.where(new, value, target))
     return earlier & ~within
+
+
+def _of_groups(ws: Workspace, f: list[Tensor], made: int | Tensor, rule: Stopping) -> Tensor:
+    found = []
+    for (group, _), part in zip(ws.layout.parts, ws.parts, strict=True):
+        part.cur = ws.cur
+        found.append(outside(part, [group.of(t) for t in f], None, made, rule))
+    return torch.cat(found)
 
 
 def wake(ws: Workspace, which: Tensor, made: int, stopped: Tensor | None = None) -> None:

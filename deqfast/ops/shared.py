@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from . import contract
 from .layout import Layout
 from .ranks import RankError, Ranks
-from .workspace import Stopping, Workspace
+from .workspace import Stopping
 
 
 class Group(NamedTuple):
@@ -56,13 +56,6 @@ def tell(group: Any, stop: str, error: Exception) -> None:
         return
     with contextlib.suppress(Exception):
         Ranks(group).give_up(error)
-
-
-def bind(backend: contract.Backend, ws: Workspace, group: Group | None, made: int = 0) -> contract.BoundStep:
-    """The step of a workspace after so many evaluations."""
-    if group is None or not group.spread:
-        return backend.bind(ws, made)
-    return backend.spread(ws, group.ranks)
 
 
 def refuse(group: Group | None, what: str) -> None:

@@ -74,6 +74,8 @@ class Workspace:
     uses_previous: ClassVar[bool]  # whether a step reads f at the iterate before
     kept: ClassVar[tuple[str, ...]]  # names of the method's own tensors
 
+    parts: tuple[Workspace, ...] = ()  # where samples are of unequal length, that of each group
+
     method: tuple[Any, ...]
     history: Tensor
 
@@ -94,6 +96,11 @@ class Workspace:
         # how far each moves and how large it is, measured before the step; and a rule (rtol, atol, weight) a block.
         self.block_norms: Tensor | None = None
         self.block_rules: list[tuple[float, float, float]] = []
+
+    @property
+    def kind(self) -> type[Workspace]:
+        """Whose step it takes."""
+        return type(self)
 
     def begin(self) -> None:
         """What no zero says of a solve that has made no evaluation."""

@@ -98,7 +98,7 @@ class Anderson(Solver):
         history_dtype = self.history_dtype or (torch.float64 if wide else torch.bfloat16)
         if history_dtype == torch.float64 and not wide:
             raise ValueError(f"history_dtype=torch.float64 needs a float64 state, got {layout.dtype}")
-        m = min(self.m, max(1, layout.numbers))  # more columns than numbers are linearly dependent
+        m = min(self.m, max(1, layout.total))  # more columns than numbers are linearly dependent
         method = AndersonMethod(
             m=m,
             test_space=_TEST_SPACE[self.type],

@@ -6,6 +6,7 @@ from typing import Any
 
 from .. import compiled
 from ..loop.state import SolverState
+from ..ops import grouped
 from ..ops.layout import Layout, layout_of
 from ..ops.shared import group_of, refuse, tell
 from ..ops.workspace import Stopping, Workspace
@@ -63,7 +64,7 @@ class Solver:
         try:
             check_choice("stop", stop, STOPS)
             check_samples(batch_dims, segments)
-            layout = layout_of(z0, batch_dims, segments)
+            layout = layout_of(z0, batch_dims, segments, pads=segments is not None and grouped.pads(backend, z0))
             rule = stopping(rtol, atol, max_iter, layout.dtype)
             limit = rule.max_iter if check_flag("resumable", resumable) and rule.max_iter else None
         except (TypeError, ValueError) as error:

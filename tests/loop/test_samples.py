@@ -205,7 +205,7 @@ def test_together_a_sample_that_breaks_holds_nobody_up(backend):
         ({"segments": torch.tensor([0, 1, 2]), "batch_dims": 2}, "segments say what a sample is; leave out batch_dims"),
         ({"batch_dims": 0, "compact": True}, "compact leaves out samples of dim 0; with batch_dims=0"),
         ({"segments": torch.tensor([0, 1, 2]), "compact": True}, "cannot be combined with segments"),
-        ({"stop": "any"}, "stop must be 'each' or 'all', got 'any'"),
+        ({"stop": "any"}, "stop must be one of 'each', 'all', 'consensus', got 'any'"),
         ({"stop": "all", "compact": True}, "they stop together"),
     ],
     ids=str,

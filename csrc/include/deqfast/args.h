@@ -69,7 +69,7 @@ struct SolveArgs : Stopping {
     const int32_t* f_prev_rows = nullptr;  // the same for f_prev
     int32_t* ints = nullptr;               // (rows, padded)
     void* reals = nullptr;                 // (rows, padded) of the accumulation type
-    int64_t padded = 0;                    // B rounded up to tiles
+    int64_t padded = 0;                    // from one row of them to the next: B rounded up to tiles, or more
     // A state of several blocks, each to a tolerance of its own: block_norms (n_blocks, 2, padded), how far each block
     // moves and how large it is; null: the whole state is one.
     int n_blocks = 0;

@@ -198,6 +198,7 @@ def make_plan(ws: Workspace, evaluations: int = 0, halves: bool = False) -> tupl
         saved=[(t.data_ptr(), t.nbytes) for t in ws.saved],
         ints=(ws.ints.data_ptr(), ws.ints.nbytes),
         reals=(ws.reals.data_ptr(), ws.reals.nbytes),
+        stride=ws.ints.stride(0),
         stopping=ws.stopping,
         threads=torch.get_num_threads(),
         blocks=None if ws.block_norms is None else _C.Blocks(norms=array(ws.block_norms), rules=ws.block_rules),

@@ -24,6 +24,7 @@ class Torch(Backend):
 
     name = "torch"
     counts_on_host = True
+    pads = True
     steps: Mapping[type[Workspace], Binder] = {
         AndersonWorkspace: portable.AndersonStep,
         BroydenWorkspace: portable_broyden.BroydenStep,

@@ -43,7 +43,7 @@ class TritonStep(BoundStep):
         self.itemsize = layout.acc.itemsize
         self.lag = Lag(layout.B, layout.device, ws.stopping.max_iter, evaluations)
         self.running = (ws.int_row(Int.STATUS) == Status.RUNNING).sum().to(torch.int32).reshape(1)
-        self.padded = ws.ints.shape[1]
+        self.padded = ws.ints.stride(0)
         numbers = [*ws.stopping[:2], math.sqrt(layout.N), *(number for rule in ws.block_rules for number in rule)]
         self.stopping = self.arguments.Stopping(doubles(numbers, self.device), self.running, ws.block_norms)
         self.rule = self.arguments.Rule(ws.stopping.keep_best, len(ws.block_rules))
