@@ -1,12 +1,12 @@
 """Attacks within a maximum-norm ball and the pixel box: PGD, PGD whose step halves by itself, and a random search.
 
 Each takes ``logits(pixels)`` -> (B, classes), pixels (B, N) in [0, 1], labels (B,) and a radius, and returns pixels (B, N):
-of each sample the worst that it met, and that is misclassified wherever it met one that is. ``generator`` is of the CPU.
+of each sample the worst that it met, and one that is misclassified wherever it met one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -63,12 +63,8 @@ def slope(logits: Logits, near: Tensor, labels: Tensor, loss: Loss) -> tuple[Ten
     return gradient, out.detach(), each.detach()
 
 
-def start_of(pixels: Tensor, radius: float, generator: torch.Generator | None) -> Tensor:
-    """A uniform point of the ball; the pixels themselves without a generator."""
-    if generator is None:
-        return pixels.clone()
-    noise = 2 * torch.rand(pixels.shape, generator=generator) - 1
-    return project(pixels + radius * noise.to(pixels), pixels, radius)
+def _start(start: Tensor | None, pixels: Tensor, radius: float) -> Tensor:
+    return pixels.clone() if start is None else project(start, pixels, radius)
 
 
 def pgd(
@@ -79,10 +75,10 @@ def pgd(
     steps: int = 20,
     step: float = 0.25,
     loss: Loss = cross_entropy,
-    generator: torch.Generator | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
-    """Signed gradient ascent; ``step`` is in units of the radius. Source: Madry et al., ICLR 2018."""
-    near, worst = start_of(pixels, radius, generator), Worst(pixels)
+    """Signed gradient ascent from ``start`` or the pixels; ``step`` is in units of the radius. Source: Madry et al., ICLR 2018."""
+    near, worst = _start(start, pixels, radius), Worst(pixels)
     for _ in range(steps):
         gradient, out, each = slope(logits, near, labels, loss)
         worst.look(near, out, each, labels)
@@ -110,14 +106,14 @@ def apgd(
     radius: float,
     steps: int = 30,
     loss: Loss = scaled_margin,
-    generator: torch.Generator | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Ascent with momentum whose step of each sample, 2 radii at first, halves where it has stopped to help.
 
     It halves, and goes back to the best point, where the loss rose in fewer than 75 % of the steps of a period, or
     neither step nor best loss have changed in it. Source: Croce and Hein, ICML 2020, algorithm 1.
     """
-    x, worst = start_of(pixels, radius, generator), Worst(pixels)
+    x, worst = _start(start, pixels, radius), Worst(pixels)
     gradient, out, each = slope(logits, x, labels, loss)
     worst.look(x, out, each, labels)
     size = torch.full((len(x), 1), 2 * radius, device=x.device)
@@ -184,6 +180,15 @@ def square(
             out = logits(near)
             worst.look(near, out, margin(out, labels), labels)
     return worst.pixels
+
+
+def standing(logits: Logits, attacked: Iterable[Tensor], labels: Tensor) -> float:
+    """The share of samples that are classified rightly under every one of these attacks."""
+    right = torch.ones_like(labels, dtype=torch.bool)
+    with torch.no_grad():
+        for near in attacked:
+            right &= logits(near).argmax(1) == labels
+    return right.double().mean().item()
 
 
 def accuracy(logits: Logits, pixels: Tensor, labels: Tensor) -> float:

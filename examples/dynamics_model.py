@@ -17,7 +17,7 @@ RADIUS = 0.15  # of every attack, in the maximum norm
 PHANTOM, DAMPING = 5, 0.5
 BETA, ATTACK_STEPS, BATCH = 6.0, 10, 128  # of TRADES
 ROUNDS, STEPS_A_ROUND, INPUT_STEPS = 4, 2, 10  # of the entropy reduction
-REDUCTION_RADIUS, REDUCTION_STEP = RADIUS, RADIUS / 10
+REDUCTION_RADIUS, REDUCTION_STEP = RADIUS, RADIUS / 5  # the step halves every round
 
 Solve = Callable[[nn.Module, Tensor, int], Tensor]
 
@@ -127,7 +127,7 @@ class Defence:
         model, x = self.model, pixels
         self.entropies = []
         state = dq.Broyden().init(torch.zeros_like(model.inject(pixels.detach())), rtol=0.0)
-        for _ in range(self.rounds):
+        for number in range(self.rounds):
             with torch.no_grad():
                 given = model.inject(x.detach())
                 for k in range(STEPS_A_ROUND):
@@ -137,7 +137,7 @@ class Defence:
                         state.step(model.cell(state.z, given))
                 z = state.z.clone()
             for _ in range(INPUT_STEPS):
-                x = self.moved(x, z, pixels)
+                x = self.moved(x, z, pixels, REDUCTION_STEP / 2**number)
             with torch.no_grad():
                 self.entropies.append(entropy(self.read(z, x.detach())))
         if self.through == "identity":
@@ -152,7 +152,7 @@ class Defence:
     def read(self, z: Tensor, x: Tensor) -> Tensor:
         return self.model.head(self.model.cell(z, self.model.inject(x)))
 
-    def moved(self, x: Tensor, z: Tensor, pixels: Tensor) -> Tensor:
+    def moved(self, x: Tensor, z: Tensor, pixels: Tensor, step: float) -> Tensor:
         """One signed step of the pixels."""
         deep = self.through == "signs" and x.requires_grad
         with torch.enable_grad():
@@ -162,5 +162,5 @@ class Defence:
         if deep:
             soft = slope / slope.detach().abs().mean(1, keepdim=True).clamp(min=1e-12)
             signs = signs.detach() + soft - soft.detach()
-            return project(x - REDUCTION_STEP * signs, pixels, REDUCTION_RADIUS)
-        return project(x.detach() - REDUCTION_STEP * signs, pixels.detach(), REDUCTION_RADIUS)
+            return project(x - step * signs, pixels, REDUCTION_RADIUS)
+        return project(x.detach() - step * signs, pixels.detach(), REDUCTION_RADIUS)
