@@ -14,6 +14,7 @@ import deqfast as dq
 
 LAST = 8  # evaluations of a whole solve, T
 RADIUS = 0.15  # of every attack, in the maximum norm
+RTOL = 1e-3  # of training
 PHANTOM, DAMPING = 5, 0.5
 BETA, ATTACK_STEPS, BATCH = 6.0, 10, 128  # of TRADES
 ROUNDS, STEPS_A_ROUND, INPUT_STEPS = 4, 2, 10  # of the entropy reduction
@@ -33,11 +34,11 @@ class Cell(nn.Module):
         return torch.tanh(self.linear(z) + x)
 
 
-def by_deqfast(cell: nn.Module, x: Tensor, budget: int) -> Tensor:
+def by_deqfast(cell: nn.Module, x: Tensor, budget: int, solver: Any = None) -> Tensor:
     """The state after ``budget`` evaluations, and its K-step phantom gradient."""
     backward = dq.Phantom(PHANTOM, DAMPING)
-    options: dict[str, Any] = {"rtol": 1e-3, "max_iter": budget, "returns": "next", "backward": backward}
-    return dq.fixed_point(cell, torch.zeros_like(x), (x,), solver=dq.Broyden(), **options).z
+    options: dict[str, Any] = {"rtol": RTOL, "max_iter": budget, "returns": "next", "backward": backward}
+    return dq.fixed_point(cell, torch.zeros_like(x), (x,), solver=solver or dq.Broyden(), **options).z
 
 
 class Classifier(nn.Module):
