@@ -123,6 +123,7 @@ class Defence:
     def __init__(self, model: Classifier, through: str | None = None, rounds: int = ROUNDS) -> None:
         self.model, self.through, self.rounds = model, through, rounds
         self.entropies: list[Tensor] = []  # of the last call: at the end of each round
+        self.left = torch.empty(0)  # pixels that the last call ended at
 
     def __call__(self, pixels: Tensor) -> Tensor:
         model, x = self.model, pixels
@@ -141,6 +142,7 @@ class Defence:
                 x = self.moved(x, z, pixels, REDUCTION_STEP / 2**number)
             with torch.no_grad():
                 self.entropies.append(entropy(self.read(z, x.detach())))
+        self.left = x.detach()
         if self.through == "identity":
             x = pixels + (x - pixels).detach()
         if self.through is None:
