@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
-import measured_page as measured  # noqa: E402
+import measured_page as measured
 
 
 def block(record: Mapping[str, Any], picture: str | None) -> str:

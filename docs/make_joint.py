@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
-import measured_page as measured  # noqa: E402
+import measured_page as measured
 
 ROOT = measured.ROOT
 NAMES = ("joint_generation", "joint_inverse", "joint_adversarial", "joint_metalearning")
@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if record["picture"]:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(options.results / record["picture"], target)
-        text = measured.fill(text, name, block(record, f"img/{name}.png" if target.is_file() else None), options.page.name)
+        text = measured.fill(
+            text, name, block(record, f"img/{name}.png" if target.is_file() else None), options.page.name
+        )
         done.append(name)
     if not done:
         raise SystemExit(f"nothing measured: no full run of an example in {options.results}")

@@ -1,4 +1,4 @@
-"""What the scripts that fill measured pages share: a Markdown table, targets, where figures come from, and the filling."""
+"""What the scripts that fill measured pages share: tables, targets, where figures come from, and the filling."""
 
 from __future__ import annotations
 

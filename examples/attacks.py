@@ -1,7 +1,7 @@
 """Attacks within a maximum-norm ball and the pixel box: PGD, PGD whose step halves by itself, and a random search.
 
-Each takes ``logits(pixels)`` -> (B, classes), pixels (B, N) in [0, 1], labels (B,) and a radius, and returns pixels (B, N):
-of each sample the worst that it met, and one that is misclassified wherever it met one.
+Each takes ``logits(pixels)`` -> (B, classes), pixels (B, N) in [0, 1], labels (B,) and a radius, and returns pixels
+(B, N): of each sample the worst that it met, and one that is misclassified wherever it met one.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def pgd(
     loss: Loss = cross_entropy,
     start: Tensor | None = None,
 ) -> Tensor:
-    """Signed gradient ascent from ``start`` or the pixels; ``step`` is in units of the radius. Source: Madry et al., ICLR 2018."""
+    """Signed gradient ascent from ``start`` or the pixels; ``step`` is in radii. Source: Madry et al., ICLR 2018."""
     near, worst = _start(start, pixels, radius), Worst(pixels)
     for _ in range(steps):
         gradient, out, each = slope(logits, near, labels, loss)
@@ -91,12 +91,12 @@ def pgd(
 
 def checkpoints(steps: int) -> list[int]:
     """After which steps ``apgd`` looks back: 22 % of them, then ever shorter periods."""
-    at, period, found = 0.0, 0.22, []
-    while at + period < 1:
+    at, period, found = 0, 22, set()  # per cent
+    while at + period < 100:
         at += period
-        found.append(min(steps, -int(-at * steps // 1)))
-        period = max(period - 0.03, 0.06)
-    return sorted(set(found))
+        found.add(-(-at * steps // 100))
+        period = max(period - 3, 6)
+    return sorted(found)
 
 
 def apgd(
@@ -152,7 +152,7 @@ def square(
     queries: int = 300,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Random search that asks for logits alone: squares of pixels go to one side of the ball, and stay where that hurts.
+    """Random search that asks for logits alone: squares of pixels go to a side of the ball, and stay if that hurts.
 
     The pixels are a square image, row by row. It begins with stripes; the squares shrink from a third of the image's
     area to a pixel. Source: Andriushchenko et al., ECCV 2020, of which it is a simple variant.

@@ -104,9 +104,7 @@ def measure(model: Classifier, data: tuple[Tensor, ...], args: argparse.Namespac
             return model.at(near, state)
 
         hit = attacks.pgd(here, pixels, labels, RADIUS)
-        states.append(
-            {"state": state, "clean": accuracy(here, pixels, labels), "pgd": accuracy(here, hit, labels)}
-        )
+        states.append({"state": state, "clean": accuracy(here, pixels, labels), "pgd": accuracy(here, hit, labels)})
     blind = attacked(model, data, args.queries)
     knowing = adaptive(model, data, blind["pgd"], args.queries)
     defence = Defence(model)
@@ -169,11 +167,10 @@ def tables(rows: list[dict[str, Any]], timed: list[dict[str, Any]]) -> dict[str,
             group = of(rows, random)
             means = [statistics.mean(100 * row["states"][k][key] for row in group) for k in range(LAST)]
             states.append([f"{name}, {said}", *(f"{mean:.1f}" for mean in means)])
-    steps = [
-        [row["name"], f"{1000 * row['seconds']:.1f}", f"{row['ratio']:.2f}x"]
-        + [f"{row['ratios'][0]:.2f} to {row['ratios'][-1]:.2f}"]
-        for row in timed
-    ]
+    steps = []
+    for row in timed:
+        turns = f"{row['ratios'][0]:.2f} to {row['ratios'][-1]:.2f}"
+        steps.append([row["name"], f"{1000 * row['seconds']:.1f}", f"{row['ratio']:.2f}x", turns])
     through = [
         [name, *(spread([row["through"][name] for row in of(rows, random)]) for random in names)]
         for name in rows[0]["through"]
@@ -192,7 +189,7 @@ def targets(rows: list[dict[str, Any]], timed: list[dict[str, Any]]) -> list[dic
 
     gains = [early(a) - early(b) for a, b in zip(of(rows, True), of(rows, False), strict=True)]
     curves = [curve for row in rows for curve in row["entropy"].values()]
-    falling = sum(all(b < a for a, b in zip(curve, curve[1:], strict=False)) for curve in curves)
+    falling = sum(all(curve[k + 1] < curve[k] for k in range(len(curve) - 1)) for curve in curves)
     kept = [row["reduced"]["adaptive"] - row["alone"]["worst"] for row in rows]
     found = [
         target(
@@ -226,7 +223,8 @@ def remarks(rows: list[dict[str, Any]]) -> list[str]:
     lifts = [100 * (row["reduced"]["worst"] - row["alone"]["worst"]) for row in rows]
     knows = [100 * (row["reduced"]["adaptive"] - row["reduced"]["worst"]) for row in rows]
     first = "; ".join(
-        f"{name} " + ", ".join(f"{statistics.mean(h):.2f}" for h in zip(*(r["entropy"][name] for r in rows), strict=True))
+        f"{name} "
+        + ", ".join(f"{statistics.mean(h):.2f}" for h in zip(*(r["entropy"][name] for r in rows), strict=True))
         for name in rows[0]["entropy"]
     )
     return [
@@ -236,7 +234,7 @@ def remarks(rows: list[dict[str, Any]]) -> list[str]:
         f"attacker who does takes {-max(knows):.1f} to {-min(knows):.1f} of them back.",
         f"mean entropy at the end of each round, nats: {first}.",
         f"adaptive: of each digit the worst of five attacks through the reduction and of the three that do not know of "
-        f"it; attacks of radius {RADIUS} in the maximum norm, pixels in [0, 1]; brackets: smallest and largest of the seeds.",
+        f"it; radius {RADIUS} in the maximum norm, pixels in [0, 1]; in brackets the smallest and largest of the seeds.",
     ]
 
 

@@ -27,7 +27,9 @@ def draw(path: Path, rows: list[dict[str, Any]], timed: list[dict[str, Any]]) ->
     title = "Regulating the dynamics of an equilibrium classifier: random states, and pixels of less entropy"
     figure.text(0.05, 0.955, title, fontsize=16.5, fontweight="bold", va="center")
     seeds = len({row["seed"] for row in rows})
-    detail = f"handwritten digits, TRADES training; attacks in the maximum norm; {seeds} seed{'s' if seeds != 1 else ''}"
+    detail = (
+        f"handwritten digits, TRADES training; attacks in the maximum norm; {seeds} seed{'s' if seeds != 1 else ''}"
+    )
     figure.text(0.05, 0.918, detail, fontsize=10.5, color=GREY, va="center")
     figure.savefig(path, dpi=140)
 
@@ -43,7 +45,9 @@ def draw_states(axes: Any, rows: list[dict[str, Any]]) -> None:
         x = [state["state"] for state in group[0]]
         for key, style in (("clean", "--"), ("pgd", "-")):
             curves = list(zip(*([100 * state[key] for state in states] for states in group), strict=True))
-            axes.fill_between(x, list(map(min, curves)), list(map(max, curves)), color=COLOURS[random], alpha=0.12, lw=0)
+            axes.fill_between(
+                x, list(map(min, curves)), list(map(max, curves)), color=COLOURS[random], alpha=0.12, lw=0
+            )
             label = f"trained at {'the ' if not random else ''}{NAMES[random]}" if key == "pgd" else None
             axes.plot(x, list(map(statistics.mean, curves)), style, color=COLOURS[random], lw=2, label=label)
     axes.set(xlabel="state read: evaluations made", ylim=(0, 103), xlim=(min(x), max(x)), xticks=x)
@@ -62,7 +66,9 @@ def draw_entropy(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.set(xlabel="round: two evaluations, then ten steps of the pixels", xticks=list(x))
     axes.margins(y=0.25)
     axes.legend(frameon=False, ncols=2, fontsize=8.5, loc="upper right")
-    headed(axes, "Entropy reduction", "entropy of the prediction at the end of a round, nats, mean over digits and seeds")
+    headed(
+        axes, "Entropy reduction", "entropy of the prediction at the end of a round, nats, mean over digits and seeds"
+    )
 
 
 def draw_attackers(axes: Any, rows: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The classifier of dynamics.py: its states along a solve, its training, and the input's entropy reduced while it solves."""
+"""The classifier of dynamics.py: the states of its solve, its training, and entropy reduced while it solves."""
 
 from __future__ import annotations
 

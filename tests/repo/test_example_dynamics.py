@@ -1,4 +1,4 @@
-"""The example of regulated dynamics: attacks on closed forms, the reduction's values and gradients, a quick run, its page."""
+"""The example of regulated dynamics: attacks on closed forms, the reduction and its gradients, a quick run, its page."""
 
 import importlib
 import importlib.util
@@ -106,7 +106,7 @@ def test_the_worst_is_kept_and_standing_counts_each_sample_once(load):
     f = Linear()
     f.bias = -float((f.pixels @ f.w).max()) - 0.5 * float(f.best)  # some can be turned, some cannot
     can = (f.pixels @ f.w + f.bias + f.best) > 0
-    assert 0 < int(can.sum()) < 12 or bool(can.any())
+    assert 0 < int(can.sum()) < 12
     near = attacks.pgd(f, f.pixels, f.labels, RADIUS, 10)
     assert torch.equal(f(near).argmax(1) == 1, can)
     half = torch.where((torch.arange(12) % 2 == 0)[:, None], near, f.pixels)
@@ -129,12 +129,19 @@ def small(load, scale=1.0):
 def test_entropy_falls_and_pixels_stay_in_the_ball_and_the_box(load):
     model, classifier, pixels = small(load)
     defence = model.Defence(classifier)
+    z, x = torch.rand(9, 12), pixels
+    for _ in range(8):
+        before = model.entropy(defence.read(z, x))
+        x = defence.moved(x, z, pixels, 0.005)
+        assert bool((model.entropy(defence.read(z, x)) < before).all())
     defence(pixels)
-    first = model.entropy(classifier.at(pixels, model.LAST))
-    means = [float(first.mean()), *(float(h.mean()) for h in defence.entropies)]
-    assert len(means) == 1 + model.ROUNDS and means == sorted(means, reverse=True), means
+    assert len(defence.entropies) == model.ROUNDS
+    fixed = model.Defence(classifier, rounds=1)
+    fixed(pixels)  # its state is that of two evaluations
+    assert float(fixed.entropies[0].mean()) < float(model.entropy(classifier.at(pixels, 3)).mean())
     assert bool(((defence.left - pixels).abs() <= model.REDUCTION_RADIUS + 1e-6).all())
-    assert 0 <= float(defence.left.min()) and float(defence.left.max()) <= 1
+    assert float(defence.left.min()) >= 0
+    assert float(defence.left.max()) <= 1
 
 
 def test_gradients_leave_the_values_of_the_reduction_as_they_are(load):
@@ -178,7 +185,8 @@ def test_training_lowers_its_loss(load):
     optimiser = torch.optim.Adam(classifier.parameters(), lr=1e-2)
 
     def loss():
-        return float(model.trades(classifier, pixels, labels, model.Budgets(True, 5), torch.Generator().manual_seed(1)))
+        generator = torch.Generator().manual_seed(1)
+        return model.trades(classifier, pixels, labels, model.Budgets(True, 5), generator).item()
 
     before = loss()
     for epoch in range(15):
