@@ -74,10 +74,11 @@ demo: build ## Classify digits with an equilibrium network; plots go to out/
 
 EXAMPLES = generation inverse adversarial metalearning
 
-examples: build ## Run the loop's, the stable flow's and the joint solve's examples, minutes; tables and pictures go to out/
+examples: build ## Run the loop's, the stable flow's, the dynamics' and the joint solve's examples, minutes; tables and pictures go to out/
 	@mkdir -p out
 	$(BIN)/python examples/loop_model.py --out out
 	$(BIN)/python examples/lyapunov.py --out out
+	$(BIN)/python examples/dynamics.py --out out
 	for name in $(EXAMPLES); do $(BIN)/python examples/joint_$$name.py --out out || exit 1; done
 
 # Beside the package: the API reference is written from its docstrings. Never `mkdocs build --quiet`: it counts no warning,

@@ -234,7 +234,7 @@ def remarks(rows: list[dict[str, Any]]) -> list[str]:
         f"attacker who does takes {-max(knows):.1f} to {-min(knows):.1f} of them back.",
         f"mean entropy at the end of each round, nats: {first}.",
         f"adaptive: of each digit the worst of five attacks through the reduction and of the three that do not know of "
-        f"it; radius {RADIUS} in the maximum norm, pixels in [0, 1]; in brackets the smallest and largest of the seeds.",
+        f"it; radius {RADIUS} in the maximum norm, pixels in [0, 1]; in brackets the least and most of the seeds.",
     ]
 
 

@@ -1,4 +1,4 @@
-"""The example of regulated dynamics: attacks on closed forms, the reduction and its gradients, a quick run, its page."""
+"""The example of regulated dynamics: attacks on closed forms, the reduction, gradients, a quick run, its page."""
 
 import importlib
 import importlib.util
