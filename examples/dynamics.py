@@ -68,29 +68,32 @@ def trained(seed: int, random: bool, data: tuple[Tensor, ...], args: argparse.Na
     return model.requires_grad_(False)
 
 
-def attacked(model: Classifier, data: tuple[Tensor, ...], queries: int) -> dict[str, Tensor]:
+def attacked(model: Classifier, pixels: Tensor, labels: Tensor, queries: int) -> dict[str, Tensor]:
     """What the attacks on the last state make of the test set."""
 
     def last(near: Tensor) -> Tensor:
         return model.at(near, LAST)
 
     return {
-        "pgd": attacks.pgd(last, *data[2:], RADIUS),
-        "apgd": attacks.apgd(last, *data[2:], RADIUS),
-        "square": attacks.square(last, *data[2:], RADIUS, queries),
+        "pgd": attacks.pgd(last, pixels, labels, RADIUS),
+        "apgd": attacks.apgd(last, pixels, labels, RADIUS),
+        "square": attacks.square(last, pixels, labels, RADIUS, queries),
     }
 
 
-def adaptive(model: Classifier, data: tuple[Tensor, ...], start: Tensor, queries: int) -> dict[str, Tensor]:
+def adaptive(model: Classifier, pixels: Tensor, labels: Tensor, start: Tensor, queries: int) -> dict[str, Tensor]:
     """Attacks through the reduction; those with gradients start where PGD on the model alone ended."""
     identity, signs = Defence(model, "identity"), Defence(model, "signs")
-    near = {"steps": 30, "step": 0.1, "start": start}
+
+    def pgd(through: Defence, loss: attacks.Loss = attacks.cross_entropy) -> Tensor:
+        return attacks.pgd(through, pixels, labels, RADIUS, 30, 0.1, loss, start)
+
     return {
-        "PGD, moves constant": attacks.pgd(identity, *data[2:], RADIUS, **near),
-        "PGD on the margin": attacks.pgd(identity, *data[2:], RADIUS, loss=attacks.margin, **near),
-        "APGD": attacks.apgd(identity, *data[2:], RADIUS, start=start),
-        "PGD through the signs": attacks.pgd(signs, *data[2:], RADIUS, **near),
-        "square": attacks.square(Defence(model), *data[2:], RADIUS, max(1, queries // 3)),
+        "PGD, moves constant": pgd(identity),
+        "PGD on the margin": pgd(identity, attacks.margin),
+        "APGD": attacks.apgd(identity, pixels, labels, RADIUS, start=start),
+        "PGD through the signs": pgd(signs),
+        "random search": attacks.square(Defence(model), pixels, labels, RADIUS, max(1, queries // 3)),
     }
 
 
@@ -105,8 +108,8 @@ def measure(model: Classifier, data: tuple[Tensor, ...], args: argparse.Namespac
 
         hit = attacks.pgd(here, pixels, labels, RADIUS)
         states.append({"state": state, "clean": accuracy(here, pixels, labels), "pgd": accuracy(here, hit, labels)})
-    blind = attacked(model, data, args.queries)
-    knowing = adaptive(model, data, blind["pgd"], args.queries)
+    blind = attacked(model, pixels, labels, args.queries)
+    knowing = adaptive(model, pixels, labels, blind["pgd"], args.queries)
     defence = Defence(model)
     found: dict[str, Any] = {"states": states, "entropy": {}}
     for name, logits in (("alone", here), ("reduced", defence)):
