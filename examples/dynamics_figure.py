@@ -17,7 +17,7 @@ def draw(path: Path, rows: list[dict[str, Any]], timed: list[dict[str, Any]]) ->
     from matplotlib import pyplot
 
     figure = pyplot.figure(figsize=(14, 8.6))
-    grid = figure.add_gridspec(2, 2, left=0.05, right=0.64, top=0.835, bottom=0.07, hspace=0.48, wspace=0.2)
+    grid = figure.add_gridspec(2, 2, left=0.05, right=0.65, top=0.835, bottom=0.07, hspace=0.48, wspace=0.2)
     axes = [figure.add_subplot(grid[k // 2, k % 2]) for k in range(4)]
     draw_states(axes[0], rows)
     draw_entropy(axes[1], rows)
@@ -52,23 +52,22 @@ def draw_states(axes: Any, rows: list[dict[str, Any]]) -> None:
             axes.plot(x, list(map(statistics.mean, curves)), style, color=COLOURS[random], lw=2, label=label)
     axes.set(xlabel="state read: evaluations made", ylim=(0, 103), xlim=(min(x), max(x)), xticks=x)
     axes.legend(frameon=False, loc="lower right")
-    headed(axes, "States under attack", "right, %: solid under PGD-20 on this very state, dashed clean; range of seeds")
+    headed(axes, "States under attack", "read rightly, %: solid under PGD-20 on this state, dashed clean")
 
 
 def draw_entropy(axes: Any, rows: list[dict[str, Any]]) -> None:
     for random in (False, True):
-        for name, style in (("clean", "o--"), ("pgd", "o-")):
+        for name, style in (("clean", "--"), ("pgd", "-")):
             curves = [row["entropy"][name] for row in rows if row["random"] == random]
             x = range(1, len(curves[0]) + 1)
             means = [statistics.mean(values) for values in zip(*curves, strict=True)]
             label = f"{NAMES[random]}, {'attacked' if name == 'pgd' else 'clean'}"
-            axes.plot(x, means, style, color=COLOURS[random], lw=2, ms=5, label=label)
+            axes.plot(x, means, style, color=COLOURS[random], lw=2, label=label)
+            axes.plot(x, means, "o", color=COLOURS[random], ms=5)
     axes.set(xlabel="round: two evaluations, then ten steps of the pixels", xticks=list(x))
-    axes.margins(y=0.25)
-    axes.legend(frameon=False, ncols=2, fontsize=8.5, loc="upper right")
-    headed(
-        axes, "Entropy reduction", "entropy of the prediction at the end of a round, nats, mean over digits and seeds"
-    )
+    axes.margins(y=0.3)
+    axes.legend(frameon=False, ncols=2, fontsize=8.5, loc="upper right", handlelength=2.6, columnspacing=1.2)
+    headed(axes, "Entropy reduction", "of the prediction at the end of a round, nats; means")
 
 
 def draw_attackers(axes: Any, rows: list[dict[str, Any]]) -> None:
@@ -84,14 +83,15 @@ def draw_attackers(axes: Any, rows: list[dict[str, Any]]) -> None:
             axes.plot([k + shift - 0.11, k + shift + 0.11], [mean, mean], color=INK, lw=2.2, zorder=3)
             side = -1 if shift < 0 else 1
             axes.text(
-                k + shift + 0.14 * side, mean, f"{mean:.1f}", color=COLOURS[random], fontweight="bold",
-                ha="right" if side < 0 else "left", va="center",
+                k + shift + 0.14 * side, mean, f"{mean:.1f}", color=COLOURS[random], fontweight="bold", zorder=4,
+                ha="right" if side < 0 else "left", va="center", bbox={"fc": "white", "ec": "none", "pad": 1},
             )  # fmt: skip
     names = ["no reduction,\nworst of three", "reduction, attacks\ndo not know it", "reduction,\nadaptive attacks"]
     axes.set_xticks(range(3), names)
-    axes.set_xlim(-0.6, 2.6)
+    axes.set_xlim(-0.65, 2.65)
+    axes.margins(y=0.1)
     axes.grid(axis="x", visible=False)
-    headed(axes, "What attackers leave", "right at the last state, %: a dot and line for each seed, bars: means")
+    headed(axes, "What attackers leave", "read rightly at the last state, %: lines are seeds, bars means")
 
 
 def draw_times(axes: Any, timed: list[dict[str, Any]]) -> None:
@@ -102,7 +102,7 @@ def draw_times(axes: Any, timed: list[dict[str, Any]]) -> None:
         text = f"{value:.0f} ms" + ("" if k == 0 else f"  {row['ratio']:.2f}{TIMES}")
         axes.text(value + 0.015 * longest, k, text, va="center", fontweight="bold")
         axes.text(0, k - 0.38, row["name"], va="center", fontsize=8.8, color=GREY)
-    axes.set(xlabel="milliseconds", xlim=(0, 1.3 * longest), ylim=(len(timed) - 0.55, -0.7), yticks=[])
+    axes.set(xlabel="milliseconds", xlim=(0, 1.38 * longest), ylim=(len(timed) - 0.55, -0.7), yticks=[])
     axes.spines["left"].set_visible(False)
     axes.grid(axis="y", visible=False)
     headed(axes, "A training step", f"the attack included; {TIMES}: over {timed[0]['name']}, median of turns")
@@ -113,7 +113,7 @@ def draw_digits(figure: Any, rows: list[dict[str, Any]]) -> None:
     shown = next(row for row in rows if row["random"])["shown"]
     if not shown:
         return
-    grid = figure.add_gridspec(len(shown), 3, left=0.7, right=0.985, top=0.8, bottom=0.045, hspace=0.28, wspace=0.05)
+    grid = figure.add_gridspec(len(shown), 3, left=0.71, right=0.975, top=0.8, bottom=0.045, hspace=0.28, wspace=0.05)
     for row, digit in enumerate(shown):
         for column, (said, image) in enumerate(zip(digit["said"], digit["images"], strict=True)):
             axes = figure.add_subplot(grid[row, column])
@@ -130,6 +130,6 @@ def draw_digits(figure: Any, rows: list[dict[str, Any]]) -> None:
             if row == 0:
                 name = ("scanned", "attacked", "entropy reduced")[column]
                 axes.text(0.5, 1.12, name, transform=axes.transAxes, ha="center", fontsize=9.2, color=GREY)
-    figure.text(0.7, 0.872, "Digits that the attack turns", fontsize=11, fontweight="bold", va="center")
-    under = f"beside each what is read, wrong in orange; seed {rows[0]['seed']}, random states"
-    figure.text(0.7, 0.848, under, fontsize=8.8, color=GREY, va="center")
+    figure.text(0.715, 0.872, "Digits that the attack turns", fontsize=11, fontweight="bold", va="center")
+    under = "what is read beside each, mistakes in orange"
+    figure.text(0.715, 0.848, under, fontsize=8.8, color=GREY, va="center")
