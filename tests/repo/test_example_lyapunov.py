@@ -1,5 +1,6 @@
 """The example of stable dynamics: what its table says of V and of the orthogonal layer; accuracy is not asserted."""
 
+import importlib.util
 import json
 import runpy
 import sys
@@ -35,3 +36,19 @@ def test_it_writes_its_table_and_a_picture(tmp_path, monkeypatch, capsys):
     assert all(met["what"] in printed for met in record["targets"])
     assert record["quick"]  # of 200 digits: no page is filled from it
     assert (tmp_path / "lyapunov.png").read_bytes().startswith(b"\x89PNG")
+    make, page = script("make_lyapunov"), tmp_path / "lyapunov.md"
+    page.write_text("# T\n<!-- lyapunov:begin -->\nold\n<!-- lyapunov:end -->\n")
+    arguments = ["--results", str(tmp_path / "lyapunov.json"), "--page", str(page)]
+    with pytest.raises(SystemExit, match="nothing measured"):
+        make.main(arguments)
+    (tmp_path / "lyapunov.json").write_text(json.dumps({**record, "quick": False}))
+    make.main(arguments)
+    assert "`python examples/lyapunov.py --epochs 2 --seeds 1 --numbers 8` on" in page.read_text()
+    assert "old" not in page.read_text()
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, SCRIPT.parents[1] / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
