@@ -80,10 +80,11 @@ demo: build ## Classify digits with an equilibrium network; plots go to out/
 
 EXAMPLES = generation inverse adversarial metalearning
 
-examples: build ## Run the loop's, the stable flow's, the masks' and the joint solve's examples, minutes; results go to out/
+examples: build ## Run the loop's, the flow's, the dynamics', the masks' and the joint solve's examples, minutes; results go to out/
 	@mkdir -p out
 	$(BIN)/python examples/loop_model.py --out out
 	$(BIN)/python examples/lyapunov.py --out out
+	$(BIN)/python examples/dynamics.py --out out
 	$(BIN)/python examples/masks.py --out out
 	for name in $(EXAMPLES); do $(BIN)/python examples/joint_$$name.py --out out || exit 1; done
 

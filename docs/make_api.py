@@ -26,7 +26,16 @@ from deqfast import info  # noqa: E402
 from deqfast.compare import Comparison, compare  # noqa: E402
 
 GROUPS = {
-    "Solving": ["fixed_point", "root", "Solution", "Status", "ConvergenceError", "CouplingWarning"],
+    "Solving": [
+        "fixed_point",
+        "root",
+        "Solution",
+        "States",
+        "RandomStates",
+        "Status",
+        "ConvergenceError",
+        "CouplingWarning",
+    ],
     "Joint solves": ["joint_solve", "JointSolution", "Envelope", "joint_step_size", "project"],
     "Solvers": ["Anderson", "Broyden", "Picard", "SolverState"],
     "Gradients": ["Implicit", "Phantom", "OneStep", "Unroll", "BackwardReport", "GradientWarning"],
@@ -36,7 +45,7 @@ GROUPS = {
 # Of dq.nn, and in no other place.
 MODULES = ["StepMasked", "ICNN", "LyapunovProjection"]  # of dq.nn
 # How the package talks to itself; and what torch.nn.Module calls.
-INTERNAL = {"workspace", "uses_previous", "attach", "solves", "advance", "answer", "evaluated", "release", "extra_repr"}
+INTERNAL = {"workspace", "uses_previous", "attach", "solves", "advance", "answer", "release", "extra_repr"}
 INTERNAL |= {"copies_z", "update", "previous", "restart", "resume", "finish", "known_running", "failed", "judge"}
 INTERNAL |= {"replay", "made", "take_over"}
 SECTIONS = ("Args", "Attributes", "Returns", "Raises")

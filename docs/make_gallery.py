@@ -14,7 +14,7 @@ from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
 # Pages of docs/, in the order of the gallery; the site's navigation has them below it.
-SYSTEMS = ("joint", "masks", "federated")
+SYSTEMS = ("joint", "masks", "dynamics", "lyapunov", "federated")
 
 BEGIN, END = "<!-- gallery:begin -->", "<!-- gallery:end -->"
 PART = re.compile(f"^{BEGIN}\n(.*?)^{END}$", re.MULTILINE | re.DOTALL)

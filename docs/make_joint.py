@@ -8,54 +8,30 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(Path(__file__).resolve().parent))
+
+import measured_page as measured
+
+ROOT = measured.ROOT
 NAMES = ("joint_generation", "joint_inverse", "joint_adversarial", "joint_metalearning")
-SILENT = ("quick", "device", "seed", "threads")  # options that the command need not show
-
-
-def fill(text: str, name: str, body: str) -> str:
-    """``text`` with ``body`` between the markers of ``name``."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise SystemExit(f"the page: expected {begin} and {end} once each")
-    return re.sub(f"{re.escape(begin)}.*{re.escape(end)}", lambda _: f"{begin}\n{body}\n{end}", text, flags=re.DOTALL)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+SILENT = ("quick", "device", "threads")  # options that the command need not show
 
 
 def block(record: Mapping[str, Any], picture: str | None) -> str:
     """What one example measured: table, notes, targets, picture, and where it comes from."""
-    parts = [table(record["header"], record["rows"])]
-    parts.append("\n".join(f"- {note}" for note in record["notes"]))
-    targets = [[t["what"], t["target"], t["measured"], "met" if t["met"] else "**missed**"] for t in record["targets"]]
-    parts.append(table(["target", "asked", "measured", ""], targets))
+    parts = [measured.table(record["header"], record["rows"])]
+    parts.append(measured.notes(record))
+    parts.append(measured.targets(record))
     if picture:
         parts.append(f"![{record['title']}]({picture})")
-    parts.append(provenance(record))
+    parts.append(measured.provenance(record, f"examples/{record['name']}.py", SILENT))
     return "\n\n".join(parts)
-
-
-def provenance(record: Mapping[str, Any]) -> str:
-    """Command, device, versions, date."""
-    machine, options = record["machine"], record["options"]
-    given = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in options.items() if key not in SILENT)
-    device = machine["processor"] if machine["device"] == "cpu" else machine["device"]
-    threads = f"{machine['threads']} torch thread" + ("s" if machine["threads"] != 1 else "")
-    packages = ", ".join(f"{name} {number}" for name, number in record["versions"].items() if number)
-    return (
-        f"`python examples/{record['name']}.py {given} --seed {options['seed']}` on {device} ({threads}), "
-        f"{record['date']}, {record['seconds']:.0f} s in all; python {machine['python']}, {packages}."
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -77,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if record["picture"]:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(options.results / record["picture"], target)
-        text = fill(text, name, block(record, f"img/{name}.png" if target.is_file() else None))
+        text = measured.fill(
+            text, name, block(record, f"img/{name}.png" if target.is_file() else None), options.page.name
+        )
         done.append(name)
     if not done:
         raise SystemExit(f"nothing measured: no full run of an example in {options.results}")

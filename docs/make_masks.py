@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "examples")]
 
 from frame import paint  # noqa: E402
-from make_joint import fill, table  # noqa: E402
 from masks_figure import draw  # noqa: E402
 from masks_report import differences, main_table, memory_table, reversible_table, storage_table, sweep_tables  # noqa: E402
+from measured_page import fill, table  # noqa: E402
 
 SILENT = ("device", "threads")  # options that the command need not show
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     picture.parent.mkdir(parents=True, exist_ok=True)
     paint(lambda path: draw(path, record), picture, title_pad=8)
     for name, body in blocks(record).items():
-        text = fill(text, name, body)
+        text = fill(text, name, body, page.name)
     page.write_text(text)
     print(f"filled the tables of {kept} into {page}")
 
