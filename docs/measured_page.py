@@ -17,6 +17,9 @@ SILENT = ("quick", "device")  # options that the command need not show
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, numbers to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    for cell in (cell for line in lines for cell in line):
+        if "|" in cell:
+            raise ValueError(f"a cell must have no |, which ends it, got {cell!r}")
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -169,7 +169,7 @@ def tables(rows: list[dict[str, Any]]) -> dict[str, tuple[list[str], list[list[s
             seconds = f"{mean(row['train_s'] for row in group):.1f}"
             stable.append([*first, falls, *most, f"{max(row['orthogonality'] for row in group):.0e}", seconds])
     header = ["model", "clean", *(f"step {step:g} r" for step in ATTACK_STEPS), "transferred", "worst of all"]
-    flow = ["model", "V never rises", "along, / scale", "random, / scale", "random", "|QQ' - I|", "training, s"]
+    flow = ["model", "V never rises", "along, / scale", "random, / scale", "random", "norm of QQ' - I", "training, s"]
     return {"robust": (header, robust), "stable": (flow, stable)}
 
 
@@ -180,7 +180,7 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     what = f"projected: (dV/dt + alpha V) / scale, all test states and {RANDOM_STATES:,} random ones a model"
     found = [
         target(what, "at most 1e-6", f"{most:.0e}", most <= 1e-6),
-        target("orthogonal layer: |QQ' - I|", "below 1e-5", f"{turned:.0e}", turned < 1e-5),
+        target("orthogonal layer: norm of QQ' - I", "below 1e-5", f"{turned:.0e}", turned < 1e-5),
     ]
     for training in ("clean", "adversarial"):
         group = [row for row in rows if row["training"] == training]

@@ -72,7 +72,11 @@ class Resuming(Keeping):
     def repair(self, fz: Any) -> bool:
         """Put f of another map in place of f at the newest evaluation, and go on with what was learned of the old one.
 
-        ``state.repair(f(state.evaluated(), changed))``, and then ``state.step(f(state.z, changed))`` as before.
+        ::
+
+            state = dq.Broyden().init(z0)
+            state.step(block(state.z, x))
+            state.repair(block(state.evaluated(), x + 0.1))  # then step(block(state.z, x + 0.1)) as before
 
         Without it, the first difference after a change is that of two maps, and says nothing of either. The columns and
         steps that there are stay, and no new one is made of this evaluation: of a map that has changed a little they

@@ -213,3 +213,8 @@ def test_readme_keeps_its_text_where_nothing_was_measured(tmp_path):
     with pytest.raises(SystemExit, match="nothing measured"):
         script("make_readme").main(arguments)
     assert readme.read_text() == "untouched"
+
+
+def test_cell_that_would_end_early_is_refused():
+    with pytest.raises(ValueError, match=r"no \|, which ends it, got '\|x\|'"):
+        script("measured_page").table(["a", "b"], [["1", "|x|"]])
