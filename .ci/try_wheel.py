@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Steps, the binding, gradients, and what an import does; a minute.
 PART = ["tests/ops/test_anderson.py", "tests/ops/test_broyden.py", "tests/ops/test_bindings.py", "tests/gradients"]
-PART += ["tests/repo/test_import.py"]
+PART += ["tests/repo/test_import_time.py"]
 # The package is where it was installed, it has its module, and importing it makes no CUDA context.
 CHECK = """
 import pathlib, sys, torch, deqfast

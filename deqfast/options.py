@@ -154,6 +154,7 @@ class Options:
     progress: bool = False
 
     RETURNS: ClassVar[tuple[str, ...]] = RETURNS
+    STOPS: ClassVar[tuple[str, ...]] = STOPS
 
     def __post_init__(self) -> None:
         if self.max_iter is None:
@@ -161,7 +162,7 @@ class Options:
         none = not isinstance(self.max_iter, bool) and self.max_iter == 0
         object.__setattr__(self, "max_iter", 0 if none else check_limit(self.max_iter))
         check_choice("returns", self.returns, self.RETURNS)
-        check_choice("stop", self.stop, STOPS)
+        check_choice("stop", self.stop, self.STOPS)
         self._check_samples()
         self._check_group()
         if self.callback is not None:

@@ -27,6 +27,7 @@ class JointOptions(Options):
     safeguard: bool = False
 
     RETURNS: ClassVar[tuple[str, ...]] = ("best", "last", "cost")
+    STOPS: ClassVar[tuple[str, ...]] = ("each", "all")
 
     def __post_init__(self) -> None:
         super().__post_init__()

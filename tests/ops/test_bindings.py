@@ -27,7 +27,8 @@ def test_arrays_that_change_places_are_refused_by_name(solver):
             if a.nbytes == b.nbytes:
                 continue
             setattr(ws, one, torch.empty(b.nbytes // a.itemsize, dtype=a.dtype))
-            with pytest.raises(ValueError, match=rf"{one}: expected {a.nbytes} bytes, got {b.nbytes}"):
+            expected = a.nbytes or r"\d+"  # what may be left out is asked for in full once something is there
+            with pytest.raises(ValueError, match=rf"{one}: expected {expected} bytes, got {b.nbytes}"):
                 plan.make_plan(ws)
 
 
