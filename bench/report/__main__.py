@@ -21,30 +21,35 @@ from bench.report.newest import newest
 from bench.report.processes import scaling_section, segments_section
 from bench.report.sections import breakdown_section, joint_section, speed_section
 from bench.report.torch import torch_section
+from bench.report.training import training_section
 
 
 def write(results: Path, out: Path) -> None:
-    kinds = ("speed", "convergence", "breakdown", "torch", "compat", "segments", "scaling")
-    speed, convergence, breakdown, plain, compat, segments, scaling = (newest(results, kind) for kind in kinds)
+    kinds = ("speed", "convergence", "breakdown", "torch", "compat", "segments", "scaling", "training")
+    speed, convergence, breakdown, plain, compat, segments, scaling, training = (
+        newest(results, kind) for kind in kinds
+    )
     if speed is None and convergence is None:
         raise SystemExit(f"no results in {results}: run `make bench` or `python -m bench.convergence` first")
-    records = (speed and speed["machine_info"], convergence, plain, compat, segments, scaling)
+    records = (speed and speed["machine_info"], convergence, plain, compat, segments, scaling, training)
     quick = [r for r in records if r and r.get("quick")]
     img = out.parent / "img"
     parts = ["# Benchmarks", "Written by `python -m bench.report` from the newest results; edit nothing here."]
     if quick:
         parts.append("**Some of these results come from a `--quick` trial and are not measurements.**")
     # Not of compat: a single thread's processor time does not wait for others.
-    metas = [record["meta"] for record in (convergence, breakdown, plain, scaling) if record]
+    metas = [record["meta"] for record in (convergence, breakdown, plain, scaling, training) if record]
     metas += [speed["machine_info"]] if speed else []
     if any((meta.get("busy_elsewhere") or 0.0) > CROWDED for meta in metas):
         parts.append(
             "**Other programs were busy during a run below: its times, and what they say of targets, are void.**"
         )
-    parts += target_section(speed, convergence, plain, compat)
+    parts += target_section(speed, convergence, plain, compat, training)
     if speed is not None:
         parts += speed_section(speed, img)
         parts += joint_section(speed)
+    if training is not None:
+        parts += training_section(training, img)
     if breakdown is not None:
         parts += breakdown_section(breakdown)
     if convergence is not None:

@@ -8,10 +8,15 @@ from bench.report.compat import compat_checks
 from bench.report.markdown import Results, table, verdict
 from bench.report.sections import honest_ratio, joint_rows, speed_rows
 from bench.report.torch import torch_checks
+from bench.report.training import training_checks
 
 
 def target_section(
-    speed: Results | None, convergence: Results | None, plain: Results | None, compat: Results | None = None
+    speed: Results | None,
+    convergence: Results | None,
+    plain: Results | None,
+    compat: Results | None = None,
+    training: Results | None = None,
 ) -> list[str]:
     rows: list[list[str]] = []
     if convergence is not None and methods.DEFAULT in convergence["counts"]:
@@ -49,10 +54,8 @@ def target_section(
                         rows.append([f"{name}, {size}: torchdeq / row", verdict(honest, goal)])
         rows += floor_checks(speed)
         rows += joint_checks(speed)
-    if plain is not None:
-        rows += torch_checks(plain)
-    if compat is not None:
-        rows += compat_checks(compat)
+    for checks, record in ((torch_checks, plain), (compat_checks, compat), (training_checks, training)):
+        rows += [] if record is None else checks(record)
     met = sum("(met" in row[1] for row in rows)
     head = f"{met} of {len(rows)} met; the sections below say how each was measured."
     return ["## Targets of this project", head, table(["figure", "measured"], rows)]

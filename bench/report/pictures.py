@@ -70,6 +70,31 @@ def speed_bars(rows: Mapping[str, Mapping[str, float]], path: Path, title: str) 
     _save(figure, path)
 
 
+def training_bars(rows: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Milliseconds a training step, a panel a net, fastest at the top; deqfast's rows are green."""
+    plt = _pyplot()
+    nets = list(dict.fromkeys(net for row in rows.values() for net in row))
+    figure, axes = plt.subplots(1, len(nets), figsize=(4.6 * len(nets), 4.6), squeeze=False)
+    for axis, net in zip(axes[0], nets, strict=True):
+        found = sorted((row[net], name) for name, row in rows.items() if net in row)[::-1]
+        colours = [_family(name) for _, name in found]
+        names = [name.split(" of f and")[0] for _, name in found]
+        bars = axis.barh(names, [ms for ms, _ in found], color=colours)
+        axis.bar_label(bars, fmt="%.2g", fontsize=7, padding=2)
+        axis.set(xscale="log", title=net, xlabel="ms a step")
+        axis.tick_params(axis="y", labelsize=7)
+        axis.grid(axis="y", visible=False)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _family(row: str) -> str:
+    for prefix, colour in (("deqfast", COLOURS[0]), ("torchdeq", COLOURS[2]), ("bare", COLOURS[5])):
+        if row.startswith(prefix):
+            return colour
+    return COLOURS[4]
+
+
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": ""})
