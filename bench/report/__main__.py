@@ -21,17 +21,17 @@ from bench.report.newest import newest
 from bench.report.processes import scaling_section, segments_section
 from bench.report.sections import breakdown_section, joint_section, speed_section
 from bench.report.torch import torch_section
-from bench.report.training import training_section
+from bench.report.training import memory_section, training_section
 
 
 def write(results: Path, out: Path) -> None:
-    kinds = ("speed", "convergence", "breakdown", "torch", "compat", "segments", "scaling", "training")
-    speed, convergence, breakdown, plain, compat, segments, scaling, training = (
+    kinds = ("speed", "convergence", "breakdown", "torch", "compat", "segments", "scaling", "training", "memory")
+    speed, convergence, breakdown, plain, compat, segments, scaling, training, memory = (
         newest(results, kind) for kind in kinds
     )
     if speed is None and convergence is None:
         raise SystemExit(f"no results in {results}: run `make bench` or `python -m bench.convergence` first")
-    records = (speed and speed["machine_info"], convergence, plain, compat, segments, scaling, training)
+    records = (speed and speed["machine_info"], convergence, plain, compat, segments, scaling, training, memory)
     quick = [r for r in records if r and r.get("quick")]
     img = out.parent / "img"
     parts = ["# Benchmarks", "Written by `python -m bench.report` from the newest results; edit nothing here."]
@@ -50,6 +50,8 @@ def write(results: Path, out: Path) -> None:
         parts += joint_section(speed)
     if training is not None:
         parts += training_section(training, img)
+    if memory is not None:
+        parts += memory_section(memory, img)
     if breakdown is not None:
         parts += breakdown_section(breakdown)
     if convergence is not None:

@@ -88,6 +88,26 @@ def training_bars(rows: Mapping[str, Mapping[str, float]], path: Path) -> None:
     _save(figure, path)
 
 
+def memory_lines(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Peak memory of a training step: bytes over the state's size, and sizes of the state over m."""
+    plt = _pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4))
+    most = max(row["numbers"] for row in rows)
+    greens, others = iter(GREENS), iter(COLOURS[2:])
+    for name in dict.fromkeys(row["row"] for row in rows):
+        own = [row for row in rows if row["row"] == name]
+        colour = next(greens) if name.startswith("deqfast") else next(others)
+        over_n = sorted((4e-6 * row["numbers"], 1e-6 * row["bytes"]) for row in own if row["m"] == 6)
+        left.plot(*zip(*over_n, strict=True), "o-", color=colour, label=name)
+        over_m = sorted((row["m"], row["states"]) for row in own if row["numbers"] == most)
+        right.plot(*zip(*over_m, strict=True), "o-", color=colour)
+    left.set(xscale="log", yscale="log", xlabel="MB of the state, m = 6", ylabel="MB at the peak of a training step")
+    right.set(xlabel="m", ylabel="sizes of the state", ylim=(0, None))
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="lower center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    _save(figure, path)
+
+
 def _family(row: str) -> str:
     for prefix, colour in (("deqfast", COLOURS[0]), ("torchdeq", COLOURS[2]), ("bare", COLOURS[5])):
         if row.startswith(prefix):
