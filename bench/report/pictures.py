@@ -101,7 +101,7 @@ def memory_lines(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         left.plot(*zip(*over_n, strict=True), "o-", color=colour, label=name)
         over_m = sorted((row["m"], row["states"]) for row in own if row["numbers"] == most)
         right.plot(*zip(*over_m, strict=True), "o-", color=colour)
-    left.set(xlim=(0, None), ylim=(0, None), xlabel="MB of the state, m = 6", ylabel="MB at the peak of a training step")
+    left.set(xlim=(0, None), ylim=(0, None), xlabel="MB of the state, m = 6", ylabel="MB at a training step's peak")
     right.set(xlabel="m", ylabel="sizes of the state", ylim=(0, None))
     figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="lower center", ncols=4, frameon=False)
     figure.tight_layout(rect=(0, 0.12, 1, 1))
