@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import compiled
 from ..ops.codes import Int, Real
+from ..ops.grouped import workspace_of
 from ..ops.layout import Layout
 from ..ops.shared import Group, refuse
 from ..ops.workspace import Workspace

@@ -51,11 +51,11 @@ def narrow(monkeypatch):
 
 
 SOLVERS = {
-    "default": dq.Anderson(m=4),
+    "default": dq.Anderson(m=4, history_dtype=torch.bfloat16),
     "type-1": dq.Anderson(m=4, type=1, history_dtype=torch.float32),
-    "type-2": dq.Anderson(m=4, type=2, evict="oldest"),
+    "type-2": dq.Anderson(m=4, type=2, evict="oldest", history_dtype=torch.bfloat16),
     "mixing": dq.Anderson(m=4, mixing=0.7, history_dtype=torch.float32),
-    "turns": dq.Anderson(m=6, mix_every=2),
+    "turns": dq.Anderson(m=6, mix_every=2, history_dtype=torch.bfloat16),
     "float16": dq.Anderson(m=4, history_dtype=torch.float16),
     "int8": dq.Anderson(m=4, history_dtype=torch.int8),
     "m1": dq.Anderson(m=1),
@@ -69,18 +69,21 @@ def on_host(solver: dq.Anderson) -> dq.Anderson:
     return dataclasses.replace(solver, history_device="cpu")
 
 
-def assert_alike(state: Any, other: Any, tolerance: float = 1e-5) -> None:
-    """Iterates up to rounding, and the same decisions."""
+F64 = torch.float64  # of states: of a column rounded to few bits next to none is rounded the other way
+
+
+def assert_alike(state: Any, other: Any, tolerance: float = 1e-9, samples: Any = slice(None)) -> None:
+    """The iterates of these samples up to rounding, and the same decisions for all."""
     for row in (Int.STATUS, Int.STEPS, Int.SLOT, Int.COUNT, Int.EVICTIONS, Int.STEP_FALLBACKS, Int.SOLVE_FALLBACKS):
         assert torch.equal(state.ws.int_row(row), other.ws.int_row(row)), row
-    now, then = rows_of(state.z), rows_of(other.z)
-    assert bool(((now - then).abs() <= tolerance * (1 + then.abs())).all())
+    now, then = rows_of(state.z)[samples], rows_of(other.z)[samples]
+    assert bool(((now - then).norm(dim=1) <= tolerance * then.norm(dim=1)).all())
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("solver", EVERY)
 def test_steps_are_those_of_a_history_on_the_device(device, solver, size):
-    p = problem(*size, slowest=0.9, zero=False)
+    p = problem(*size, slowest=0.9, zero=False, dtype=F64)
     states = [s.init(p.z0, rtol=0.0, max_iter=12, backend="torch") for s in (on_host(solver), solver)]
     assert isinstance(states[0].ws, HostedWorkspace) and isinstance(states[0].bound, StreamedStep)
     for _ in range(9):
@@ -91,7 +94,7 @@ def test_steps_are_those_of_a_history_on_the_device(device, solver, size):
         assert len(states[0].ws.pieces) > 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex128], ids=str)
 def test_steps_of_every_state_dtype(device, dtype):
     p = problem(3, 900, dtype=dtype, slowest=0.9)
     solver = dq.Anderson(m=4)
@@ -99,11 +102,11 @@ def test_steps_of_every_state_dtype(device, dtype):
     for _ in range(7):
         for state in states:
             state.step(pull(state.z, *p.args))
-        assert_alike(*states, tolerance={torch.float64: 1e-10, torch.bfloat16: 2e-2}.get(dtype, 1e-5))
+        assert_alike(*states, tolerance={torch.float32: 1e-4, torch.bfloat16: 2e-2}.get(dtype, 1e-9))
 
 
 def test_trees_and_strided_states(device):
-    p = problem(3, 2, 30, 35, slowest=0.9)
+    p = problem(3, 2, 30, 35, slowest=0.9, dtype=F64)
     split = [{"a": t.to(memory_format=torch.channels_last), "b": (t[:, 0, :3] + 1).mT} for t in (p.z0, p.x)]
     solver = dq.Anderson(m=4, history_dtype=torch.int8)
     states = [s.init(split[0], rtol=0.0, backend="torch") for s in (on_host(solver), solver)]
@@ -116,8 +119,10 @@ def test_trees_and_strided_states(device):
 
 @pytest.mark.parametrize("solver", EVERY)
 def test_samples_that_overflow_stop_or_change_their_unit(device, solver):
-    p = problem(6, 700, slowest=0.95)
-    settings = {"rtol": 1e-4, "max_iter": 18, "backend": "torch"}
+    p = problem(6, 700, slowest=0.95, dtype=F64)
+    p.rate.fill_(0.9)
+    p.rate[3] = 0.05
+    settings = {"rtol": 1e-6, "max_iter": 18, "backend": "torch"}
     states = [s.init(p.z0, **settings) for s in (on_host(solver), solver)]
     for k in range(18):
         for state in states:
@@ -129,8 +134,9 @@ def test_samples_that_overflow_stop_or_change_their_unit(device, solver):
             if k == 8:
                 f[2] *= 1e30
             state.step(f)
-        assert_alike(*states, tolerance=1e-3)
-    assert states[0].status[1] == dq.Status.NON_FINITE
+        # On its way back from there a sample has no digit that it shares with one rounded otherwise.
+        assert_alike(*states, samples=[1, 3, 4, 5] if k < 17 else slice(None))
+    assert states[0].status[1] == dq.Status.NON_FINITE and states[0].steps[3] < 12
     assert bool(states[0].ws.int_row(Int.RESCALES).any())
 
 
@@ -203,7 +209,7 @@ def test_a_saved_state_goes_on_to_the_bit(device, solver):
 
 
 def test_a_smaller_batch_and_another_solve_take_the_columns_along(device):
-    p = problem(9, 700, slowest=0.97)
+    p = problem(9, 700, slowest=0.97, dtype=F64)
     for solver in (SOLVERS["default"], SOLVERS["int8"]):
         states = [s.init(p.z0, rtol=0.0, backend="torch") for s in (on_host(solver), solver)]
         q = p
@@ -228,16 +234,15 @@ def test_columns_are_those_that_a_history_on_the_device_holds(device):
     p = problem(5, 3 * BLOCK + 5, slowest=0.9)
     solver = SOLVERS["int8"]
     states = [s.init(p.z0, rtol=0.0, backend="torch") for s in (on_host(solver), solver)]
-    for _ in range(3):  # whose iterates have the same bits
+    for _ in range(2):  # whose iterates have the same bits
         for state in states:
-            state.step(p.x + state.nfe)
-        states[1].ws.x[0][0].copy_(states[0].ws.x[0][0])
-        states[1].ws.x[1][0].copy_(states[0].ws.x[1][0])
+            state.step(p.x * (state.nfe + 1) ** 2)
     for state in states:
         state.ws.settle()
     for which in (0, 1):
-        assert torch.equal(states[0].ws.columns(which)[:, :2], states[1].ws.columns(which)[:, :2])
-    assert torch.equal(states[0].ws.scales[:, :, :2], states[1].ws.scales[:, :, :2])
+        found, expected = (state.ws.columns(which)[:, 0] for state in states)
+        assert torch.equal(found, expected) and bool(found.any())
+    assert torch.equal(*(state.ws.scales[:, :, 0] for state in states))
 
 
 # ---- what is on the device ----
@@ -316,9 +321,9 @@ def test_piecewise_steps_agree_with_the_formulas(narrow, name, size):
 
 
 @needs_native
-@pytest.mark.parametrize("solver", [dq.Anderson(m=4), dq.Anderson(m=4, type=2, history_dtype=torch.int8)])
+@pytest.mark.parametrize("solver", [SOLVERS["default"], dq.Anderson(m=4, type=2, history_dtype=torch.int8)])
 def test_another_backend_takes_up_what_was_read_piece_by_piece(narrow, solver):
-    p = problem(3, 3 * BLOCK + 9, slowest=0.95)
+    p = problem(3, 3 * BLOCK + 9, slowest=0.95, dtype=F64)
     state = solver.init(p.z0, rtol=0.0, backend="torch")
     for _ in range(6):
         state.step(pull(state.z, *p.args))
@@ -333,8 +338,8 @@ def test_another_backend_takes_up_what_was_read_piece_by_piece(narrow, solver):
 
 
 def test_a_residual_of_ones_own_is_minimised_beside_a_large_narrow_history(narrow):
-    p = problem(3, 300, slowest=0.9)
-    solver = dq.Anderson(m=3, type=2)
+    p = problem(3, 300, slowest=0.9, dtype=F64)
+    solver = SOLVERS["type-2"]
     states = [solver.init(p.z0, rtol=1e-5, max_iter=30, backend=backend) for backend in ("torch", "reference")]
     assert isinstance(states[0].bound, StreamedStep)
     for _ in range(6):
