@@ -91,9 +91,7 @@ class HostedWorkspace(AndersonWorkspace):
     asked_by = "history_device='cpu'"
     always_keeps: ClassVar[bool] = True
 
-    def __init__(
-        self, layout: Layout, stopping: Stopping, method: AndersonMethod, history_dtype: torch.dtype
-    ) -> None:
+    def __init__(self, layout: Layout, stopping: Stopping, method: AndersonMethod, history_dtype: torch.dtype) -> None:
         super().__init__(layout, stopping, method, history_dtype, HostMemory(layout.device))
         self.history = self.history.view(2, method.m * layout.B * layout.N)
         self.pieces = cut(layout, min(max(layout.B * layout.N // PARTS, LEAST), MOST))

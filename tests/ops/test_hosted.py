@@ -140,7 +140,9 @@ def test_samples_that_overflow_stop_or_change_their_unit(device, solver):
     assert bool(states[0].ws.int_row(Int.RESCALES).any())
 
 
-@pytest.mark.parametrize("settings", [{}, {"compact": True}, {"stop": "all"}, {"returns": "next"}, {"returns": "image"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"compact": True}, {"stop": "all"}, {"returns": "next"}, {"returns": "image"}]
+)
 @pytest.mark.parametrize("name", ["default", "type-2", "int8"])
 def test_solves_are_those_of_a_history_on_the_device(device, name, settings):
     p = problem(9, 300, slowest=0.97)
@@ -221,9 +223,7 @@ def test_a_smaller_batch_and_another_solve_take_the_columns_along(device):
             for state in states:
                 state.step(pull(state.z, *q.args))
             assert_alike(*states)
-        later = [
-            state.options.init(q.z0, rtol=0.0, backend="torch", history=state) for state in states
-        ]
+        later = [state.options.init(q.z0, rtol=0.0, backend="torch", history=state) for state in states]
         for _ in range(3):
             for state in later:
                 state.step(pull(state.z, *q.args))
@@ -392,7 +392,12 @@ def test_a_piece_is_used_when_it_is_there_and_its_place_filled_when_it_is_free(d
     monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
     filled = Link._copy
     monkeypatch.setattr(
-        Link, "_copy", lambda self, piece, kinds, count, place: (Stream.log.append(("fill", place)), filled(self, piece, kinds, count, place))[1]
+        Link,
+        "_copy",
+        lambda self, piece, kinds, count, place: (
+            Stream.log.append(("fill", place)),
+            filled(self, piece, kinds, count, place),
+        )[1],
     )
     p = problem(1, 10 * BLOCK)
     state = on_host(dq.Anderson(m=4)).init(p.z0, rtol=0.0, backend="torch")
@@ -460,11 +465,15 @@ def test_pieces_cover_every_number_once(B, sizes):
 
 def test_what_cannot_be_is_refused(device, monkeypatch):
     z0 = torch.zeros(2, 30)
-    with pytest.raises(ValueError, match=r"history_device must be None or 'cpu', got 'cuda'|one of .*'cpu'.*got 'cuda'"):
+    with pytest.raises(
+        ValueError, match=r"history_device must be None or 'cpu', got 'cuda'|one of .*'cpu'.*got 'cuda'"
+    ):
         dq.Anderson(history_device="cuda")
     solver = dq.Anderson(history_device="cpu", type=2)
     for backend in ("native", "reference"):
-        with pytest.raises(ValueError, match=rf"history_device='cpu' needs backend='auto' or 'torch', got backend='{backend}'"):
+        with pytest.raises(
+            ValueError, match=rf"history_device='cpu' needs backend='auto' or 'torch', got backend='{backend}'"
+        ):
             solver.init(z0, backend=backend)
     monkeypatch.setenv("DEQFAST_BACKEND", "reference")
     with pytest.raises(ValueError, match=r"got DEQFAST_BACKEND='reference'"):
@@ -480,7 +489,9 @@ def test_what_cannot_be_is_refused(device, monkeypatch):
 
 
 def test_a_state_in_the_hosts_memory_is_refused():
-    with pytest.raises(ValueError, match=r"history_device='cpu' is for a state on a device .* got one on cpu; history_dtype="):
+    with pytest.raises(
+        ValueError, match=r"history_device='cpu' is for a state on a device .* got one on cpu; history_dtype="
+    ):
         dq.fixed_point(torch.cos, torch.zeros(2, 3), solver=dq.Anderson(history_device="cpu"))
 
 
@@ -498,7 +509,9 @@ def test_a_history_that_does_not_fit_is_named_with_its_size_and_the_ways_out(mon
     z0 = torch.zeros(1, 1).expand(4, 50_000_000)
     with pytest.raises(torch.OutOfMemoryError, match=text):
         grouped_workspace(z0)
-    with pytest.raises(torch.OutOfMemoryError, match=r"Broyden\(.*it takes 0.0 GB \(2 x 5 x 3 numbers of torch.float32\)"):
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"Broyden\(.*it takes 0.0 GB \(2 x 5 x 3 numbers of torch.float32\)"
+    ):
         dq.fixed_point(torch.cos, torch.zeros(2, 3), solver=dq.Broyden(memory=5))
 
 

@@ -13,7 +13,7 @@ from ..hosted import MOST, HostedWorkspace, Piece, cut
 from ..lag import Later
 from .link import Link
 
-IN_CACHE = 1 << 15  # numbers of a piece whose columns stay in a CPU's cache while they are worked on
+IN_CACHE = 1 << 16  # numbers of a piece whose columns stay in a CPU's cache while they are worked on
 
 
 class Store(Protocol):
