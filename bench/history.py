@@ -77,13 +77,17 @@ def step(state: SolverState, f: Callable[[Any], Any]) -> None:
     state.step(f(state.z))
 
 
+_libc = ctypes.CDLL(None)
+_MMAP_THRESHOLD = -3  # of mallopt: what is larger goes back to the kernel when it is freed
+
+
 class Growth:
     """How much larger the process has been since it was made; what nobody uses is given back first."""
 
     def __init__(self) -> None:
         gc.collect()
         pool.clear()
-        ctypes.CDLL(None).malloc_trim(0)
+        _libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         self._before = self._read("VmRSS")
 
@@ -96,23 +100,36 @@ class Growth:
         return self._read("VmHWM") - self._before
 
 
+def filled(way: tuple[str, str, str], N: int, m: int, f: Callable[[Any], Any]) -> SolverState:
+    """A solve whose history is full."""
+    state = start(way, N, m)
+    for _ in range(m + 2):
+        step(state, f)
+    return state
+
+
+def peak(way: tuple[str, str, str], N: int, m: int, f: Callable[[Any], Any]) -> int:
+    """Bytes that such a solve takes at the most."""
+    _libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
+    growth = Growth()
+    filled(way, N, m, f)
+    most = growth.bytes()
+    _libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
+    return most
+
+
 def case_rows(N: int, m: int, rounds: int) -> list[Row]:
     """Every way to keep so many columns of so many numbers."""
-    f, states, grown = nearly_free(N), {}, {}
+    f = nearly_free(N)
     ways = [way for way in WAYS if N < LARGE or way not in SLOW]
-    for way in ways:
-        growth = Growth()
-        states[way] = start(way, N, m)
-        for _ in range(m + 2):
-            step(states[way], f)
-        grown[way] = growth.bytes()
-    calls = {str(way): partial(step, states[way], f) for way in ways}
-    taken = timing.alternate(calls, rounds=rounds, least_rounds=3, budget=20.0, clock=time.process_time)
+    grown = {way: peak(way, N, m, f) for way in ways}
+    calls = {str(way): partial(step, filled(way, N, m, f), f) for way in ways}
+    taken = timing.alternate(calls, rounds=rounds, least_rounds=3, budget=15.0, clock=time.process_time)
     rows = []
     for way in ways:
         backend, where, dtype = way
         row: Row = {"N": N, "m": m, "backend": backend, "where": where, "dtype": dtype}
-        row["history_bytes"] = 2 * m * N * DTYPES[dtype].itemsize
+        row["state_bytes"], row["history_bytes"] = 4 * N, 2 * m * N * DTYPES[dtype].itemsize
         row["peak_bytes"] = grown[way]
         row["device_bytes"] = grown[way] - (row["history_bytes"] if where == "host" else 0)
         rows.append({**row, **times(taken[str(way)])})
