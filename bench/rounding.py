@@ -115,9 +115,11 @@ def summarised(record: dict[str, Any]) -> list[dict[str, Any]]:
         for kind, adjoint in (("forward", False), ("adjoint", True)):
             chosen = {name: told for name, told in record["problems"].items() if ("adjoint" in name) == adjoint}
             part = {**record, "problems": chosen}
-            row[kind] = [
-                [summary.geometric_mean(part, way, (t,)), summary.failed_percent(part, way, (t,))] for t in TOLERANCES
-            ] if chosen else []
+            row[kind] = (
+                [[summary.geometric_mean(part, way, (t,)), summary.failed_percent(part, way, (t,))] for t in TOLERANCES]
+                if chosen
+                else []
+            )
         rows.append(row)
     return rows
 

@@ -20,7 +20,7 @@ from .codes import BLOCK
 from .layout import Layout
 from .workspace import Memory, Stopping
 
-SHARED = ("cpu", "mps")  # devices whose memory is the host's
+SHARED: tuple[str, ...] = ("cpu", "mps")  # devices whose memory is the host's
 PINNED = ("cuda", "xpu")  # devices that copy from and to pinned memory while the host goes on
 PARTS = 32  # of a history, that are on the device at a time
 LEAST, MOST = 1 << 15, 1 << 20  # numbers of a piece

@@ -13,9 +13,9 @@ import torch
 from ..anderson import AndersonWorkspace
 from ..broyden import BroydenWorkspace
 from ..contract import Backend, Binder, BoundStep, JointEnds, register
+from ..hosted import HostedWorkspace
 from ..joint import JointWorkspace
 from ..workspace import Workspace
-from ..hosted import HostedWorkspace
 from . import portable_broyden, reference, streamed
 from .joint import PlainEnds
 

@@ -13,7 +13,7 @@ from ..hosted import PINNED, HostedWorkspace, Piece
 
 
 def streams_of(device_type: str) -> Any:
-    """torch's module with the streams of such a device; None: copies are made when they are asked for."""
+    """The module of torch with the streams of such a device; None: copies are made when they are asked for."""
     return getattr(torch, device_type) if device_type in PINNED else None
 
 

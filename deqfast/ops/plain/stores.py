@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..anderson import AndersonWorkspace
 from ..hosted import MOST, HostedWorkspace, Piece, cut
-from ..lag import Later
+from ..lag import Later, capturing
 from .link import Link
 
 IN_CACHE = 1 << 16  # numbers of a piece whose columns stay in a CPU's cache while they are worked on
@@ -108,6 +108,10 @@ class Far:
 
     def _known(self, slot: Tensor) -> list[int]:
         if self._slots[0] is not slot:
+            if capturing(slot.device):
+                raise RuntimeError(
+                    "a CUDA graph cannot hold steps with history_device='cpu': the host takes part in them"
+                )
             coming = self._coming
             late = coming[1] if coming is not None and coming[0] is slot else Later(slot)
             self._slots = slot, late.read()

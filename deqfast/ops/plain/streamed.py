@@ -111,7 +111,7 @@ class StreamedColumns(Columns):
         return wide
 
     def rows(self, e: Evaluation, new: list[Tensor]) -> Tensor:
-        """(B, 1 + s, parts) norms of the parts of each row: 0 for g, whose norm is known. All products are made here."""
+        """(B, 1 + s, parts) norms of the parts of each row, 0 for g, whose own is known; all products are made here."""
         space, have = self.method.test_space, self.have
         B, height = e.unit.shape[0], 3 if space else 2
         sizes = e.unit.new_zeros(B, height, self.parts)
@@ -120,8 +120,8 @@ class StreamedColumns(Columns):
         for piece, columns in self.read((1, 0) if space else (1,)):
             pair = self._keep(piece, e.calm)
             inside, slot = self._rows[: piece.shape[0]], self._slot[piece.rows]
-            for wide, new in zip(columns, (pair[1], pair[0]), strict=False):
-                wide[inside, slot] = new
+            for wide, column in zip(columns, (pair[1], pair[0]), strict=False):
+                wide[inside, slot] = column
             rows = self._rows_of(piece, pair)
             sizes[piece.rows, 1:, piece.part] = chunked_norm(rows[:, 1:])
             onto_g[piece.rows, :, :have] += torch.bmm(rows, columns[0].mT)
@@ -148,7 +148,7 @@ class StreamedColumns(Columns):
             kept = pair.to(dtype)
             if kept is not pair:
                 pair.copy_(kept)
-        self.store.put(piece, kept, self._slot)
+        self.store.put(piece, kept.unbind(), self._slot)
         return pair
 
     def _residual(self, piece: Piece) -> Tensor:
