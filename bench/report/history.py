@@ -10,9 +10,9 @@ included; in brackets, how many times the state that is. *as a whole*: backend "
 which it does up to 1 GB of them; *in pieces*: as it does beyond. *in the host's memory*: `history_device="cpu"`, with
 a CPU in the place of the device, so that no link is crossed; *on the device* is what it takes beside the columns.
 **It has not run on a GPU.**"""
-ROUNDING = """Evaluations to a relative residual (geometric mean, failures at 300) over the convergence suite in float64,
-ten columns, ridge 1e-4, with dF and dG rounded as a history would hold them and everything else in float64; problems
-whose noise allows no such residual are left out of it."""
+ROUNDING = """Evaluations to a relative residual (geometric mean, failures at 300) over the convergence suite with ten
+columns and ridge 1e-4. dF and dG are rounded as a history would hold them, all else is in float64; problems whose noise
+allows no such residual are left out of it."""
 WHERE = {"device": "as a whole", "pieces": "in pieces", "host": "in the host's memory"}
 SIZES = ("history_bytes", "peak_bytes", "device_bytes")
 KINDS = ("forward", "adjoint")
