@@ -39,10 +39,9 @@ def workspace_of(method: Method, layout: Layout, stopping: Stopping) -> Workspac
         return GroupedWorkspace(method, layout, stopping) if layout.parts else method.workspace(layout, stopping)
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
-            f"no room for the history of {method} for {layout.B} samples of {layout.N} numbers: keep fewer columns (m= "
-            "of dq.Anderson, memory= of dq.Broyden), Anderson's in fewer bits (history_dtype=torch.bfloat16, "
-            "torch.int8) or, of a state on a GPU, in the host's memory (history_device='cpu'), or solve a smaller "
-            f"batch; {error}"
+            f"no room for the history of {method} for {layout.B} samples of {layout.N} numbers: keep fewer columns "
+            "(m=, memory=), Anderson's in fewer bits (history_dtype=torch.bfloat16, torch.int8) or, of a state on a "
+            f"GPU, in the host's memory (history_device='cpu'), or solve a smaller batch; {error}"
         ) from error
 
 
