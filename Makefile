@@ -133,6 +133,8 @@ bench: build ## Run the benchmarks; results go to bench/results/
 	$(BIN)/python -m bench.breakdown --out bench/results/$$(date +%Y-%m-%d)-breakdown.json
 	$(BIN)/python -m bench.convergence --out bench/results/$$(date +%Y-%m-%d)-convergence.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.compat --out bench/results/$$(date +%Y-%m-%d)-compat.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.history --out bench/results/$$(date +%Y-%m-%d)-history.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.rounding --out bench/results/$$(date +%Y-%m-%d)-rounding.json
 	$(BIN)/python -m pytest bench/test_rival_defects.py
 
 bench-report: venv ## Write the tables of the documentation from bench/results/
