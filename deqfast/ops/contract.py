@@ -80,8 +80,7 @@ class BoundStep(ABC):
         Args:
             f: f's output, read in place.
             f_prev: f at the iterate before, None when there is none; solvers that do not use it are given None.
-            f_rows: where the samples are in ``f``.
-            f_prev_rows: where they are in ``f_prev``.
+            f_rows, f_prev_rows: where the samples are in each.
 
         Returns:
             How many samples still run, as far as the host knows: on a device the count may be an earlier one.
@@ -134,11 +133,9 @@ class Replay(ABC):
         """A loop over captured graphs: ``pass_`` of ``steps`` evaluations while samples run, then the rest.
 
         Args:
-            pass_: a ``torch.cuda.CUDAGraph`` kept open, or None.
-            rest: another one, or None.
-            steps: evaluations in a pass.
+            pass_, rest: each a ``torch.cuda.CUDAGraph`` kept open, or None.
+            steps, limit: evaluations in a pass, and at most.
             made: (1,) int32 on the device, evaluations made.
-            limit: evaluations at most.
 
         Raises:
             ValueError: what a graph holds cannot stand in a loop.
@@ -251,8 +248,7 @@ def _check(backend: object) -> None:
     if not isinstance(backend, Backend):
         got = f"the class {backend.__name__}" if isinstance(backend, type) else type(backend).__name__
         raise TypeError(f"backend must be an instance of a Backend, got {got}")
-    made = type(backend).__name__
-    name, steps = getattr(backend, "name", None), getattr(backend, "steps", None)
+    made, name, steps = type(backend).__name__, getattr(backend, "name", None), getattr(backend, "steps", None)
     if not isinstance(name, str) or not name:
         raise TypeError(f"{made}.name must be what users call it by, a str, got {name!r}")
     if not isinstance(steps, Mapping) or not steps:
