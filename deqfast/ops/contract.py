@@ -80,7 +80,8 @@ class BoundStep(ABC):
         Args:
             f: f's output, read in place.
             f_prev: f at the iterate before, None when there is none; solvers that do not use it are given None.
-            f_rows, f_prev_rows: where the samples are in each.
+            f_rows: where the samples are in ``f``.
+            f_prev_rows: where they are in ``f_prev``.
 
         Returns:
             How many samples still run, as far as the host knows: on a device the count may be an earlier one.
@@ -133,9 +134,11 @@ class Replay(ABC):
         """A loop over captured graphs: ``pass_`` of ``steps`` evaluations while samples run, then the rest.
 
         Args:
-            pass_, rest: each a ``torch.cuda.CUDAGraph`` kept open, or None.
-            steps, limit: evaluations in a pass, and at most.
+            pass_: a ``torch.cuda.CUDAGraph`` kept open, or None.
+            rest: another one, or None.
+            steps: evaluations in a pass.
             made: (1,) int32 on the device, evaluations made.
+            limit: evaluations at most.
 
         Raises:
             ValueError: what a graph holds cannot stand in a loop.
@@ -290,11 +293,7 @@ def names() -> tuple[str, ...]:
 
 
 def why_not(name: str, device: torch.device) -> str | None:
-    """Why the backend cannot serve ``device`` here, or None when it can.
-
-    Raises:
-        ValueError: no backend has that name.
-    """
+    """Why the backend cannot serve ``device`` here, or None when it can; ValueError: no backend has that name."""
     return _known("name", name).why_not(device)
 
 
