@@ -136,6 +136,8 @@ bench: build ## Run the benchmarks; results go to bench/results/
 	$(BIN)/python -m bench.convergence --out bench/results/$$(date +%Y-%m-%d)-convergence.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.compat --out bench/results/$$(date +%Y-%m-%d)-compat.json
 	$(BIN)/python -m bench.memory --out bench/results/$$(date +%Y-%m-%d)-memory.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.history --out bench/results/$$(date +%Y-%m-%d)-history.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.rounding --out bench/results/$$(date +%Y-%m-%d)-rounding.json
 	$(BIN)/python -m pytest bench/test_rival_defects.py
 
 $(VENV_JAX)/.deps: bench/training/requirements.txt

@@ -16,6 +16,7 @@ from bench.report import gpu, pictures
 from bench.report.compat import compat_section
 from bench.report.convergence import convergence_section, time_section
 from bench.report.held import target_section
+from bench.report.history import history_section, rounding_section
 from bench.report.markdown import CROWDED
 from bench.report.newest import newest
 from bench.report.processes import scaling_section, segments_section
@@ -66,6 +67,9 @@ def write(results: Path, out: Path) -> None:
         parts += segments_section(segments)
     if scaling is not None:
         parts += scaling_section(scaling)
+    for kind, section in (("history", history_section), ("rounding", rounding_section)):
+        record = newest(results, kind)
+        parts += section(record) if record is not None else []
     parts += gpu.section(gpu.newest(results))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n\n".join(parts) + "\n")

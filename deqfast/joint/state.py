@@ -11,6 +11,7 @@ from ..loop.again import warn_again
 from ..ops import contract
 from ..ops.anderson import AndersonWorkspace
 from ..ops.codes import BLOCKS, At, Int
+from ..ops.grouped import workspace_of
 from ..ops.joint import JointWorkspace, Part
 from ..ops.joint_step import JointStep
 from ..ops.lag import LAG
@@ -37,7 +38,8 @@ class JointState:
         kinds += [2] * len(problem.x_leaves)
         chosen = [i for i, kind in enumerate(kinds) if BLOCKS[kind] in problem.accelerate]
         start = problem.start
-        core = solver.workspace(
+        core = workspace_of(
+            solver,
             Layout([start[i] for i in chosen], "z0 and x0"),
             # With "cost" it is kept here, and a sample that stops must stay where it was measured until it is.
             Stopping(0.0, 0.0, problem.options.max_iter, keep_best=problem.options.returns == "best"),

@@ -62,13 +62,7 @@ class SolverState(Resuming):
         self._asked_for, self._limit, self._group = backend, limit, group
         rule = never(stopping) if together else stopping
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING:
-            try:
-                self.ws: Workspace = grouped.workspace_of(options, self.layout, rule)
-            except torch.OutOfMemoryError as error:
-                raise torch.OutOfMemoryError(
-                    f"no room for the history of {options} for {self.layout.B} samples of {self.layout.N} numbers: "
-                    f"keep fewer columns, Anderson's in a narrower history_dtype, or solve a smaller batch. {error}"
-                ) from error
+            self.ws: Workspace = grouped.workspace_of(options, self.layout, rule)
         self._backend = contract.choose(backend, self.layout.device, kind=self.ws.kind)
         self.nfe = 0
         self._running = self.layout.B if self.layout.total else 0

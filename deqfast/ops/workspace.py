@@ -18,6 +18,7 @@ from . import pool
 from .codes import TILE, Int, Real
 from .layout import Layout, widest
 
+_NO_ROOM = ("out of memory", "not enough memory", "allocate memory")  # in the errors of torch's allocators
 _BEST_AND_LEAST = slice(int(Real.BEST), int(Real.LEAST) + 1)
 
 
@@ -58,9 +59,23 @@ class Memory:
         return torch.zeros(*shape, dtype=dtype, device=self.device)
 
     def history(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The history, with anything in it."""
-        found, self.buffer = pool.empty(shape, dtype, self.device)
+        """The history, with anything in it.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room for it; how much it would take.
+        """
+        try:
+            found, self.buffer = self._history(shape, dtype)
+        except RuntimeError as error:
+            if not any(sign in str(error).lower() for sign in _NO_ROOM):
+                raise
+            size = math.prod(shape) * dtype.itemsize / 1e9
+            numbers = " x ".join(map(str, shape))
+            raise torch.OutOfMemoryError(f"it takes {size:,.1f} GB ({numbers} numbers of {dtype}). {error}") from error
         return found
+
+    def _history(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        return pool.empty(shape, dtype, self.device)
 
 
 class Workspace:
@@ -73,6 +88,7 @@ class Workspace:
 
     uses_previous: ClassVar[bool]  # whether a step reads f at the iterate before
     kept: ClassVar[tuple[str, ...]]  # names of the method's own tensors
+    asked_by: ClassVar[str] = ""  # the option that asks for such memory, where it is not every backend's
 
     parts: tuple[Workspace, ...] = ()  # where samples are of unequal length, that of each group
 
