@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from bench import free, joint, methods, targets
 from bench.report import summary
 from bench.report.compat import compat_checks
@@ -11,14 +13,9 @@ from bench.report.torch import torch_checks
 from bench.report.training import training_checks
 
 
-def target_section(
-    speed: Results | None,
-    convergence: Results | None,
-    plain: Results | None,
-    compat: Results | None = None,
-    training: Results | None = None,
-) -> list[str]:
+def target_section(records: Mapping[str, Results]) -> list[str]:
     rows: list[list[str]] = []
+    speed, convergence = records.get("speed"), records.get("convergence")
     if convergence is not None and methods.DEFAULT in convergence["counts"]:
         headline = convergence["headline"]
         own = summary.geometric_mean(convergence, methods.DEFAULT, headline)
@@ -54,8 +51,8 @@ def target_section(
                         rows.append([f"{name}, {size}: torchdeq / row", verdict(honest, goal)])
         rows += floor_checks(speed)
         rows += joint_checks(speed)
-    for checks, record in ((torch_checks, plain), (compat_checks, compat), (training_checks, training)):
-        rows += [] if record is None else checks(record)
+    for kind, checks in (("torch", torch_checks), ("compat", compat_checks), ("training", training_checks)):
+        rows += checks(records[kind]) if kind in records else []
     met = sum("(met" in row[1] for row in rows)
     head = f"{met} of {len(rows)} met; the sections below say how each was measured."
     return ["## Targets of this project", head, table(["figure", "measured"], rows)]
