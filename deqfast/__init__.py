@@ -24,6 +24,7 @@ from .joint.solve import joint_solve
 from .joint.step_size import joint_step_size
 from .loop.again import CouplingWarning
 from .loop.state import SolverState
+from .metrics import Metrics
 from .nn import DEQ, ConvergenceWarning
 from .ops import library as _library  # noqa: F401  registers torch.ops.deqfast
 from .ops.ranks import RankError
@@ -69,6 +70,7 @@ __all__ = [
     "GradientWarning",
     "Implicit",
     "JointSolution",
+    "Metrics",
     "OneStep",
     "Phantom",
     "Picard",

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import compiled, graphs, transforms
+from . import compiled, graphs, ranges, transforms
 from .called import Called
 from .gradients.base import Gradient
 from .gradients.choose import choose_gradient
+from .log import LOG, telling
 from .loop.conclude import conclude, stepping_on, unsolved
 from .loop.looking import Seen, look_on
 from .loop.state import SolverState
@@ -144,7 +145,7 @@ def fixed_point(
         raise
     if unpack is not False:
         f = unpacked(f, z0, unpack)
-    run = _solve_on_mesh if is_sharded(z0) else solve
+    run = ranges.around(ranges.SOLVE, _solve_on_mesh if is_sharded(z0) else solve)
     if kwargs is None and not has_aux:
         return run(f, z0, args, options)
     check_callable("f", f)
@@ -183,9 +184,16 @@ def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Option
     if gradient is not None and problem.differentiated:
         solution.z = gradient.attach(problem, solution.z)
         solution.reports = problem.reports
+    _tell(options, layout, solution)
     if options.throw and not bool(solution.converged.all()):
         raise ConvergenceError(solution)
     return solution
+
+
+def _tell(options: Options, layout: Layout, solution: Solution) -> None:
+    if telling():
+        told = "%s, %d samples of %d numbers, backend %s, mode %s: %s"
+        LOG.debug(told, options.solver, layout.B, layout.N, solution.backend, solution.mode, solution.summary())
 
 
 def _unsolved(layout: Layout, start: Any, options: Options) -> Solution:
@@ -275,6 +283,7 @@ def _run(f: Callable[..., Any], args: tuple[Any, ...], problem: Problem, start: 
         group=problem.group,
     )
     seen = Seen()
+    f = ranges.around(ranges.F, f)
     with torch.no_grad():
         if options.looks:
             seen = look_on(f, args, state, options)

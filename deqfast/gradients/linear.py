@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranges
+from ..log import LOG, telling
 from ..loop.state import SolverState
 from ..ops.codes import Int
 from ..ops.contract import Method
@@ -46,8 +48,8 @@ def solve_linear(
     Where a sample does not converge its best iterate is returned, with a ``GradientWarning`` unless its right-hand side
     ``known`` was not finite: an overflowing loss scale, for example, is no failure of this solve.
     """
-    with torch.no_grad():
-        group = options.group
+    with torch.no_grad(), ranges.within(ranges.BACKWARD):
+        group, f = options.group, ranges.around(ranges.VJP, f)
         state = SolverState(
             options.solver,
             start,
@@ -64,6 +66,10 @@ def solve_linear(
         if layout.B and layout.total and state.failed():
             warn_of_failures(state, known)
         leaves, residual = state.answer()
+        if telling():
+            worst = float(residual.max()) if residual.numel() else 0.0
+            told = "derivative, %d samples of %d numbers: %d products, largest residual %.2e"
+            LOG.debug(told, layout.B, layout.N, state.nfe, worst)
         if options.tell is not None:
             options.tell(BackwardReport(state.nfe, layout.counted(residual), state.status))
         state.release()

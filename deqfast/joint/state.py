@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranges
 from ..loop.again import warn_again
 from ..ops import contract
 from ..ops.anderson import AndersonWorkspace
@@ -59,6 +60,8 @@ class JointState:
             if self.ws.record.kept is not None:
                 self.ws.record.kept[i].copy_(t)
         self._step = JointStep(self.ws, backend, problem.project_leaves, problem.options.stop == "all")
+        self._evaluate = ranges.around(ranges.F, problem.evaluate)
+        self._take = ranges.around(ranges.STEP, self._step)
         self._running = layout.B if layout.N else 0
         self.nfe = 0
         self.cost: Tensor | None = None
@@ -130,9 +133,9 @@ class JointState:
     def advance(self) -> bool:
         """Evaluate f, loss and their gradients, and step; returns ``done``."""
         at = [self.ws.value(i) for i in range(len(self.ws.parts))]
-        values, cost = self.problem.evaluate(at, first=self.nfe == 0)
+        values, cost = self._evaluate(at, first=self.nfe == 0)
         self.cost = self._counted(cost)
-        self._running = self._step(values, self.problem.step_size(self.nfe), cost)
+        self._running = self._take(values, self.problem.step_size(self.nfe), cost)
         if self.problem.options.callback is not None:  # which may end the solve here
             self._newest = values, cost
         if self._step.wakings == 2 and not self._warned:
