@@ -23,6 +23,7 @@ from .joint.solution import JointSolution
 from .joint.solve import joint_solve
 from .joint.step_size import joint_step_size
 from .loop.again import CouplingWarning
+from .loop.restoring import BatchShard, restore
 from .loop.state import SolverState
 from .nn import DEQ, ConvergenceWarning
 from .ops import library as _library  # noqa: F401  registers torch.ops.deqfast
@@ -61,6 +62,7 @@ __all__ = [
     "DEQ",
     "Anderson",
     "BackwardReport",
+    "BatchShard",
     "Broyden",
     "ConvergenceError",
     "ConvergenceWarning",
@@ -84,6 +86,7 @@ __all__ = [
     "joint_solve",
     "joint_step_size",
     "project",
+    "restore",
     "root",
     "spectral_radius",
     "unroll",
