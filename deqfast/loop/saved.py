@@ -172,7 +172,9 @@ def _of_all(cut: Cut) -> dict[str, Any]:
         first[name] = max(said[name] for said in told)
     running = [said["running"] for said in told]
     first["running"] = max(running) if cut.spread else sum(running)
-    first["has_previous"] = all(said["has_previous"] for said in told)
+    # A rank none of whose samples runs may have none, and needs none.
+    wanted = [said["has_previous"] for said in told if said["running"]]
+    first["has_previous"] = bool(wanted) and all(wanted)
     return first
 
 

@@ -16,7 +16,7 @@ from ..ops.workspace import Workspace
 from .outputs import Outputs
 
 # What has to be the same in the state that takes it up; the first that is not is named.
-SAME = ("options", "layout", "columns")
+SAME = ("options", "layout", "columns", "scales")
 ENTRIES = (
     *SAME,
     "nfe",
@@ -37,7 +37,10 @@ def description(method: Any, ws: Workspace, cut: Cut | None) -> dict[str, Any]:
     """``SAME`` of a state."""
     layout = repr(ws.layout) if cut is None else cut.layout
     columns = getattr(ws.parts[0] if ws.parts else ws, "method", ())[:1]  # m, or memory, in either method
-    return {"options": repr(method), "layout": layout, "columns": int(columns[0]) if columns else 0}
+    scales = "none"
+    if canonical.is_scaled(ws):  # a scale is of numbers that lie together, and they do on one rank
+        scales = "of whole samples" if cut is None else cut.shown
+    return {"options": repr(method), "layout": layout, "columns": int(columns[0]) if columns else 0, "scales": scales}
 
 
 def cut_of(group: Group, ws: Workspace, said: dict[str, Any]) -> Cut:

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .anderson import AndersonWorkspace
+from .anderson import SCALED_DTYPES, AndersonWorkspace
 from .broyden import BroydenWorkspace
 from .codes import Int
 from .layout import Leaf
@@ -70,6 +70,11 @@ def keeps_products(ws: Workspace) -> bool:
 
 def _known(ws: Workspace) -> bool:
     return not ws.parts and isinstance(ws, (AndersonWorkspace, BroydenWorkspace))
+
+
+def is_scaled(ws: Workspace) -> bool:
+    """Whether its columns have scales."""
+    return isinstance(ws, AndersonWorkspace) and ws.history.dtype in SCALED_DTYPES
 
 
 def make_gram(ws: BroydenWorkspace) -> Tensor:

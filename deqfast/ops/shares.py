@@ -100,6 +100,7 @@ class Cut:
     Attributes:
         layout: what the layout of the whole is called.
         told: of every rank what it has said.
+        shown: where the numbers of a sample are cut.
 
     Raises:
         ValueError: the parts are no slices of one whole; on every rank.
@@ -120,7 +121,11 @@ class Cut:
             orders = [max(every, key=lambda rank, i=i: math.prod(rank[0][i][0]))[0][i][1] for i in range(len(leaves))]
             shapes = [(layout.B, *whole) for whole, _, _ in self._leaves]
             self.layout = layout.described(list(zip(shapes, orders, strict=True)))
+            parts = [(dim, [n for n in sizes if n]) for _, dim, sizes in self._leaves]
+            whole = all(len(sizes) < 2 for _, sizes in parts)
+            self.shown = "of whole samples" if whole else "of parts " + ", ".join(f"{n} along dim {d + 1}" for d, n in parts)
         else:
+            self.shown = "of whole samples"
             total = sum(self._samples)
             self.layout = layout.described([((total, *leaf.shape[1:]), leaf.order) for leaf in layout.leaves])
 
