@@ -1,10 +1,12 @@
 """A solve that outlives its processes: one sample spread over ranks, saved every few evaluations, taken up after a crash.
 
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     torchrun --standalone --nproc-per-node 2 --max-restarts 3 examples/elastic_solve.py --folder out/elastic
 
 When a process dies, torchrun's agent ends the others and starts all anew; they find the last complete checkpoint and go
 on from there, with what the solver had learned of f. So does a later call with another number of processes. To see
-it, let one die: ``--kill-at 70``.
+it, let one die: ``--kill-at 70``. (Without the variable, processes that were started anew may find the addresses of the
+old ones in the agent's store, and wait for those: https://github.com/pytorch/pytorch/issues/135712.)
 
 The map is a Jacobi sweep for the Bratu problem, -div grad u = lam exp(u) on the unit square with u = 0 around it, on
 n x n points. Each rank has some rows of the grid, and asks its neighbours for the row next to its own.
@@ -123,6 +125,8 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds after which a silent rank counts as dead")
     parser.add_argument("--kill-at", type=int, default=0, help="let the last rank die at this evaluation, once")
     args = parser.parse_args()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        parser.error("set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, or a restart may wait for the dead")
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=args.timeout))
     args.folder.mkdir(parents=True, exist_ok=True)
     told = solve(args)

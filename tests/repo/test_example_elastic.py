@@ -27,7 +27,7 @@ def run(folder, processes, *more):
     """What the example tells, and what torchrun says of the processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]
     command += ["--nproc-per-node", str(processes), str(ROOT / "examples" / "elastic_solve.py")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     settings = ["--folder", str(folder), "--every", "20", *more]
     done = subprocess.run([*command, *settings], env=env, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
