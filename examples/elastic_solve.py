@@ -1,4 +1,4 @@
-"""A solve that outlives its processes: one sample spread over ranks, saved every few evaluations, taken up after a crash.
+"""A solve that outlives its processes: spread over ranks, saved every few evaluations, taken up after a crash.
 
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     torchrun --standalone --nproc-per-node 2 --max-restarts 3 examples/elastic_solve.py --folder out/elastic
@@ -62,7 +62,7 @@ class Bratu:
 
 
 def newest(folder: Path) -> Path | None:
-    """The last checkpoint that was written to its end, which its metadata, written last, says; the same on every rank."""
+    """The last checkpoint whose metadata, which are written last, are there; the same on every rank."""
     complete = sorted(p for p in folder.glob("step-*") if (p / ".metadata").exists())
     told = [complete[-1] if complete else None]  # of rank 0: a file system may show others later
     dist.broadcast_object_list(told)

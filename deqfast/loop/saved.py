@@ -33,6 +33,10 @@ class Saved(Resuming):
     def _bind(self) -> None:
         raise NotImplementedError
 
+    def evaluated(self) -> Any:
+        """A copy of the iterate at which f was last evaluated."""
+        raise NotImplementedError
+
     def _serve_residual(self, backend: contract.Backend) -> None:
         raise NotImplementedError
 

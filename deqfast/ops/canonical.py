@@ -11,7 +11,8 @@ that a part of a sample, on one of several ranks, is a slice of each tensor, and
     history.i                    (2, B, m, ...), of Broyden (1, B, memory, ...)
     x.i, x_prev.i, saved.i       (B, ...)
 
-Complex columns have a last dim of 2. What is of samples of unequal length, or of a workspace from elsewhere, is saved as it lies.
+Complex columns have a last dim of 2. What is of samples of unequal length, or of a workspace from elsewhere, is saved
+as it lies.
 """
 
 from __future__ import annotations

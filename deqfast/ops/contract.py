@@ -98,8 +98,8 @@ class BoundStep(ABC):
                 return None
         return recheck.outside(ws, f, f_rows, made)
 
-    def settle_into(self, saved: dict[str, Tensor]) -> None:  # noqa: B027 - most leave nothing
-        """Write what is left for the next step, beside the workspace, into a copy of that (``canonical``)."""
+    def settle_into(self, saved: dict[str, Tensor]) -> None:  # noqa: B027
+        """Write what is left for the next step beside the workspace, if anything, into a copy (``canonical``)."""
 
     def failed(self) -> int:
         """Samples that stopped without having converged; may wait for the device, and knows nothing under capture."""

@@ -32,7 +32,7 @@ class Share(Tensor):
     @staticmethod
     def __new__(cls, local: Tensor, whole: _Shape, offset: _Shape) -> Share:
         """A slice that begins at ``offset`` of a tensor of shape ``whole``."""
-        share: Share = Tensor._make_wrapper_subclass(cls, whole, dtype=local.dtype, device=local.device)  # type: ignore[attr-defined]
+        share: Share = Tensor._make_wrapper_subclass(cls, whole, dtype=local.dtype, device=local.device)
         share.local, share.offset = local, offset
         return share
 
@@ -68,7 +68,7 @@ class Share(Tensor):
         return f"Share({tuple(self.local.shape)} at {self.offset} of {tuple(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Copies, which checkpoints that are written in the background make."""
         aten = torch.ops.aten
         if func in (aten.detach.default, aten.clone.default, aten._to_copy.default, aten.alias.default):
@@ -118,12 +118,15 @@ class Cut:
         self._samples = [b for _, b, _, _ in every]
         if self.spread:
             self._leaves = [_joined([rank[0][i][0] for rank in every]) for i in range(len(leaves))]
-            orders = [max(every, key=lambda rank, i=i: math.prod(rank[0][i][0]))[0][i][1] for i in range(len(leaves))]
+            # Of the largest part: one without numbers, or with one along a dim, may be in any order.
+            orders = [max((rank[0][i] for rank in every), key=_numbers)[1] for i in range(len(leaves))]
             shapes = [(layout.B, *whole) for whole, _, _ in self._leaves]
             self.layout = layout.described(list(zip(shapes, orders, strict=True)))
             parts = [(dim, [n for n in sizes if n]) for _, dim, sizes in self._leaves]
             whole = all(len(sizes) < 2 for _, sizes in parts)
-            self.shown = "of whole samples" if whole else "of parts " + ", ".join(f"{n} along dim {d + 1}" for d, n in parts)
+            self.shown = (
+                "of whole samples" if whole else "of parts " + ", ".join(f"{n} along dim {d + 1}" for d, n in parts)
+            )
         else:
             self.shown = "of whole samples"
             total = sum(self._samples)
@@ -149,6 +152,10 @@ class Cut:
         offset = [0] * len(whole)
         offset[dim] = sum(sizes[: self.rank])
         return Share(t, tuple(whole), tuple(offset))
+
+
+def _numbers(leaf: tuple[_Shape, _Shape]) -> int:
+    return math.prod(leaf[0])
 
 
 def _joined(shapes: list[_Shape]) -> tuple[_Shape, int, list[int]]:

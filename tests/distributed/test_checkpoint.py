@@ -144,7 +144,9 @@ def test_a_solve_goes_on_as_if_it_had_not_been_interrupted(resumed, saved, sourc
     assert max(r["evaluations"] for r in found) == max(r["evaluations"] for r in through)
     assert apart or len({r["evaluations"] for r in found}) == 1
     assert {r["at"] for r in found} == {given["at"]}
-    events = [{k: joined(given, [r["events"] for r in ranks], k) for k in ranks[0]["events"]} for ranks in (found, through)]
+    events = [
+        {k: joined(given, [r["events"] for r in ranks], k) for k in ranks[0]["events"]} for ranks in (found, through)
+    ]
     assert {k: v.tolist() for k, v in events[0].items()} == {k: v.tolist() for k, v in events[1].items()}
     z, right = (flat(given, joined(given, ranks, "z")) for ranks in (found, through))
     assert float((z - right).norm()) <= 1e5 * torch.finfo(given["dtype"]).eps * float(right.norm())
@@ -176,23 +178,95 @@ def test_without_a_process_group(tmp_path):
 
 
 WRONG = [
-    ("anderson-2", "restore", {"solver": dq.Broyden()}, "ValueError", r"saved with options Anderson\(.*, this state has Broyden"),
-    ("broyden-2", "restore", {"solver": dq.Anderson()}, "ValueError", r"saved with options Broyden\(.*, this state has Anderson"),
+    (
+        "anderson-2",
+        "restore",
+        {"solver": dq.Broyden()},
+        "ValueError",
+        r"saved with options Anderson\(.*, this state has Broyden",
+    ),
+    (
+        "broyden-2",
+        "restore",
+        {"solver": dq.Anderson()},
+        "ValueError",
+        r"saved with options Broyden\(.*, this state has Anderson",
+    ),
     ("anderson-3", "restore", {"solver": dq.Anderson(m=4)}, "ValueError", r"options Anderson\(m=10.*has Anderson\(m=4"),
-    ("anderson-2", "restore", {"N": 41}, "ValueError", r"layout one tensor: \(3, 40\).*this state has one tensor: \(3, 41\)"),
-    ("anderson-1", "restore", {"N": 30}, "ValueError", r"layout one tensor: \(3, 40\).*this state has one tensor: \(3, 30\)"),
-    ("anderson-2", "restore", {"B": 4}, "ValueError", r"layout one tensor: \(3, 40\).*this state has one tensor: \(4, 40\)"),
-    ("batch-2", "restore", {"B": 3, "form": "Flat"}, "ValueError", r"layout one tensor: \(5, 40\).*has one tensor: \(3, 40\)"),
-    ("anderson-2", "restore", {"dtype": torch.float32}, "ValueError", r"\(3, 40\) torch.float64.*\(3, 40\) torch.float32"),
-    ("images-2", "restore", {"form": "Flat"}, "ValueError", r"layout one tensor: \(3, 5, 8\).*has one tensor: \(3, 40\)"),
+    (
+        "anderson-2",
+        "restore",
+        {"N": 41},
+        "ValueError",
+        r"layout one tensor: \(3, 40\).*this state has one tensor: \(3, 41\)",
+    ),
+    (
+        "anderson-1",
+        "restore",
+        {"N": 30},
+        "ValueError",
+        r"layout one tensor: \(3, 40\).*this state has one tensor: \(3, 30\)",
+    ),
+    (
+        "anderson-2",
+        "restore",
+        {"B": 4},
+        "ValueError",
+        r"layout one tensor: \(3, 40\).*this state has one tensor: \(4, 40\)",
+    ),
+    (
+        "batch-2",
+        "restore",
+        {"B": 3, "form": "Flat"},
+        "ValueError",
+        r"layout one tensor: \(5, 40\).*has one tensor: \(3, 40\)",
+    ),
+    (
+        "anderson-2",
+        "restore",
+        {"dtype": torch.float32},
+        "ValueError",
+        r"\(3, 40\) torch.float64.*\(3, 40\) torch.float32",
+    ),
+    (
+        "images-2",
+        "restore",
+        {"form": "Flat"},
+        "ValueError",
+        r"layout one tensor: \(3, 5, 8\).*has one tensor: \(3, 40\)",
+    ),
     ("anderson-2", "restore", {"form": "Tree"}, "ValueError", r"saved with layout one tensor"),
     ("broyden-2", "restore", {"options": {"max_iter": 50}}, "ValueError", "saved with columns 60, this state has 50"),
-    ("anderson-2", "restore", {"restore": {"key": "other"}}, "ValueError", "no solve can be read under 'other' of checkpoint"),
+    (
+        "anderson-2",
+        "restore",
+        {"restore": {"key": "other"}},
+        "ValueError",
+        "no solve can be read under 'other' of checkpoint",
+    ),
     ("nowhere-2", "restore", {}, "ValueError", "no solve can be read under 'solve' of checkpoint"),
-    ("int8 history-1", "restore", {}, "ValueError", r"saved with scales of whole samples, this state has of parts \[13, 27\] along"),
+    (
+        "int8 history-1",
+        "restore",
+        {},
+        "ValueError",
+        r"saved with scales of whole samples, this state has of parts \[13, 27\] along",
+    ),
     ("float16 history-1", "load", {}, "CheckpointException", "Size mismatch between saved .*solve.tensors.scales"),
-    ("anderson-2", "load", {"solver": dq.Anderson(m=4)}, "CheckpointException", "Size mismatch between saved .*solve.tensors"),
-    ("anderson-2", "load", {"solver": dq.Anderson(ridge=1e-3)}, "ValueError", "saved with options .*ridge=None.*ridge=0.001"),
+    (
+        "anderson-2",
+        "load",
+        {"solver": dq.Anderson(m=4)},
+        "CheckpointException",
+        "Size mismatch between saved .*solve.tensors",
+    ),
+    (
+        "anderson-2",
+        "load",
+        {"solver": dq.Anderson(ridge=1e-3)},
+        "ValueError",
+        "saved with options .*ridge=None.*ridge=0.001",
+    ),
 ]
 
 
@@ -211,4 +285,7 @@ def test_what_does_not_fit_is_told_to_every_rank(saved, folder, tmp_path):
 def test_what_is_wrong_on_one_rank_is_told_to_all(tmp_path):
     first, last = run_ranks(tmp_path, "checkpoint_maps:one_file_is_wrong", 2, case=CASES["anderson"])
     assert last[0] == "ValueError" and "saved with options Anderson(m=77)" in last[1]
-    assert first[0] == "RankError" and "on rank 1: ValueError: state_dict was saved with options Anderson(m=77)" in first[1]
+    assert (
+        first[0] == "RankError"
+        and "on rank 1: ValueError: state_dict was saved with options Anderson(m=77)" in first[1]
+    )

@@ -1,4 +1,4 @@
-"""The example of an elastic solve: a rank is killed, torchrun starts all anew, the solve goes on from its checkpoint."""
+"""The example of an elastic solve: a rank is killed, torchrun starts all anew, the solve goes on from its save."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_a_killed_rank_costs_what_came_after_the_last_checkpoint_and_nothing_els
     assert re.search(r"Signal 9 \(SIGKILL\)|exitcode: -9", said), said[-3000:]
     assert killed["began at evaluation"] == 40  # of 50: those since the last checkpoint
     assert killed["evaluations"] == through["evaluations"] and killed["converged"]
-    answers = [torch.load(tmp_path / name / "answer.pt", weights_only=True) for name in ("through", "killed")]
-    assert torch.allclose(*answers, rtol=0, atol=1e-12)
+    one, other = (torch.load(tmp_path / name / "answer.pt", weights_only=True) for name in ("through", "killed"))
+    assert torch.allclose(one, other, rtol=0, atol=1e-12)
 
 
 def test_another_number_of_processes_takes_it_up(tmp_path):
