@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .. import compiled
 from ..ops import contract, shared
-from ..ops.canonical import keeps_products
 from ..ops.codes import Int
 from ..ops.layout import Layout
 from ..ops.samples import Samples
@@ -68,7 +67,7 @@ class Saved(Resuming):
         if cut is not None:
             tensors = {name: cut.of(name, t) for name, t in tensors.items()}
         own = saving.description(self.options, self.ws, cut)
-        return {**own, **said, "has_products": keeps_products(self.ws), "tensors": tensors}
+        return {**own, **said, "has_products": self.ws.has_products, "tensors": tensors}
 
     def description(self, group: Group | None) -> dict[str, Any]:
         """What a state has to have in common with one that takes it up; on every rank of a group at once."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..ops import canonical
-from ..ops.broyden import BroydenWorkspace
 from ..ops.shared import Group
 from ..ops.shares import Cut, Share, local
 from ..ops.workspace import Workspace
@@ -38,7 +37,7 @@ def description(method: Any, ws: Workspace, cut: Cut | None) -> dict[str, Any]:
     layout = repr(ws.layout) if cut is None else cut.layout
     columns = getattr(ws.parts[0] if ws.parts else ws, "method", ())[:1]  # m, or memory, in either method
     scales = "none"
-    if canonical.is_scaled(ws):  # a scale is of numbers that lie together, and they do on one rank
+    if ws.is_scaled:  # a scale is of numbers that lie together, and they do on one rank
         scales = "of whole samples" if cut is None else cut.shown
     return {"options": repr(method), "layout": layout, "columns": int(columns[0]) if columns else 0, "scales": scales}
 
@@ -99,7 +98,7 @@ def check_tensors(saved: Mapping[str, Any], ws: Workspace, outputs: Outputs, cut
         if got is None or _place(got) != _place(own):
             what = "nothing" if got is None else _place(got)
             raise ValueError(f"state_dict entry {name!r}: expected {_place(own)}, got {what}")
-    if saved["has_products"] != canonical.keeps_products(ws) and not isinstance(ws, BroydenWorkspace):
+    if ws.has_products != saved["has_products"] and not ws.makes_products:
         raise ValueError(
             "state_dict is of samples of at most 8 numbers, which are spread over ranks in the one state and not in "
             "the other: their products are kept in one of the two alone"
@@ -130,11 +129,11 @@ def load(saved: Mapping[str, Any], ws: Workspace, outputs: Outputs, group: Group
     given = {name: local(t) for name, t in saved["tensors"].items()}
     layout = ws.layout
     canonical.take(ws, given)
-    if isinstance(ws, BroydenWorkspace) and canonical.keeps_products(ws) and not saved["has_products"]:
-        gram = canonical.make_gram(ws)
+    if ws.has_products and not saved["has_products"]:
+        products = ws.make_products()
         if group is not None and group.spread:
-            group.ranks.add(gram)
-        ws.gram.copy_(gram)
+            group.ranks.add(products)
+        ws.take_products(products)
     previous = None
     if saved["has_previous"]:
         previous = layout.empty()

@@ -19,14 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from .anderson import SCALED_DTYPES, AndersonWorkspace
-from .broyden import BroydenWorkspace
-from .codes import Int
 from .layout import Leaf
-from .workspace import Workspace, tile, untile
+from .workspace import Workspace
 
 ITERATES = ("x", "x_prev", "saved")
 
@@ -36,16 +32,15 @@ def views(ws: Workspace) -> dict[str, Tensor]:
     B = ws.layout.B
     ws.settle()
     found = {"ints": ws.ints[:, :B], "reals": ws.reals[:, :B]}
-    if not _known(ws):
+    small = ws.small()
+    if small is None:
         found |= ws.own()
     else:
-        found |= _small(ws)
-        found |= {f"history.{i}": t for i, t in enumerate(_split(_rows(ws), ws.layout.leaves))}
+        found |= small
+        found |= {f"history.{i}": t for i, t in enumerate(_split(ws.rows(), ws.layout.leaves))}
     for name, leaves in zip(ITERATES, (ws.x[ws.cur], ws.x[1 - ws.cur], ws.saved), strict=True):
         found |= named(name, leaves)
-    if isinstance(ws, AndersonWorkspace) and ws.own_residual is not None and ws.own_columns is not None:
-        found |= {"own_residual": ws.own_residual, "own_columns": ws.own_columns}
-    return found
+    return found | ws.given()
 
 
 def named(name: str, leaves: list[Tensor]) -> dict[str, Tensor]:
@@ -56,71 +51,10 @@ def named(name: str, leaves: list[Tensor]) -> dict[str, Tensor]:
 def take(ws: Workspace, saved: Mapping[str, Tensor]) -> None:
     """The inverse of ``views``."""
     found = views(ws)
-    tiled = _take_tiled(ws, saved) if _known(ws) else []
+    taken = () if ws.small() is None else ws.take_small(saved)
     for name, t in found.items():
-        if name not in tiled and t.numel():
+        if name not in taken and t.numel():
             t.copy_(saved[name])
-
-
-def keeps_products(ws: Workspace) -> bool:
-    """Whether ``gram`` and ``matrix`` are there, and not made anew at every step."""
-    if isinstance(ws, AndersonWorkspace):
-        return ws.keeps_products
-    return isinstance(ws, BroydenWorkspace) and ws.gram.shape[1] > 0
-
-
-def _known(ws: Workspace) -> bool:
-    return not ws.parts and isinstance(ws, (AndersonWorkspace, BroydenWorkspace))
-
-
-def is_scaled(ws: Workspace) -> bool:
-    """Whether its columns have scales."""
-    return isinstance(ws, AndersonWorkspace) and ws.history.dtype in SCALED_DTYPES
-
-
-def make_gram(ws: BroydenWorkspace) -> Tensor:
-    """(B, memory, memory) double: products of the steps with each other, of the numbers that are here."""
-    count = ws.int_row(Int.COUNT)
-    kept = torch.arange(ws.method.memory, device=count.device) < count[:, None]
-    steps = ws.history.double().masked_fill(~kept[:, :, None], 0)  # the others may be anything
-    return torch.bmm(steps, steps.mT)
-
-
-def _small(ws: Workspace) -> dict[str, Tensor]:
-    B = ws.layout.B
-    if isinstance(ws, BroydenWorkspace):
-        k = ws.method.memory
-        return {"norms": ws.norms[:, None], "gram": ws.gram if keeps_products(ws) else ws.norms.new_zeros(B, k, k)}
-    assert isinstance(ws, AndersonWorkspace)
-    small = {name: untile(getattr(ws, name), B) for name in ("norms", "ages", "matrix", "gram")}
-    if not ws.keeps_products:
-        m = ws.method.m
-        side = m if ws.method.test_space else 0
-        small |= {"matrix": ws.norms.new_zeros(B, side, side), "gram": ws.norms.new_zeros(B, m, m)}
-    return {**small, "scales": ws.scales}
-
-
-def _take_tiled(ws: Workspace, saved: Mapping[str, Tensor]) -> list[str]:
-    """Read what is no view; its names."""
-    if isinstance(ws, BroydenWorkspace):
-        return [] if keeps_products(ws) else ["gram"]  # which is not wanted
-    assert isinstance(ws, AndersonWorkspace)
-    small = ["norms", "ages", "matrix", "gram"]
-    for name in small if ws.keeps_products else small[:2]:
-        getattr(ws, name).copy_(tile(saved[name], ws.tiles))
-    if ws.keeps_products:
-        return small
-    for i, columns in enumerate(ws.history):
-        columns.copy_(tile(saved["history.0"][i].reshape(ws.layout.B, ws.method.m, ws.layout.N), ws.tiles))
-    return [*small, "history.0"]
-
-
-def _rows(ws: Workspace) -> Tensor:
-    """(2 or 1, B, columns, N)."""
-    if isinstance(ws, BroydenWorkspace):
-        return ws.history[None]
-    assert isinstance(ws, AndersonWorkspace)
-    return ws.history if ws.keeps_products else torch.stack([ws.columns(0), ws.columns(1)])
 
 
 def _split(rows: Tensor, leaves: list[Leaf]) -> list[Tensor]:

@@ -14,7 +14,6 @@ from torch import Tensor
 from ...status import Status
 from .. import recheck
 from ..anderson import AndersonWorkspace
-from ..broyden import BroydenWorkspace
 from ..codes import Int
 from ..contract import BoundStep, Leaves, Rows
 from ..ranks import Ranks
@@ -39,7 +38,7 @@ class SpreadStep(BoundStep):
         self.buffer = torch.zeros(count + 1, dtype=torch.float64)
         self.squares = torch.zeros(B, 2, dtype=torch.float64)
         self.carry = self.buffer[count - B * self.plan.carried : count].view(B, self.plan.carried)
-        if isinstance(ws, BroydenWorkspace):
+        if not isinstance(ws, AndersonWorkspace):
             self.carry[:, 0] = -1  # no step is owed its products
         self.plan.spread(buffer=array(self.buffer[:count]), squares=array(self.squares), numbers=ws.layout.spread_n)
 
