@@ -159,6 +159,15 @@ class Workspace:
         """The method's tensors by name."""
         return {name: getattr(self, name) for name in self.kept}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that a later step reads, by name, as it lies."""
+        named = {"ints": self.ints, "reals": self.reals, **self.own(), **self.given()}
+        for i in range(len(self.layout.leaves)):
+            named[f"x.{i}"] = self.x[self.cur][i]
+            named[f"x_prev.{i}"] = self.x[1 - self.cur][i]
+            named[f"saved.{i}"] = self.saved[i]
+        return named
+
     def small(self) -> dict[str, Tensor] | None:
         """The method's tensors but for the history, as ``canonical`` has them; None: all are saved as they lie."""
         return None
