@@ -223,6 +223,8 @@ class SolverState(Saved):
         return self._running == 0
 
     def _step_with_residual(self, fz: Any, residual: Any) -> bool:
+        if self._group is not None and self._group.spread:
+            raise ValueError("residual cannot be given where ranks share every sample: no kernel adds it up over them")
         first = self.nfe == 0 or self._own_residual
         backend, ws, rows = own_residual.taken(self.ws, self.options, residual, first, self._backend, self._asked_for)
         leaves = self.layout.flatten(fz, "f(z)")
