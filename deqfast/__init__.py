@@ -23,6 +23,7 @@ from .joint.solution import JointSolution
 from .joint.solve import joint_solve
 from .joint.step_size import joint_step_size
 from .loop.again import CouplingWarning
+from .loop.restoring import BatchShard, restore
 from .loop.state import SolverState
 from .metrics import Metrics
 from .nn import DEQ, ConvergenceWarning
@@ -62,6 +63,7 @@ __all__ = [
     "DEQ",
     "Anderson",
     "BackwardReport",
+    "BatchShard",
     "Broyden",
     "ConvergenceError",
     "ConvergenceWarning",
@@ -86,6 +88,7 @@ __all__ = [
     "joint_solve",
     "joint_step_size",
     "project",
+    "restore",
     "root",
     "spectral_radius",
     "unroll",

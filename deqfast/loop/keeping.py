@@ -109,7 +109,7 @@ class Keeping(Inheriting):
         residual = residual.index_select(0, which)
         counters = ws.ints.index_select(1, which)
         status = counters[int(Int.STATUS)].clone()
-        if self.layout.N == 0:
+        if self.layout.total == 0:
             status.fill_(int(Status.CONVERGED))
             residual.zero_()
         elif not self.nfe:

@@ -196,17 +196,44 @@ class AndersonWorkspace(Workspace):
         self.settle()
         return super().own()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that a later step reads, by name."""
-        if self.own_residual is None or self.own_columns is None:
-            return super().tensors()
-        return {**super().tensors(), "own_residual": self.own_residual, "own_columns": self.own_columns}
+    def small(self) -> dict[str, Tensor]:
+        """Norms, ages, products and scales."""
+        B, m = self.layout.B, self.method.m
+        found = {name: untile(getattr(self, name), B) for name in ("norms", "ages", "matrix", "gram")}
+        if not self.keeps_products:
+            side = m if self.method.test_space else 0
+            found |= {"matrix": self.norms.new_zeros(B, side, side), "gram": self.norms.new_zeros(B, m, m)}
+        return {**found, "scales": self.scales}
 
-    def expected(self, saved: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each saved tensor; a residual of the caller's own has any size."""
-        expected = super().expected(saved)
-        if "own_residual" in saved:
-            rows, acc = saved["own_residual"].shape[1:], self.layout.acc
-            expected["own_residual"] = ((self.layout.B, *rows), acc)
-            expected["own_columns"] = ((self.layout.B, self.method.m, *rows), acc)
-        return expected
+    def rows(self) -> Tensor:
+        """(2, B, m, N) columns."""
+        return self.history if self.keeps_products else torch.stack([self.columns(0), self.columns(1)])
+
+    def take_small(self, saved: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """What lies in tiles."""
+        tiled = "norms", "ages", "matrix", "gram"
+        for name in tiled if self.keeps_products else tiled[:2]:
+            getattr(self, name).copy_(tile(saved[name], self.tiles))
+        return tiled
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Of samples whose products are not kept the history lies in tiles."""
+        if not self.keeps_products:
+            for columns, found in zip(self.history, rows, strict=True):
+                columns.copy_(tile(found, self.tiles))
+
+    def given(self) -> dict[str, Tensor]:
+        """A residual of the caller's own, and its columns."""
+        if self.own_residual is None or self.own_columns is None:
+            return {}
+        return {"own_residual": self.own_residual, "own_columns": self.own_columns}
+
+    @property
+    def has_products(self) -> bool:
+        """Not of tiny samples."""
+        return self.keeps_products
+
+    @property
+    def is_scaled(self) -> bool:
+        """In float16 and int8."""
+        return self.history.dtype in SCALED_DTYPES

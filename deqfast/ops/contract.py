@@ -61,13 +61,11 @@ class BoundStep(ABC):
         replay: for steps that are captured in a graph and replayed, or None where steps cannot be.
         exact: whether the count that a step returns is its own, and not an earlier one.
         counts_writes: whether torch sees what a step writes, so that the versions of the iterates change.
-        carry: what it has left for the next step, beside the workspace; saved with it.
     """
 
     quick: QuickStep | None = None
     replay: Replay | None = None
     exact: bool = False
-    carry: Tensor | None = None
     counts_writes: ClassVar[bool] = True
 
     def __init__(self, ws: Workspace) -> None:
@@ -99,6 +97,9 @@ class BoundStep(ABC):
             if not bool(earlier.any()):
                 return None
         return recheck.outside(ws, f, f_rows, made)
+
+    def settle_into(self, saved: dict[str, Tensor]) -> None:  # noqa: B027
+        """Write what is left for the next step beside the workspace, if anything, into a copy (``canonical``)."""
 
     def failed(self) -> int:
         """Samples that stopped without having converged; may wait for the device, and knows nothing under capture."""

@@ -112,6 +112,16 @@ class HostedWorkspace(AndersonWorkspace):
             column[piece.rows, piece.numbers] = self.piece(which, piece)[slot]
         return column
 
+    def rows(self) -> Tensor:
+        """(2, B, m, N) columns, a copy."""
+        return torch.stack([self.columns(0), self.columns(1)])
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Piece by piece."""
+        for which in (0, 1):
+            for piece in self.pieces:
+                self.piece(which, piece).copy_(rows[which][piece.rows, :, piece.numbers].movedim(1, 0))
+
     def _take_history(self, other: AndersonWorkspace, which: Tensor) -> None:
         """Column by column: their pieces are cut elsewhere."""
         assert isinstance(other, HostedWorkspace)

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import deqfast as dq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from frame import digits  # noqa: E402
+from frame import digits
 
 try:
     from torch.utils.tensorboard import SummaryWriter
