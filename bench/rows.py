@@ -108,11 +108,11 @@ class Case:
 
 
 def hard_and_easy(wide: bool, trains: bool = True) -> Case:
-    """1,024 samples, 16 of which contract by 0.97 and the others by 0.6, along an orthogonal matrix."""
+    """1,024 samples, 16 of which contract by 0.975 and the others by 0.55, along an orthogonal matrix."""
     g = torch.Generator().manual_seed(0)
     weight = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN, generator=g)).Q
-    rate = torch.full((1024, 1), 0.6)
-    rate[torch.randperm(1024, generator=g)[:16]] = 0.97
+    rate = torch.full((1024, 1), 0.55)
+    rate[torch.randperm(1024, generator=g)[:16]] = 0.975
     return Case(Cell(weight, wide), 0.05 * torch.randn(1024, HIDDEN, generator=g), rate, trains)
 
 

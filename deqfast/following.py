@@ -17,7 +17,7 @@ class Following:
 
     Attributes:
         flags: of each leaf of args, in order.
-        tries: f of the first smaller batch is held against f of the whole one.
+        tries: before the batch shrinks first, f of some of its rows is held against f of all.
         confirms: f of the whole batch confirms at the end.
     """
 

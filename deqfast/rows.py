@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,11 @@ from torch import Tensor
 
 RUNG = 4  # one part in so many is left out from one size to the next
 TRUST = 0.25  # of the rows of a last look: what has to be wasted before a batch shrinks that will need one
+
+
+def trial_stride(size: int) -> int:
+    """One row of a smaller batch in so many is tried: a quarter of them, of few rows all."""
+    return 4 if size >= 32 else 1
 
 
 class Schedule:
@@ -58,7 +64,7 @@ def needed(steps: Tensor, evaluations: int, *, trial: bool = True, confirms: boo
     Args:
         steps: of each row of the batch, int.
         evaluations: of the slowest.
-        trial: the first smaller batch is evaluated beside the whole one.
+        trial: some rows of the first smaller batch are tried.
         confirms: the whole batch is evaluated once more at the end.
         schedule: other options of ``Schedule``.
     """
@@ -69,7 +75,9 @@ def needed(steps: Tensor, evaluations: int, *, trial: bool = True, confirms: boo
     for gone in ended[:evaluations].tolist():
         alive -= gone
         before, size = sizes.size, sizes.next(alive)
-        seen += 2 * size if trial and before == batch != size else size
+        seen += size
+        if trial and before == batch != size:
+            seen += math.ceil(size / trial_stride(size))
     return seen + (batch if confirms and sizes.size < batch else 0)
 
 

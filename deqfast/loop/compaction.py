@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..following import Following
 from ..ops import recheck
-from ..rows import RowCount, Schedule
+from ..rows import RowCount, Schedule, trial_stride
 from ..status import Status
 from .state import SolverState
 
@@ -139,7 +139,7 @@ class Compactor:
         self._tries, newest, self._newest = False, self._newest, []
         why = None
         try:
-            self._shrink(size)
+            self._shrink(size, every=trial_stride(size))
             chosen = self._chosen
             assert chosen is not None
             whole = [t.index_select(0, chosen) for t in newest]  # f may use one buffer for all of its outputs
@@ -148,6 +148,8 @@ class Compactor:
             apart = recheck.apart(state.ws, part, whole, runs)
             if apart is not None:
                 why = f"f of a part of it came out otherwise, by {apart:.1e} relative"
+            else:
+                self._shrink(size)
         except Exception as error:
             first = (str(error).strip().splitlines() or [""])[0]
             why = f"f of a part of it raised {type(error).__name__}: {first}"
@@ -177,10 +179,12 @@ class Compactor:
         self._seen += self._size
         return layout.flatten(self._part(layout.unflatten(some)), "f(z)", self._size)
 
-    def _shrink(self, size: int) -> None:
-        self._size, self._part = size, self._f.whole  # the part before may hold a graph
+    def _shrink(self, size: int, every: int = 1) -> None:
+        """Choose so many rows, all that run among them; ``every``: of those one in so many, for a trial."""
+        self._part = self._f.whole  # the part before may hold a graph
         order = torch.argsort(self._running_rows().int(), descending=True, stable=True)
-        rows = order[:size].sort().values
+        rows = order[:size].sort().values[::every]
+        self._size = size = rows.numel()
         B, inner, device = self._state.layout.B, self._inner, rows.device
         self._chosen = (rows[:, None] * inner + torch.arange(inner, device=device)).flatten()
         self._places = torch.full((B,), -1, dtype=torch.int32, device=device)
