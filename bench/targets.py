@@ -64,8 +64,8 @@ COMPAT_SEGMENTS = 0.7
 SEGMENTS_EQUAL = 1.15
 SEGMENTS_UNEQUAL = {"1 of 1,000 rows, 99 of 10": 0.5}
 
-# compact="auto": a training step of which 16 of 1,024 samples are hard, the plain one's time over its, at least; rows of
-# f over the samples' own, at most; its time over the plain one's where all samples need the same, at most.
+# compact="auto": a training step of which 16 of 1,024 samples are hard, the plain one's time over its, at least; rows
+# of f over the samples' own, at most; its time over the plain one's where all samples need the same, at most.
 ROWS_TRAINING = 5.0
 ROWS_DIGITS = 1.15
 ROWS_ALIKE = 1.01

@@ -20,9 +20,9 @@ def trial_stride(size: int) -> int:
 class Schedule:
     """The sizes of a batch that shrinks while its samples finish.
 
-    Sizes are the rungs of one ladder for each batch, a quarter apart, so that f meets few shapes, and the same ones from
-    solve to solve. The batch shrinks once the rows that were evaluated for nothing since it last did have paid for what
-    shrinking costs, for nobody knows how much longer the rest will take. ``python -m bench.rows --sweep`` compares
+    Sizes are the rungs of one ladder for each batch, a quarter apart, so that f meets few shapes, and the same ones
+    from solve to solve. The batch shrinks once the rows that were evaluated for nothing since it last did have paid for
+    what shrinking costs, for nobody knows how much longer the rest will take. ``python -m bench.rows --sweep`` compares
     other ladders and other prices.
 
     Args:

@@ -163,8 +163,8 @@ class Solution:
 
     def _of_rows(self) -> str:
         if self.rows is not None:
-            spared = f"; compact spared {_percent(max(0.0, self.rows.spared))} of the rows of f"
-            return spared if self.rows.whole is None else f"{spared}, for the batch must be whole: {self.rows.whole}"
+            told = f"; compact spared {_percent(max(0.0, self.rows.spared))} of the rows of f"
+            return told if self.rows.whole is None else f"{told}, for the batch must be whole: {self.rows.whole}"
         if not self.compactable or not self.steps.numel() or not self.nfe:
             return ""
         steps = self.steps.reshape(self.steps.shape[0], -1).amax(1)

@@ -94,9 +94,9 @@ def fixed_point(
         compact: converged samples are dropped from what f sees, in the backward solve of ``Implicit`` too, with every
             tensor in args whose dim 0 is that of z0. "auto": if f is seen to treat samples independently, by holding
             f of some rows against f of all before the first are dropped; else the batch stays whole, and
-            ``Solution.summary`` says why. True: f does, you say, and no shape of args is ambiguous. Both end with one evaluation of all samples
-            that confirms it, where any was dropped. Or a pytree of bools shaped like args that says which tensors
-            follow, and is believed. Default False.
+            ``Solution.summary`` says why. True: f does, you say, and no shape of args is ambiguous. Both end with one
+            evaluation of all samples that confirms it, where any was dropped. Or a pytree of bools shaped like args
+            that says which tensors follow, and is believed. Default False.
         trace: record the (nfe, B) residuals.
         states: evaluations, counted from 1, whose answer so far is wanted too: ``Solution.states`` has what ``returns``
             asks for as it was then, in ascending order, copies without a gradient. After the end it is that of the end.

@@ -21,7 +21,6 @@ from ..solution import BackwardReport
 from ..status import Status
 from ..warning import warn
 
-
 PRICE = 1.0  # vjps of a part that its graph costs: ``python -m bench.rows --sweep``
 
 
@@ -54,8 +53,9 @@ def solve_linear(
 ) -> list[Tensor]:
     """Leaves of the solution of u = f(u), an affine map, each sample to a relative tolerance of its own.
 
-    ``rows``: f of all samples and of some, for a batch that shrinks. Where a sample does not converge its best iterate is returned, with a ``GradientWarning`` unless its right-hand side
-    ``known`` was not finite: an overflowing loss scale, for example, is no failure of this solve.
+    Where a sample does not converge its best iterate is returned, with a ``GradientWarning`` unless its right-hand side
+    ``known`` was not finite: an overflowing loss scale, for example, is no failure of this solve. ``rows``: f at all
+    samples and at some, for a batch that shrinks where the options say so.
     """
     with torch.no_grad():
         group = options.group

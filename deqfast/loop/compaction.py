@@ -41,7 +41,7 @@ class WithArguments:
         return self._f(z, *self._args)
 
     def part(self, rows: Tensor, samples: Tensor) -> Callable[[Any], Any]:
-        """f with the arguments of these rows."""
+        """F with the arguments of these rows."""
         f, args = self._f, self._following.gather(self._args, rows)
         return lambda z: f(z, *args)
 

@@ -52,7 +52,8 @@ def apart(ws: Workspace, some: list[Tensor], others: list[Tensor], which: Tensor
 
     Args:
         ws: whose tolerance it is.
-        some, others: leaves of so many samples.
+        some: leaves of so many samples.
+        others: the same of another evaluation.
         which: bool for each of them: it counts.
     """
     layout, rule = ws.layout, ws.stopping

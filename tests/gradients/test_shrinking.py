@@ -85,7 +85,8 @@ def counted(calls, sizes):
 
 
 def test_vjps_go_through_graphs_of_those_who_run():
-    calls, sizes = [], []
+    calls: list[tuple[int, bool]] = []
+    sizes: list[int] = []
     _, sol = gradients({"compact": "auto"}, counted(calls, sizes))
     graphs = [rows for rows, grad in calls if grad]
     assert graphs[0] == B and graphs[1:] == sorted(graphs[1:], reverse=True), "a graph a rung, after the solution's own"
@@ -277,7 +278,7 @@ def test_samples_that_no_loss_reads_are_left_out_at_once():
 
 def test_a_start_and_a_limit_of_the_backward_solve_mean_what_they_did():
     W, x, rate, c = uneven()
-    reports = []
+    reports: list[dq.BackwardReport] = []
     known = dq.Implicit(u0=c.clone(), callback=reports.append)
     plain, _ = gradients({})
     sol = solve(x, rate, W, compact="auto", backward=known)

@@ -36,7 +36,8 @@ def solve(p: Problem, f=shift, **options) -> dq.Solution:
 
 def same_answer(sol: dq.Solution, plain: dq.Solution) -> bool:
     """Whether all samples have converged, and to the same answer up to rounding, in as many evaluations."""
-    close = [torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*map(pytree.tree_leaves, (sol.z, plain.z)))]
+    pairs = zip(pytree.tree_leaves(sol.z), pytree.tree_leaves(plain.z), strict=True)
+    close = [torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs]
     return all(close) and torch.equal(sol.steps, plain.steps) and torch.equal(sol.status, plain.status)
 
 
@@ -398,4 +399,3 @@ def test_a_compiled_f_meets_few_shapes():
     f = torch.compile(shift, backend="eager", dynamic=True)
     sol = solve(p, f, compact="auto")
     assert sol.rows.spared > 0.3 and torch.allclose(sol.z, solve(p).z, atol=1e-5)
-

@@ -178,7 +178,7 @@ def test_empty_batch_is_compacted_to_itself():
         ({"x": True, "rate": True}, "shaped like args"),
         ((True, 1), "tree of bools"),
         (("auto", True), "tree of bools"),
-        ("Auto", 'did you mean .auto.'),
+        ("Auto", "did you mean .auto."),
         ("yes", "compact must be a bool or a tree of bools"),
         (1, "compact must be a bool or a tree of bools"),
         (None, "compact must be a bool or a tree of bools"),
