@@ -84,13 +84,26 @@ def trained(epochs: int) -> tuple[Tensor, Tensor]:
         return model.weight.detach().clone(), model.inject(pixels)
 
 
+class Conv(nn.Module):
+    """tanh(rate conv(z) + x) on (B, 16, 8, 8): a library that prepares itself for every shape it meets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.utils.parametrizations.spectral_norm(nn.Conv2d(16, 16, 3, padding=1), n_power_iterations=50)
+        self.weight = nn.Parameter(self.conv.weight.detach().clone())
+
+    def forward(self, z: Tensor, x: Tensor, rate: Tensor) -> Tensor:
+        return torch.tanh(rate * nn.functional.conv2d(z, self.weight, padding=1) + x)
+
+
 class Case:
     """A batch: a cell, its inputs, and whether gradients are made.
 
     ``samples``: (B, 128) inputs; ``rate``: (B, 1) or None.
     """
 
-    def __init__(self, cell: Cell, samples: Tensor, rate: Tensor | None = None, trains: bool = False) -> None:
+    def __init__(self, cell: nn.Module, samples: Tensor, rate: Tensor | None = None, trains: bool = False) -> None:
         self.cell, self.trains = cell, trains
         self.args = (samples,) if rate is None else (samples, rate)
         self.limit = 1000
@@ -114,6 +127,13 @@ def hard_and_easy(wide: bool, trains: bool = True) -> Case:
     rate = torch.full((1024, 1), 0.55)
     rate[torch.randperm(1024, generator=g)[:16]] = 0.975
     return Case(Cell(weight, wide), 0.05 * torch.randn(1024, HIDDEN, generator=g), rate, trains)
+
+
+def convolutions() -> Case:
+    """512 images whose maps expand by factors from 0.5 to 1.3, drawn so that most are easy."""
+    g = torch.Generator().manual_seed(0)
+    rate = 0.5 + 0.8 * torch.rand(512, 1, 1, 1, generator=g) ** 4
+    return Case(Conv(), torch.randn(512, 16, 8, 8, generator=g), rate)
 
 
 def alike() -> Case:
@@ -181,6 +201,12 @@ def scheduled_call(case: Case, rung: int, trust: float) -> Callable[[], dq.Solut
     return call
 
 
+def shapes(plain: dq.Solution, rung: int, trust: float) -> int:
+    """How many sizes of the batch f sees."""
+    steps, schedule = plain.steps, Schedule(plain.steps.numel(), confirms=True, rung=rung, trust=trust)
+    return len({schedule.next(int((steps > k).sum())) for k in range(plain.nfe)})
+
+
 def sweep(found: dict[str, Case], rounds: int) -> list[Row]:
     """Every ladder at the default price and every price on the default ladder: rows, shapes and times."""
     rows = []
@@ -192,14 +218,31 @@ def sweep(found: dict[str, Case], rounds: int) -> list[Row]:
         for (rung, trust), (way, call) in zip(tried, calls.items(), strict=True):
             told = facts(call())
             row: Row = {"case": name, "rung": rung, "trust": trust, **times(taken[way]), **told}
+            row["shapes"] = shapes(plain, rung, trust)
             row["forecast"] = needed(plain.steps, plain.nfe, rung=rung, trust=trust)
             rows.append(row)
             vjps = f"{row['vjp_rows']:>10,d} of vjps" if "vjp_rows" in row else ""
             print(
                 f"{name:<45s} 1/{rung:<3d} trust {trust:<5g}{row['ms']:>10,.1f} ms {row['rows']:>9,d} rows "
-                f"({row['rows'] / row['own']:.3f} of own){vjps}",
+                f"({row['rows'] / row['own']:.3f} of own) {row['shapes']} shapes{vjps}",
                 flush=True,
             )
+    return rows
+
+
+def drawn(rounds: int) -> list[Row]:
+    """Rows over the plain solve's for batches that need nearly the same: normal counts around 16, every price."""
+    rows = []
+    generator = torch.Generator().manual_seed(0)
+    for samples in (64, 512):
+        for spread in (0.3, 0.6, 1.0, 2.0):
+            counts = [
+                (16 + spread * torch.randn(samples, generator=generator)).round().clamp(2).int() for _ in range(rounds)
+            ]
+            for trust in TRUSTS:
+                shares = [needed(c, int(c.max()), trust=trust) / (int(c.max()) * samples) for c in counts]
+                facts = {"samples": samples, "spread": spread, "trust": trust}
+                rows.append({**facts, "mean": sum(shares) / len(shares), "worst": max(shares)})
     return rows
 
 
@@ -234,12 +277,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows += new
             for row in new:
                 print(told(row), flush=True)
-        swept = sweep(found, rounds) if options.sweep else []
+        swept = sweep({**found, "512 images, a convolution": convolutions()}, rounds) if options.sweep else []
+        nearly = drawn(40) if options.sweep else []
         command = f"OMP_NUM_THREADS=1 python -m bench.rows{' --sweep' if options.sweep else ''}"
         about = meta.describe(command, bystanders)
     finally:
         torch.set_num_threads(threads)
-    record = {"kind": "rows", "quick": options.quick, "clock": "processor", "rows": rows, "sweep": swept, "meta": about}
+    record = {
+        "kind": "rows",
+        "quick": options.quick,
+        "clock": "processor",
+        "rows": rows,
+        "sweep": swept,
+        "drawn": nearly,
+        "meta": about,
+    }
     record["schedule"] = {"rung": RUNG, "trust": TRUST}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=1) + "\n")
