@@ -91,8 +91,8 @@ class Conv(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.conv = nn.utils.parametrizations.spectral_norm(nn.Conv2d(16, 16, 3, padding=1), n_power_iterations=50)
-        self.weight = nn.Parameter(self.conv.weight.detach().clone())
+        weight = torch.randn(16, 16, 3, 3)
+        self.weight = nn.Parameter(weight / torch.linalg.matrix_norm(weight.flatten(1), 2))
 
     def forward(self, z: Tensor, x: Tensor, rate: Tensor) -> Tensor:
         return torch.tanh(rate * nn.functional.conv2d(z, self.weight, padding=1) + x)

@@ -19,16 +19,17 @@ from bench.report.held import target_section
 from bench.report.markdown import CROWDED
 from bench.report.newest import newest
 from bench.report.processes import scaling_section, segments_section
+from bench.report.rows import rows_section
 from bench.report.sections import breakdown_section, joint_section, speed_section
 from bench.report.torch import torch_section
 
 
 def write(results: Path, out: Path) -> None:
-    kinds = ("speed", "convergence", "breakdown", "torch", "compat", "segments", "scaling")
-    speed, convergence, breakdown, plain, compat, segments, scaling = (newest(results, kind) for kind in kinds)
+    kinds = ("speed", "convergence", "breakdown", "torch", "compat", "segments", "scaling", "rows")
+    speed, convergence, breakdown, plain, compat, segments, scaling, rows = (newest(results, kind) for kind in kinds)
     if speed is None and convergence is None:
         raise SystemExit(f"no results in {results}: run `make bench` or `python -m bench.convergence` first")
-    records = (speed and speed["machine_info"], convergence, plain, compat, segments, scaling)
+    records = (speed and speed["machine_info"], convergence, plain, compat, segments, scaling, rows)
     quick = [r for r in records if r and r.get("quick")]
     img = out.parent / "img"
     parts = ["# Benchmarks", "Written by `python -m bench.report` from the newest results; edit nothing here."]
@@ -41,7 +42,7 @@ def write(results: Path, out: Path) -> None:
         parts.append(
             "**Other programs were busy during a run below: its times, and what they say of targets, are void.**"
         )
-    parts += target_section(speed, convergence, plain, compat)
+    parts += target_section(speed, convergence, plain, compat, rows)
     if speed is not None:
         parts += speed_section(speed, img)
         parts += joint_section(speed)
@@ -55,6 +56,8 @@ def write(results: Path, out: Path) -> None:
         parts += torch_section(plain)
     if compat is not None:
         parts += compat_section(compat)
+    if rows is not None:
+        parts += rows_section(rows)
     if segments is not None:
         parts += segments_section(segments)
     if scaling is not None:

@@ -6,12 +6,17 @@ from bench import free, joint, methods, targets
 from bench.report import summary
 from bench.report.compat import compat_checks
 from bench.report.markdown import Results, table, verdict
+from bench.report.rows import rows_checks
 from bench.report.sections import honest_ratio, joint_rows, speed_rows
 from bench.report.torch import torch_checks
 
 
 def target_section(
-    speed: Results | None, convergence: Results | None, plain: Results | None, compat: Results | None = None
+    speed: Results | None,
+    convergence: Results | None,
+    plain: Results | None,
+    compat: Results | None = None,
+    uneven: Results | None = None,
 ) -> list[str]:
     rows: list[list[str]] = []
     if convergence is not None and methods.DEFAULT in convergence["counts"]:
@@ -53,6 +58,8 @@ def target_section(
         rows += torch_checks(plain)
     if compat is not None:
         rows += compat_checks(compat)
+    if uneven is not None:
+        rows += rows_checks(uneven)
     met = sum("(met" in row[1] for row in rows)
     head = f"{met} of {len(rows)} met; the sections below say how each was measured."
     return ["## Targets of this project", head, table(["figure", "measured"], rows)]
