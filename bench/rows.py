@@ -177,7 +177,7 @@ def case_rows(name: str, case: Case, rounds: int) -> list[Row]:
     calls = {way: functools.partial(case, compact) for way, compact in WAYS.items()}
     if name == ALIKE:
         rounds *= 4  # a percent is asked
-    taken = timing.alternate(calls, rounds=rounds, least_rounds=3, budget=20.0, clock=time.process_time)
+    taken = timing.alternate(calls, rounds=rounds, least_rounds=3, budget=8.0, clock=time.process_time)
     rows = {way: {"case": name, "row": way, **times(taken[way]), **facts(call())} for way, call in calls.items()}
     auto = rows['compact="auto"']
     found = timing.ratio(taken["plain"].seconds, taken['compact="auto"'].seconds)
@@ -210,13 +210,13 @@ def shapes(plain: dq.Solution, rung: int, trust: float) -> int:
     return len({schedule.next(int((steps > k).sum())) for k in range(plain.nfe)})
 
 
-def sweep(found: dict[str, Case], rounds: int) -> list[Row]:
+def sweep(found: dict[str, Case]) -> list[Row]:
     """Every ladder at the default price and every price on the default ladder: rows, shapes and times."""
     rows = []
     tried = [(rung, TRUST) for rung in LADDERS] + [(RUNG, trust) for trust in TRUSTS if trust != TRUST]
     for name, case in found.items():
         calls = {f"{rung} {trust:g}": scheduled_call(case, rung, trust) for rung, trust in tried}
-        taken = timing.alternate(calls, rounds=rounds, least_rounds=3, budget=15.0, clock=time.process_time)
+        taken = timing.alternate(calls, rounds=3, least_rounds=3, budget=1.0, clock=time.process_time)
         plain = case(False)
         for (rung, trust), (way, call) in zip(tried, calls.items(), strict=True):
             told = facts(call())
@@ -280,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows += new
             for row in new:
                 print(told(row), flush=True)
-        swept = sweep({**found, "512 images, a convolution": convolutions()}, rounds) if options.sweep else []
+        swept = sweep({**found, "512 images, a convolution": convolutions()}) if options.sweep else []
         nearly = drawn(40) if options.sweep else []
         command = f"OMP_NUM_THREADS=1 python -m bench.rows{' --sweep' if options.sweep else ''}"
         about = meta.describe(command, bystanders)

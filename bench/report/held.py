@@ -54,12 +54,9 @@ def target_section(
                         rows.append([f"{name}, {size}: torchdeq / row", verdict(honest, goal)])
         rows += floor_checks(speed)
         rows += joint_checks(speed)
-    if plain is not None:
-        rows += torch_checks(plain)
-    if compat is not None:
-        rows += compat_checks(compat)
-    if uneven is not None:
-        rows += rows_checks(uneven)
+    for record, checks in ((plain, torch_checks), (compat, compat_checks), (uneven, rows_checks)):
+        if record is not None:
+            rows += checks(record)
     met = sum("(met" in row[1] for row in rows)
     head = f"{met} of {len(rows)} met; the sections below say how each was measured."
     return ["## Targets of this project", head, table(["figure", "measured"], rows)]
