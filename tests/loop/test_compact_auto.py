@@ -229,18 +229,17 @@ def test_batch_norm_stays_whole_in_training_and_shrinks_in_evaluation():
     p = uneven(24, 20)
     norm = nn.BatchNorm1d(20)
 
-    def normed(z, x, rate):
-        return shift(0.2 * norm(z), x, rate)
+    def normed(z, x, rate):  # of two samples alone the statistics of all are read, so that the others finish
+        fz = shift(z, x, rate)
+        return torch.cat([fz[:2] + 0.05 * norm(z)[:2], fz[2:]])
 
     f = Counted(normed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", dq.CouplingWarning)
-        sol = solve(p, f, compact="auto", max_iter=300)
-    if min(f.rows) < 24:
-        assert whole(sol, f, 24)
+    assert whole(solve(p, f, compact="auto", max_iter=60), f, 24)
+    assert sum(rows < 24 for rows in f.rows) == 1
     norm.eval()
-    f = Counted(lambda z, x, rate: shift(norm(z), x, rate))
-    assert solve(p, f, compact="auto", max_iter=300).rows.spared > 0.3
+    f = Counted(lambda z, x, rate: shift(0.9 * norm(z), x, rate))
+    sol = solve(p, f, compact="auto", max_iter=300)
+    assert sol.rows.spared > 0.3 and sol.rows.whole is None
 
 
 def test_dropout_and_f_with_a_state_stay_whole():
@@ -280,22 +279,19 @@ def test_an_exception_in_the_trial_is_an_answer():
     assert "ValueError" in sol.rows.whole and sol.converged.all()
 
 
-def test_an_exception_outside_of_the_trial_is_raised():
+def test_an_exception_after_the_trial_is_raised():
     p = uneven(24, 20)
+    p.rate[2:20] = torch.linspace(0.2, 0.8, 18)
 
     def broken(z, *args):
-        if len(z) < 20:
+        if len(z) < 6:
             raise ZeroDivisionError("later")
         return shift(z, *args)
 
     f = Counted(broken)
-    p.rate[2:20] = torch.linspace(0.2, 0.8, 18)
-    try:
-        sol = solve(p, f, compact="auto", max_iter=300)
-    except ZeroDivisionError:
-        assert min(rows for rows in f.rows if rows >= 20) < 24
-    else:
-        assert "ZeroDivisionError" in sol.rows.whole
+    with pytest.raises(ZeroDivisionError, match="later"):
+        solve(p, f, compact="auto", max_iter=300)
+    assert 6 <= min(rows for rows in f.rows[:-1]) < 24
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
