@@ -75,6 +75,12 @@ TRAINING: dict[str, dict[str, float]] = {
 SEGMENTS_EQUAL = 1.15
 SEGMENTS_UNEQUAL = {"1 of 1,000 rows, 99 of 10": 0.5}
 
+# compact="auto": a training step of which 16 of 1,024 samples are hard, the plain one's time over its, at least; rows
+# of f over the samples' own, at most; its time over the plain one's where all samples need the same, at most.
+ROWS_TRAINING = 5.0
+ROWS_DIGITS = 1.15
+ROWS_ALIKE = 1.01
+
 # On two processes of one thread: over one process of two threads and the all-reduce; over samples that stop together.
 SPREAD = 1.15
 CONSENSUS = 1.03

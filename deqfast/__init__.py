@@ -30,6 +30,7 @@ from .nn import DEQ, ConvergenceWarning
 from .ops import library as _library  # noqa: F401  registers torch.ops.deqfast
 from .ops.ranks import RankError
 from .roots import root
+from .rows import RowCount
 from .solution import BackwardReport, ConvergenceError, Solution
 from .solve import fixed_point
 from .solvers.anderson import Anderson
@@ -78,6 +79,7 @@ __all__ = [
     "Picard",
     "RandomStates",
     "RankError",
+    "RowCount",
     "Solution",
     "SolverState",
     "States",

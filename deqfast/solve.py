@@ -92,9 +92,12 @@ def fixed_point(
             have their shape.
         segments: samples of unequal length as rows of dim 0, one after the other: (rows,) int sample numbers, sorted,
             or offsets (samples + 1,). In place of ``batch_dims``.
-        compact: True when f treats samples independently: converged ones are dropped from what f sees, with every
-            tensor in args whose dim 0 is that of z0, and one evaluation of all of them at the end confirms it; or a
-            pytree of bools shaped like args that says which tensors follow, and is believed.
+        compact: converged samples are dropped from what f sees, in the backward solve of ``Implicit`` too, with every
+            tensor in args whose dim 0 is that of z0. "auto": if f is seen to treat samples independently, by holding
+            f of some rows against f of all before the first are dropped; else the batch stays whole, and
+            ``Solution.summary`` says why. True: f does, you say, and no shape of args is ambiguous. Both end with one
+            evaluation of all samples that confirms it, where any was dropped. Or a pytree of bools shaped like args
+            that says which tensors follow, and is believed. Default False.
         trace: record the (nfe, B) residuals.
         states: evaluations, counted from 1, whose answer so far is wanted too: ``Solution.states`` has what ``returns``
             asks for as it was then, in ascending order, copies without a gradient. After the end it is that of the end.
@@ -295,6 +298,10 @@ def _run(f: Callable[..., Any], args: tuple[Any, ...], problem: Problem, start: 
     if seen.sampled is not None:
         solution.states_at, solution.states = seen.sampled.at, seen.sampled.end(problem.layout.tensors(solution.z))
     problem.copy_z = state.copies_z
+    solution.compactable = options.compactable
+    if seen.compactor is not None:
+        solution.rows = seen.compactor.count
+        problem.following = None if seen.compactor.whole or problem.transformed else seen.compactor.following
     if not shared:
         state.release()
     return solution

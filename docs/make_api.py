@@ -33,6 +33,7 @@ GROUPS = {
         "States",
         "RandomStates",
         "Status",
+        "RowCount",
         "ConvergenceError",
         "CouplingWarning",
     ],

@@ -20,6 +20,7 @@ from bench.report.history import history_section, rounding_section
 from bench.report.markdown import CROWDED, Results
 from bench.report.newest import newest
 from bench.report.processes import scaling_section, segments_section
+from bench.report.rows import rows_section
 from bench.report.sections import breakdown_section, joint_section, speed_section
 from bench.report.torch import torch_section
 from bench.report.training import memory_section, training_section
@@ -40,6 +41,7 @@ SECTIONS: dict[str, Callable[[Results, Path], list[str]]] = {
     "convergence": _convergence,
     "torch": lambda record, _: torch_section(record),
     "compat": lambda record, _: compat_section(record),
+    "rows": lambda record, _: rows_section(record),
     "segments": lambda record, _: segments_section(record),
     "scaling": lambda record, _: scaling_section(record),
     "history": lambda record, _: history_section(record),

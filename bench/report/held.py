@@ -8,9 +8,12 @@ from bench import free, joint, methods, targets
 from bench.report import summary
 from bench.report.compat import compat_checks
 from bench.report.markdown import Results, table, verdict
+from bench.report.rows import rows_checks
 from bench.report.sections import honest_ratio, joint_rows, speed_rows
 from bench.report.torch import torch_checks
 from bench.report.training import training_checks
+
+CHECKS = {"torch": torch_checks, "compat": compat_checks, "rows": rows_checks, "training": training_checks}
 
 
 def target_section(records: Mapping[str, Results]) -> list[str]:
@@ -51,7 +54,7 @@ def target_section(records: Mapping[str, Results]) -> list[str]:
                         rows.append([f"{name}, {size}: torchdeq / row", verdict(honest, goal)])
         rows += floor_checks(speed)
         rows += joint_checks(speed)
-    for kind, checks in (("torch", torch_checks), ("compat", compat_checks), ("training", training_checks)):
+    for kind, checks in CHECKS.items():
         rows += checks(records[kind]) if kind in records else []
     met = sum("(met" in row[1] for row in rows)
     head = f"{met} of {len(rows)} met; the sections below say how each was measured."
