@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranges
 from ..following import Following
 from .graph import Attachment, Graph, adjoint_map, autocast_as, evaluate
 
@@ -32,7 +33,7 @@ class AdjointRows:
         following: Following,
     ) -> None:
         self._attachment, self._z, self._g = attachment, z, g
-        self._whole, self._following = whole, following
+        self._whole, self._following = ranges.around(ranges.VJP, whole), following
 
     def whole(self, z: Any) -> Any:
         """The map at all rows."""
@@ -47,4 +48,4 @@ class AdjointRows:
             args = self._following.gather(of.args, rows)
             graph = Graph(evaluate(of.f, z, args, layout, of.copy_z))
         graph.tensors = []
-        return adjoint_map(graph, z, of.layout.select(self._g, samples), layout)
+        return ranges.around(ranges.VJP, adjoint_map(graph, z, of.layout.select(self._g, samples), layout))

@@ -40,6 +40,15 @@ def test_a_profile_has_ranges_for_every_evaluation_and_step(solver, backend):
     assert counts["deqfast::step"] == solution.nfe + products
 
 
+def test_a_batch_that_shrinks_has_ranges_too():
+    slope = torch.linspace(0.1, 0.99, 64)[:, None].requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof:
+        solution = dq.fixed_point(lambda z, a: a * z + 1, torch.zeros(64, 2), (slope,), solver="picard", compact="auto")
+        solution.z.sum().backward()
+    counts = ranges_of(prof)
+    assert counts["deqfast::f"] >= solution.nfe and counts["deqfast::vjp"] >= solution.backward.evaluations
+
+
 def test_ranges_change_nothing_of_a_solve():
     f, z0, W = problem()
     plain = dq.fixed_point(f, z0)
