@@ -66,7 +66,7 @@ def solve_bytes(problem: Problem) -> int:
         if made % p.mix_every == 0:
             moved += floor.anderson_device_bytes(p.numbers, columns, p.h, one_pass=False, both=True)
         else:
-            moved += p.numbers * (5 * 4 + 2 * columns * p.h)  # products with both histories, no second reading
+            moved += p.numbers * (4 * 4 + 2 * p.h + 2 * columns * p.h)  # docs/design.md: no column is read for a mix
     return moved
 
 
@@ -80,8 +80,9 @@ def seconds(problem: Problem, cluster: Cluster) -> float:
 def measured_cluster(record: Mapping[str, Any], size: int) -> Cluster:
     """Of a record of bench/scaling.py, from its micro-measurements on so many processes."""
     us = {row["row"]: row["us"] for row in record["rows"] if row["processes"] == size}
-    large = 8 * LARGE / max(1e-6 * (us["all-reduce, large"] - us["all-reduce"]), 1e-9)
-    return Cluster(8 * record["stream"] / (1e-6 * us["stream"]), 1e-6 * us["all-reduce"], large)
+    longer = us["all-reduce, large"] - us["all-reduce"]
+    wire = 8 * LARGE / (1e-6 * longer) if longer > 0 else math.inf  # one process sends nothing
+    return Cluster(8 * record["stream"] / (1e-6 * us["stream"]), 1e-6 * us["all-reduce"], wire)
 
 
 def compared(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -104,9 +105,9 @@ def compared(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-# Assumed, not measured. Bandwidth: 3.35 TB/s of an H100 SXM (NVIDIA's data sheet), of which a step reaches 0.8. A wire of
-# 450 GB/s each way in a node of 8 (NVLink 4, the same sheet), of 50 GB/s between nodes (InfiniBand NDR, 400 Gb/s a port).
-# Latency: 15 us for a small all-reduce in a node, and 5 us more for every doubling of the nodes. Both are guesses.
+# Assumed, not measured. Nominal figures: 3.35 TB/s of memory (H100 SXM5; some lists say 3.0), NVLink 4 of 900 GB/s both
+# ways together, InfiniBand NDR of 400 Gb/s a port. Guesses: a step reaches 0.8 of the memory's bandwidth; a small
+# all-reduce takes 15 us in a node of 8, and 5 us more for every doubling of the nodes.
 HBM, REACHED, NVLINK, NDR, IN_NODE, A_DOUBLING, NODE = 3.35e12, 0.8, 450e9, 50e9, 15e-6, 5e-6, 8
 
 
