@@ -24,7 +24,9 @@ LARGE_N, A_GPU, EVALUATIONS, M = 2_000_000_000, 20_000_000, 20, 10
 CASES = {
     f"one sample of {LARGE_N:,}, bfloat16": lambda gpus: model.Problem(LARGE_N // gpus, 1, EVALUATIONS, M),
     f"one sample of {LARGE_N:,}, int8": lambda gpus: model.Problem(LARGE_N // gpus, 1, EVALUATIONS, M, h=1),
-    f"one sample of {LARGE_N:,}, mix_every=4": lambda gpus: model.Problem(LARGE_N // gpus, 1, EVALUATIONS, M, mix_every=4),
+    f"one sample of {LARGE_N:,}, mix_every=4": lambda gpus: model.Problem(
+        LARGE_N // gpus, 1, EVALUATIONS, M, mix_every=4
+    ),
     f"64 samples, {A_GPU:,} numbers a GPU, bfloat16": lambda gpus: model.Problem(A_GPU, 64, EVALUATIONS, M),
 }
 
