@@ -1,4 +1,4 @@
-"""Fills the measured part of docs/scaling.md from the newest bench/results/*-scaling.json: ``python docs/make_scaling.py``.
+"""Fills docs/scaling.md from the newest bench/results/*-scaling.json: ``python docs/make_scaling.py``.
 
 A quick run is left out. The picture goes to docs/img/scaling.png.
 """
@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+sys.path.extend([str(ROOT), str(ROOT / "docs")])
 
 import measured_page as measured
 
 from bench import scaling_model as model
 from bench.report.markdown import number, provenance, verdict
 from bench.report.newest import newest
+from bench.report.pictures import scaling
 
 LARGE_N, A_GPU, EVALUATIONS, M = 2_000_000_000, 20_000_000, 20, 10
 CASES = {
@@ -65,33 +66,6 @@ def clusters() -> str:
     return measured.table(["case", "GPUs", "us predicted", "not communication"], rows)
 
 
-def picture(record: Mapping[str, Any], path: Path) -> None:
-    """Measured against predicted, and the prediction to 1,024 GPUs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
-    for i, name in enumerate(model.PREDICTED):
-        own = [row for row in model.compared(record) if row["row"] == name]
-        sizes = [row["processes"] for row in own]
-        left.plot(sizes, [1e-3 * row["us"] for row in own], "o-", color=f"C{i}", label=f"{name}, measured")
-        left.plot(sizes, [1e-3 * row["predicted"] for row in own], "s--", color=f"C{i}", label=f"{name}, predicted")
-    left.set(xscale="log", yscale="log", xlabel="gloo processes on one machine", ylabel="ms an evaluation")
-    for name, of in CASES.items():
-        found = model.predicted(of)
-        right.plot([gpus for gpus, _, _ in found], [1e6 * whole for _, whole, _ in found], "--", label=name)
-    right.set(xscale="log", yscale="log", xlabel="H100, assumed, not measured", ylabel="us an evaluation")
-    for axes in (left, right):
-        axes.legend(fontsize=7, frameon=False)
-        axes.grid(alpha=0.25)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata={"Software": ""})
-    plt.close(figure)
-
-
 def block(record: Mapping[str, Any]) -> str:
     """All that is between the markers."""
     return "\n\n".join(
@@ -118,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = newest(options.results, "scaling")
     if record is None or record["quick"] or "stream" not in record:
         raise SystemExit(f"nothing measured: no full run with a copy's speed in {options.results}")
-    picture(record, options.page.parent / "img" / "scaling.png")
+    picture = options.page.parent / "img" / "scaling.png"
+    scaling(model.compared(record), {name: model.predicted(of) for name, of in CASES.items()}, picture)
     options.page.write_text(measured.fill(options.page.read_text(), "scaling", block(record), options.page.name))
     print(f"filled {options.page.name}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def test_narrow_columns_and_rarer_mixes_move_less(cheaper):
 def test_more_gpus_are_faster_and_less_efficient():
     found = model.predicted(lambda gpus: model.Problem(2_000_000_000 // gpus, 1, 20, 10))
     assert [gpus for gpus, _, _ in found] == list(model.GPUS)
-    assert all(a[1] > b[1] and a[2] > b[2] for a, b in zip(found, found[1:], strict=False))
+    assert all(a[1] > b[1] and a[2] > b[2] for a, b in itertools.pairwise(found))
 
 
 def test_the_page_is_filled(tmp_path):
