@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.extend([str(ROOT), str(ROOT / "docs")])
+sys.path.append(str(ROOT))
+sys.path.append(str(ROOT / "docs"))
 
 import measured_page as measured
 
