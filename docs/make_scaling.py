@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
-sys.path.append(str(ROOT / "docs"))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parent))
 
 import measured_page as measured
 
@@ -22,6 +21,7 @@ from bench.report.markdown import number, provenance, verdict
 from bench.report.newest import newest
 from bench.report.pictures import scaling
 
+ROOT = Path(__file__).resolve().parents[1]
 LARGE_N, A_GPU, EVALUATIONS, M = 2_000_000_000, 20_000_000, 20, 10
 CASES = {
     f"one sample of {LARGE_N:,}, bfloat16": lambda gpus: model.Problem(LARGE_N // gpus, 1, EVALUATIONS, M),
