@@ -20,9 +20,8 @@ class Metrics:
 
         metrics = dq.Metrics()
         layer = dq.DEQ(cell, metrics=metrics)
-        ...
-        if step % 100 == 0:
-            metrics.write(writer, step)  # torch.utils.tensorboard's, or anything with add_scalar
+        layer(x).sum().backward()
+        metrics.compute()  # or metrics.write(writer, step), every so often, for TensorBoard
 
     It may be called with a ``Solution`` as well: ``metrics(dq.fixed_point(...))``. Adding one reads nothing from the
     device; ``compute`` does. States are not kept, counts and residuals are: 60 bytes or so a sample.

@@ -108,6 +108,27 @@ def memory_lines(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
+def scaling(
+    points: Sequence[Mapping[str, Any]], clusters: Mapping[str, Sequence[tuple[int, float, float]]], path: Path
+) -> None:
+    """Measured against predicted on this machine; predictions alone, dashed, for GPUs that nobody measured."""
+    figure, (left, right) = _pyplot().subplots(1, 2, figsize=(10, 4.2))
+    for i, name in enumerate(dict.fromkeys(row["row"] for row in points)):
+        own, colour = [row for row in points if row["row"] == name], COLOURS[i]
+        for key, style in (("us", "o-"), ("predicted", "s--")):
+            told = "measured" if key == "us" else key
+            xy = [(row["processes"], 1e-3 * row[key]) for row in own]
+            left.plot(*zip(*xy, strict=True), style, color=colour, label=f"{name}, {told}")
+    for i, (name, found) in enumerate(clusters.items()):
+        right.plot(*zip(*((g, 1e6 * whole) for g, whole, _ in found), strict=True), "--", color=COLOURS[i], label=name)
+    left.set(xscale="log", yscale="log", xlabel="gloo processes on one machine", ylabel="ms an evaluation")
+    right.set(xscale="log", yscale="log", xlabel="H100, assumed, not measured", ylabel="us an evaluation")
+    for axes in (left, right):
+        axes.legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    _save(figure, path)
+
+
 def _family(row: str) -> str:
     for prefix, colour in (("deqfast", COLOURS[0]), ("torchdeq", COLOURS[2]), ("bare", COLOURS[5])):
         if row.startswith(prefix):
