@@ -1,6 +1,6 @@
 """Train an equilibrium network on several processes, and go on where a job ended.
 
-    torchrun --nproc-per-node 2 examples/cluster/train.py --epochs 6 --checkpoint out/cluster
+    torchrun --standalone --nproc-per-node 2 examples/cluster/train.py --epochs 6 --checkpoint out/cluster
 
 Plain torch.distributed: NCCL where there are GPUs, else gloo; DistributedDataParallel; a checkpoint an epoch by
 torch.distributed.checkpoint, taken up by whatever number of processes the next job has. `dq.Metrics` of the first rank
