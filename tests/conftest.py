@@ -9,7 +9,8 @@ import hypothesis
 import pytest
 import torch
 
-from deqfast.ops import pool
+from deqfast.ops import native, pool
+from deqfast.ops.broyden import BroydenWorkspace
 from deqfast.ops.native import plan
 
 # bench/ and examples/ are tested too. Last: a copy of the package that PYTHONPATH names comes first.
@@ -41,6 +42,12 @@ def pytest_report_header() -> str:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=native.EMULATED)
+def forms_of_a_device(monkeypatch):
+    """Emulated kernels are a GPU's, and take a GPU's form of a step for CPU tensors."""
+    monkeypatch.setattr(BroydenWorkspace, "GRAM_MIN_N", BroydenWorkspace.DEVICE_GRAM_MIN_N)
 
 
 @pytest.fixture(autouse=bool(os.environ.get("DEQFAST_TEST_LAG")))

@@ -52,8 +52,7 @@ def check(saved: dict[str, Any], method: Any, ws: Workspace) -> None:
 def load(saved: dict[str, Any], ws: Workspace, outputs: Outputs) -> None:
     """Put the tensors of a checked ``saved`` where the next step will look for them."""
     tensors: dict[str, Tensor] = saved["tensors"]
-    for name, t in ws.tensors().items():
-        t.copy_(tensors[name])
+    ws.load(tensors)
     layout: Layout = ws.layout
     names = [f"previous.{i}" for i in range(len(layout.leaves))]
     previous = [tensors[name].to(layout.device, copy=True) for name in names if name in tensors]

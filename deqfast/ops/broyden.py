@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -21,13 +22,15 @@ class BroydenMethod(NamedTuple):
 
 
 class BroydenWorkspace(Workspace):
-    """Steps (B, memory, N) and their squared norms; above ``GRAM_MIN_N`` numbers a sample also their Gram matrix.
+    """Steps (B, memory, N) and their squared norms; from ``gram_min_n`` numbers a sample on also their Gram matrix.
 
     While z fits in cache the chain z_{j+1} = z_j + s_{j+1} c_j / ||s_j||^2 reads every step once. Beyond that the Gram
-    form (independent dots, a small recursion, one combination) reads them twice but streams.
+    form (independent dots, a small recursion, one combination) reads them twice but streams. On a GPU a chain is the
+    work of one block, and many share the Gram form of a sample.
     """
 
     GRAM_MIN_N = 1 << 16
+    DEVICE_GRAM_MIN_N = 8193
 
     uses_previous = False
     kept = ("history", "norms", "gram")
@@ -42,11 +45,38 @@ class BroydenWorkspace(Workspace):
         columns, acc, B = method.memory, layout.acc, layout.B
         self.history = memory.history((B, columns, layout.N), acc)
         self.buffer = memory.buffer
-        side = columns if layout.N >= self.GRAM_MIN_N or layout.spread_n else 0
+        side = columns if layout.N >= self.gram_min_n(layout.device) or layout.spread_n else 0
         self.norms = memory.new("norms", (B, columns), acc)  # ||s_j||^2
         self.gram = memory.new("gram", (B, side, side), acc)  # s_i . s_j, i >= j
         if fresh:
             self.begin()
+
+    @classmethod
+    def gram_min_n(cls, device: torch.device) -> int:
+        """Numbers a sample from which on the Gram matrix is kept; the same for any batch."""
+        return cls.GRAM_MIN_N if device.type == "cpu" else cls.DEVICE_GRAM_MIN_N
+
+    def expected(self, saved: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """With or without the Gram matrix: what was saved on another device may lie in the other form."""
+        found, gram = super().expected(saved), saved.get("gram")
+        both = [(self.layout.B, side, side) for side in (0, self.method.memory)]
+        if gram is not None and tuple(gram.shape) in both:
+            found["gram"] = (tuple(gram.shape), self.gram.dtype)
+        return found
+
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """And the Gram matrix, from the steps where it was not saved."""
+        if saved["gram"].shape == self.gram.shape:
+            return super().load(saved)
+        super().load({**saved, "gram": self.gram})
+        if not self.gram.shape[1]:
+            return None
+        count = self.int_row(Int.COUNT)
+        used = torch.arange(self.method.memory, device=count.device) < count[:, None]
+        steps = torch.where(used[:, :, None], self.history, 0.0)
+        torch.bmm(steps, steps.mT, out=self.gram)
+        self.forget((used & self.norms.isinf()).any(1))  # see changed
+        return None
 
     def take(self, other: BroydenWorkspace, which: Tensor) -> None:
         """And the steps of those samples."""

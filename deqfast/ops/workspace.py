@@ -171,6 +171,11 @@ class Workspace:
         """Shape and dtype that each tensor must have in what was ``saved`` of such a workspace."""
         return {name: (tuple(t.shape), t.dtype) for name, t in self.tensors().items()}
 
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """Take up what was ``saved`` of such a workspace, as ``expected``."""
+        for name, t in self.tensors().items():
+            t.copy_(saved[name])
+
     def int_row(self, row: Int) -> Tensor:
         """(B,) int32 view."""
         return self.ints[int(row), : self.layout.B]  # torch takes twice as long to read an enum

@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import problems
 import pytest
 import torch
-from gpu import GPU, SOLVERS, Cell, every_backend, every_solver, needs_gpu, no_sync, on_stream, problem, to_gpu
+from gpu import (
+    GPU, SOLVERS, Cell, cuda, every_backend, every_solver, needs_gpu, no_sync, not_dry, on_stream, problem, to_gpu,
+)  # fmt: skip
 from problems import assert_same_samples, pull, relative_residual, same_bits, solve
 from torch.utils import _pytree as pytree
 
@@ -16,7 +18,7 @@ from deqfast.ops.lag import LAG
 
 pytestmark = needs_gpu
 
-SIZES = [(5, 1), (17, 7), (20_000, 8), (33, 33), (4, 1000), (3, 4097), (2, 16_384), (2, 16_385), (2, 70_000)]
+SIZES = [(5, 1), (17, 7), (20_000, 8), (33, 33), (4, 1000), (3, 4097), (2, 8192), (2, 8193), (2, 16_385), (2, 140_000)]
 HISTORIES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
 
 
@@ -167,7 +169,7 @@ def test_compacted_solve_has_the_bits_of_the_whole_one(solver, backend):
 def test_solve_on_another_stream_gives_the_same_bits(solver, backend):
     p = problem(4, 500)
     expected = solve(p, solver=solver, backend=backend)
-    got = on_stream(torch.cuda.Stream(GPU), lambda: solve(p, solver=solver, backend=backend))
+    got = on_stream(cuda.Stream(GPU), lambda: solve(p, solver=solver, backend=backend))
     assert_same_samples(got, slice(None), expected, slice(None))
 
 
@@ -175,12 +177,12 @@ def test_solve_on_another_stream_gives_the_same_bits(solver, backend):
 def test_threads_on_streams_of_their_own_do_not_disturb_each_other(backend):
     parts = [problem(4, N, seed=N) for N in (40, 1000, 20_000, 7)]
     expected = [solve(p, backend=backend) for p in parts]
-    torch.cuda.synchronize()
+    cuda.synchronize()
 
     def work(p):
-        with torch.cuda.stream(torch.cuda.Stream(GPU)):
+        with cuda.stream(cuda.Stream(GPU)):
             found = [solve(p, backend=backend) for _ in range(8)]
-            torch.cuda.current_stream(GPU).synchronize()
+            cuda.current_stream(GPU).synchronize()
         return found
 
     with ThreadPoolExecutor(len(parts)) as pool:
@@ -190,7 +192,7 @@ def test_threads_on_streams_of_their_own_do_not_disturb_each_other(backend):
 
 
 @every_backend
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one device at most")
+@pytest.mark.skipif(cuda.device_count() < 2, reason="there is one device at most")
 def test_solve_runs_where_its_tensors_are(backend):
     p = problem(4, 500)
     second = torch.device("cuda", 1)
@@ -200,6 +202,7 @@ def test_solve_runs_where_its_tensors_are(backend):
     assert same_bits(solution.z.cpu(), solve(p, backend=backend).z.cpu())
 
 
+@not_dry
 @every_backend
 def test_output_on_another_device_raises(backend):
     z0 = torch.zeros(2, 3, device=GPU)
@@ -207,6 +210,7 @@ def test_output_on_another_device_raises(backend):
         dq.fixed_point(lambda z: z.cpu(), z0, backend=backend)
 
 
+@not_dry
 @every_backend
 def test_history_that_does_not_fit_says_what_to_do(backend):
     B, N = 4, 1 << 20
@@ -237,4 +241,4 @@ def test_state_saved_to_the_cpu_goes_on_on_the_gpu(backend):
         while not state.done:
             state.step(problems.pull(state.z, *p.args))
     assert torch.equal(states[0].z, states[1].z)
-    assert states[1].failed() == 3
+    assert states[1].failed() == int((states[1].status != dq.Status.CONVERGED).sum()) > 0
