@@ -56,6 +56,17 @@ def late_counts(monkeypatch):
     monkeypatch.setattr(plan, "EMULATED_LAG", int(os.environ.get("DEQFAST_TEST_LAG", "0")))
 
 
+@pytest.fixture(autouse=torch.cuda.is_available())
+def device_still_answers(request):
+    """What an error of a kernel leaves behind fails every later test of the process: it ends, and says at which."""
+    yield
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        pytest.exit(f"after {request.node.nodeid} the device answers no more: {reason}", returncode=3)
+
+
 @pytest.fixture
 def poisoned_memory():
     """torch.empty and its kin return NaN (or the largest integer), so that a read of unwritten memory shows."""

@@ -49,7 +49,7 @@ __device__ __forceinline__ void read_dense(const Source& s, int64_t begin, const
 template <class A, class S, int V>
 __device__ __forceinline__ void read_source(const Source& s, int64_t row, const Tile<V>& tile, A* out) {
     const int64_t begin = row * s.batch_stride;
-    if (s.dense && s.dtype == kDTypeOf<S>) return read_dense<A, S>(s, begin, tile, out);
+    if (s.dense && (sizeof(S) == 2 || s.dtype == kDTypeOf<S>)) return read_dense<A, S>(s, begin, tile, out);
     if (!s.dense) {
         DEQFAST_UNROLL
         for (int k = 0; k < kItems; ++k)

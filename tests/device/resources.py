@@ -113,7 +113,7 @@ def width(suffixes: str) -> int:
 
 def accesses(lines: Iterator[str], kernels: dict[tuple[str, str], Kernel]) -> None:
     """Count the accesses of each kernel in a listing of machine code."""
-    arch, kernel = "", None
+    arch, kernel = next((arch for _, arch in kernels), ""), None  # a listing of one architecture does not name it
     for line in lines:
         if "arch = " in line:
             arch = line.split("=")[1].strip()

@@ -8,7 +8,8 @@ import problems
 import pytest
 import torch
 from gpu import (
-    GPU, SOLVERS, Cell, cuda, every_backend, every_solver, needs_gpu, no_sync, not_dry, on_stream, problem, to_gpu,
+    GPU, SOLVERS, Cell, cuda, every_backend, every_solver, needs_gpu, no_sync, not_dry, on_stream, problem, some,
+    to_gpu,
 )  # fmt: skip
 from problems import assert_same_samples, pull, relative_residual, same_bits, solve
 from torch.utils import _pytree as pytree
@@ -45,7 +46,7 @@ def agree(got: dq.Solution, expected: dq.Solution, error: float) -> None:
 
 @every_backend
 @every_solver
-@pytest.mark.parametrize(("B", "N"), SIZES)
+@pytest.mark.parametrize(("B", "N"), some(*SIZES))
 def test_answers_are_those_of_the_cpu(B, N, solver, backend):
     p = problems.problem(B, N, slowest=0.8)
     expected = solve(p, solver=solver, rtol=1e-5, backend="reference")
@@ -56,8 +57,8 @@ def test_answers_are_those_of_the_cpu(B, N, solver, backend):
 
 @every_backend
 @every_solver
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.complex64], ids=str)
-@pytest.mark.parametrize("N", [6, 40, 17_000])
+@pytest.mark.parametrize("dtype", some(torch.float64, torch.bfloat16, torch.float16, torch.complex64), ids=str)
+@pytest.mark.parametrize("N", some(6, 40, 17_000))
 def test_states_of_every_dtype_are_solved_to_their_own_precision(N, dtype, solver, backend):
     p = problem(5, N, dtype=dtype, slowest=0.6)
     rtol = {torch.float64: 1e-9, torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.complex64: 1e-5}[dtype]
@@ -68,9 +69,9 @@ def test_states_of_every_dtype_are_solved_to_their_own_precision(N, dtype, solve
 
 
 @every_backend
-@pytest.mark.parametrize("history", HISTORIES, ids=str)
-@pytest.mark.parametrize("kind", ["mixed", 1, 2])
-@pytest.mark.parametrize("N", [5, 1025, 20_000])
+@pytest.mark.parametrize("history", some(*HISTORIES), ids=str)
+@pytest.mark.parametrize("kind", some("mixed", 1, 2))
+@pytest.mark.parametrize("N", some(5, 1025, 20_000))
 def test_history_of_every_dtype_leads_to_the_same_answer(N, kind, history, backend):
     p = problem(3, N, slowest=0.8)
     solution = solve(p, solver=dq.Anderson(m=4, type=kind, history_dtype=history), rtol=1e-5, backend=backend)
@@ -80,7 +81,7 @@ def test_history_of_every_dtype_leads_to_the_same_answer(N, kind, history, backe
 
 @every_backend
 @every_solver
-@pytest.mark.parametrize("N", [3, 8, 40, 1000, 20_000])
+@pytest.mark.parametrize("N", some(3, 8, 40, 1000, 20_000))
 def test_sample_has_the_same_bits_in_any_batch_beside_nan_and_in_every_run(N, solver, backend):
     p = problem(33, N, slowest=0.9)
     p.x[4], p.x[7] = torch.nan, torch.inf
@@ -117,7 +118,7 @@ def test_trees_of_channels_last_and_complex_tensors_and_strided_outputs_are_read
 
 @every_backend
 @every_solver
-@pytest.mark.parametrize("n", [24, 20_000])
+@pytest.mark.parametrize("n", some(24, 20_000))
 def test_narrower_output_under_autocast_is_taken_as_it_is(n, solver, backend):
     x, rate = torch.randn(3, n, device=GPU), 0.5
 
@@ -144,7 +145,7 @@ def test_empty_states_return_at_once(shape, solver, backend):
 
 @every_backend
 @every_solver
-@pytest.mark.parametrize("max_iter", [1, 2, 3, 7])
+@pytest.mark.parametrize("max_iter", some(1, 2, 3, 7))
 def test_without_a_tolerance_exactly_max_iter_evaluations_are_made(max_iter, solver, backend):
     p = problem(3, 30)
     counted = problems.Counted(pull)

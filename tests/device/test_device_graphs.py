@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import tape
 import torch
 from gpu import (
-    DRY, GPU, Cell, cuda, every_backend, every_solver, native_only, needs_gpu, no_sync, not_dry, on_stream, problem,
+    DRY, GPU, Cell, cuda, every_backend, every_solver, native_only, needs_gpu, no_sync, not_dry, on_stream, problem, some,
 )  # fmt: skip
 from problems import assert_same_samples, pull, same_bits, solve
 
@@ -39,8 +37,7 @@ def recorder(monkeypatch):
     found = Counting()
     monkeypatch.setattr(recording, "RECORDER", found)
     graphs.clear()
-    with tape.taped_backends() if DRY else contextlib.nullcontext():
-        yield found
+    yield found
     graphs.clear()
 
 
@@ -56,7 +53,7 @@ def skip_what_is_not_meant_to_work(mode, backend):
 @every_backend
 @every_mode
 @every_solver
-@pytest.mark.parametrize("N", [5, 40, 1000, 20_000])
+@pytest.mark.parametrize("N", some(5, 40, 1000, 20_000))
 def test_recorded_solve_has_the_bits_of_the_loop(N, solver, mode, backend, recorder):
     skip_what_is_not_meant_to_work(mode, backend)
     options = {"solver": solver, "backend": backend, "rtol": 1e-4, "max_iter": 101}
@@ -71,7 +68,7 @@ def test_recorded_solve_has_the_bits_of_the_loop(N, solver, mode, backend, recor
 
 @every_backend
 @every_mode
-@pytest.mark.parametrize("max_iter", [1, 2, 3, 4, 6, 9])
+@pytest.mark.parametrize("max_iter", some(1, 2, 3, 4, 6, 9))
 def test_recorded_solve_without_a_tolerance_makes_max_iter_evaluations(max_iter, mode, backend):
     skip_what_is_not_meant_to_work(mode, backend)
     p = problem(3, 30)
@@ -202,7 +199,7 @@ def test_reference_backend_runs_in_the_loop_and_says_so(mode):
 
 @every_backend
 @every_solver
-@pytest.mark.parametrize("N", [5, 40, 20_000])
+@pytest.mark.parametrize("N", some(5, 40, 20_000))
 def test_users_own_graph_replays_with_new_input(N, solver, backend):
     first, second = (problem(4, N, seed=seed, zero=False) for seed in range(2))
     x = first.x.clone()

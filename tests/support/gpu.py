@@ -32,6 +32,11 @@ needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="torch sees no CUDA device")
 not_dry = pytest.mark.skipif(DRY, reason="asks for what CPU tensors have not")
 
 
+def some(*values: Any) -> tuple[Any, ...]:
+    """The values that a test runs for; a trial takes the first two."""
+    return values[:2] if DRY else values
+
+
 def _missing(backend: str) -> str | None:
     return ops.why_not(backend, GPU) if HAS_GPU else "torch sees no CUDA device"
 
