@@ -217,13 +217,16 @@ check-aarch64: ## Compile the CPU kernels for aarch64 (needs a cross compiler)
 	    -DDEQFAST_ISA=baseline -DDEQFAST_HAS_BASELINE -Icsrc/include -c $$source -o /dev/null || exit 1; \
 	done
 
-check-cuda: venv ## Compile the CUDA kernels for CUDA_ARCHS, assert that none spills (needs nvcc; minutes)
+# What the page says of the kernels: make check-cuda CUDA_ARCHS="80-real;90-real;100-real;120-real" RESOURCES=docs/gpu-notes.md
+RESOURCES ?=
+
+check-cuda: venv ## Compile the CUDA kernels for CUDA_ARCHS; none spills, tiles move in 16 bytes (needs nvcc; minutes)
 	@command -v nvcc > /dev/null || { echo "nvcc not found: it comes with the CUDA toolkit" >&2; exit 1; }
 	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DDEQFAST_CUDA=on -DDEQFAST_CUDA_ARCHS="$(CUDA_ARCHS)" \
 	  -DDEQFAST_CUDA_RESOURCES=ON -DDEQFAST_ISAS=baseline -DDEQFAST_WERROR=ON -DDEQFAST_INPLACE=OFF
 	$(BIN)/cmake --build build/cuda --clean-first > build/cuda/resources.txt 2>&1 || { cat build/cuda/resources.txt; exit 1; }
-	$(BIN)/python tests/device/resources.py build/cuda/resources.txt
+	$(BIN)/python tests/device/resources.py build/cuda/resources.txt build/cuda/deqfast/_C.*.so $(if $(RESOURCES),--write $(RESOURCES))
 	cd build/cuda/deqfast && $(abspath $(BIN)/python) -c "import torch, _C; print(_C.build_info()); print(_C.cuda_why_not(0))"
 
 $(VENV_DIST)/.deps: pyproject.toml
