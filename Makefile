@@ -44,7 +44,7 @@ LOCK = $(if $(FLOCK),$(FLOCK) $(1))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build inplace demo examples docs test test-triton test-packaging test-min-torch lint bench bench-report adoption federated federated-test gpu sanitize emulated check-aarch64 check-cuda sdist wheel wheels index try-wheel check-release install-report format clean
+.PHONY: help venv build inplace demo examples docs test test-triton test-packaging test-min-torch lint bench bench-report adoption federated federated-test dry-device gpu sanitize emulated check-aarch64 check-cuda sdist wheel wheels index try-wheel check-release install-report format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-16s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -168,6 +168,10 @@ federated: build $(VENV_FEDERATED)/.deps ## Federated learning on digits with Fl
 
 federated-test: build $(VENV_FEDERATED)/.deps ## Its tests, those that need Flower and real processes included (minutes)
 	$(FEDERATED) -m pytest tests/federated -p no:cacheprovider $(PYTEST_ARGS)
+
+# A test that fails here fails on a device for its own sake; tests/support/dry.py stands in for torch.cuda.
+dry-device: build ## Try the tests of a GPU on CPU tensors, graphs as tapes
+	DEQFAST_TEST_DRY=1 $(PYTEST) -p no:cacheprovider tests/device $(PYTEST_ARGS)
 
 # No environment of its own: PYTHON's torch, which brings its CUDA along; see docs/gpu-notes.md.
 gpu: ## On a machine with a GPU: build, test, sanitize and measure there (ten minutes, no network)

@@ -197,6 +197,7 @@ def test_reference_backend_runs_in_the_loop_and_says_so(mode):
     assert solution.mode == "loop"
 
 
+@not_dry  # a tape never tells the loop that it may end
 @every_backend
 @every_solver
 @pytest.mark.parametrize("N", some(5, 40, 20_000))
@@ -211,8 +212,8 @@ def test_users_own_graph_replays_with_new_input(N, solver, backend):
 
     for _ in range(2):  # outside of a capture first, as torch asks for
         on_stream(cuda.Stream(GPU), run)
-    graph = cuda.CUDAGraph()
-    with cuda.graph(graph):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         captured = run()
     for given in (second.x, first.x):
         x.copy_(given)
@@ -222,6 +223,7 @@ def test_users_own_graph_replays_with_new_input(N, solver, backend):
         assert same_bits(replayed, (expected.z, expected.steps, expected.residual))
 
 
+@not_dry  # a tape runs what it records
 @every_backend
 def test_step_captured_by_a_user_goes_on_where_it_was(backend):
     p = problem(3, 50, zero=False)
@@ -230,8 +232,8 @@ def test_step_captured_by_a_user_goes_on_where_it_was(backend):
         for _ in range(4):
             s.step(pull(s.z, *p.args))
     cuda.synchronize()
-    graph, kept = cuda.CUDAGraph(), []
-    with cuda.graph(graph):
+    graph, kept = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
         for _ in range(2):
             kept.append(pull(state.z, *p.args))
             state.step(kept[-1])

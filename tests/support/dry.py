@@ -1,6 +1,6 @@
 """Stands in for ``torch.cuda`` where the tests of a GPU are tried on CPU tensors: DEQFAST_TEST_DRY=1.
 
-Streams keep no order, graphs are tapes. A test that fails here would fail on a device for its own sake.
+Streams keep no order. A test that fails here would fail on a device for its own sake.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
-
-import tape
 
 
 class Stream:
@@ -23,21 +21,6 @@ class Stream:
 
     def synchronize(self) -> None:
         pass
-
-
-class CUDAGraph:
-    """A tape that ``graph`` records on."""
-
-    recorded: Any = None
-
-    def replay(self) -> None:
-        self.recorded.replay()
-
-
-@contextlib.contextmanager
-def graph(into: CUDAGraph) -> Iterator[None]:
-    with tape.Tape() as into.recorded:
-        yield
 
 
 @contextlib.contextmanager
