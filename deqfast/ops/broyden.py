@@ -45,7 +45,8 @@ class BroydenWorkspace(Workspace):
         columns, acc, B = method.memory, layout.acc, layout.B
         self.history = memory.history((B, columns, layout.N), acc)
         self.buffer = memory.buffer
-        side = columns if layout.N >= self.gram_min_n(layout.device) or layout.spread_n else 0
+        least = self.gram_min_n(layout.device)
+        side = columns if least <= layout.N or layout.spread_n else 0
         self.norms = memory.new("norms", (B, columns), acc)  # ||s_j||^2
         self.gram = memory.new("gram", (B, side, side), acc)  # s_i . s_j, i >= j
         if fresh:

@@ -3,7 +3,7 @@
 python tests/device/resources.py LOG MODULE [--write PAGE]
 
 LOG: what ptxas printed (-Xptxas=-v) while MODULE was compiled. Its machine code says how wide the accesses are: a tile
-of the widest type of a kernel moves 16 bytes at a time, and what is narrower as many numbers of it. ``--write`` puts the
+of a kernel's widest type moves 16 bytes at a time, and what is narrower as many numbers of it. ``--write`` puts the
 table into a page, between its marks.
 """
 
@@ -129,7 +129,7 @@ def described(kernels: list[Kernel]) -> None:
     plain = subprocess.run(["c++filt"], input=names, text=True, capture_output=True, check=True).stdout
     for kernel, name in zip(kernels, plain.splitlines(), strict=True):
         found = KERNEL.search(name)
-        kernel.family = found[1] if found else name
+        kernel.family = found[1] if found else name.rpartition("::")[2].partition("(")[0]
         parts = found[2].split(",") if found and found[2] else []
         kernel.types = tuple(part.strip().removeprefix("deqfast::cuda::") for part in parts)
 

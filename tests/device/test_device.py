@@ -8,9 +8,20 @@ import problems
 import pytest
 import torch
 from gpu import (
-    GPU, SOLVERS, Cell, cuda, every_backend, every_solver, needs_gpu, no_sync, not_dry, on_stream, problem, some,
+    GPU,
+    SOLVERS,
+    Cell,
+    cuda,
+    every_backend,
+    every_solver,
+    needs_gpu,
+    no_sync,
+    not_dry,
+    on_stream,
+    problem,
+    some,
     to_gpu,
-)  # fmt: skip
+)
 from problems import assert_same_samples, pull, relative_residual, same_bits, solve
 from torch.utils import _pytree as pytree
 

@@ -6,8 +6,20 @@ import pytest
 import tape
 import torch
 from gpu import (
-    DRY, GPU, Cell, cuda, every_backend, every_solver, native_only, needs_gpu, no_sync, not_dry, on_stream, problem, some,
-)  # fmt: skip
+    DRY,
+    GPU,
+    Cell,
+    cuda,
+    every_backend,
+    every_solver,
+    native_only,
+    needs_gpu,
+    no_sync,
+    not_dry,
+    on_stream,
+    problem,
+    some,
+)
 from problems import assert_same_samples, pull, same_bits, solve
 
 import deqfast as dq
