@@ -1,6 +1,6 @@
 """What the compiled CUDA kernels use and how they reach memory; asserts that none spills and that tiles move whole.
 
-python tests/device/resources.py LOG MODULE [--write PAGE]
+python tests/device/resources.py LOG MODULE [LOG MODULE ...] [--write PAGE]
 
 LOG: what ptxas printed (-Xptxas=-v) while MODULE was compiled. Its machine code says how wide the accesses are: a tile
 of a kernel's widest type moves 16 bytes at a time, and what is narrower as many numbers of it. ``--write`` puts the
@@ -123,6 +123,18 @@ def accesses(lines: Iterator[str], kernels: dict[tuple[str, str], Kernel]) -> No
             kernel.accesses[found[1], width(found[2] or "")] += 1
 
 
+def compiled(log: Path, module: Path) -> list[Kernel]:
+    """The kernels of a module."""
+    kernels = used(log.read_text())
+    command = [tool("cuobjdump"), "-sass", str(module)]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as listing:
+        assert listing.stdout is not None
+        accesses(listing.stdout, kernels)
+    if listing.returncode:
+        sys.exit(f"cuobjdump could not read {module}")
+    return list(kernels.values())
+
+
 def described(kernels: list[Kernel]) -> None:
     """Give each kernel its family and its types."""
     names = "\n".join(kernel.name for kernel in kernels)
@@ -177,19 +189,12 @@ def write(page: Path, table: list[str], compiler: str) -> None:
 def main() -> int:
     """1 if anything is at fault, or there is no kernel."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("log", type=Path)
-    parser.add_argument("module", type=Path)
+    parser.add_argument("files", type=Path, nargs="+", help="log and module, in turns")
     parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
-    kernels = used(arguments.log.read_text())
-    with subprocess.Popen(
-        [tool("cuobjdump"), "-sass", str(arguments.module)], text=True, stdout=subprocess.PIPE
-    ) as listing:
-        assert listing.stdout is not None
-        accesses(listing.stdout, kernels)
-    if listing.returncode:
-        sys.exit(f"cuobjdump could not read {arguments.module}")
-    every = list(kernels.values())
+    every = []
+    for log, module in zip(arguments.files[::2], arguments.files[1::2], strict=True):
+        every += compiled(log, module)
     described(every)
     found = list(faults(every))
     table = list(rows(every))
