@@ -9,9 +9,9 @@ import hypothesis
 import pytest
 import torch
 
-from deqfast.ops import native, pool
+from deqfast.ops import pool
 from deqfast.ops.broyden import BroydenWorkspace
-from deqfast.ops.native import plan
+from deqfast.ops.native import extension, plan
 
 # bench/ and examples/ are tested too. Last: a copy of the package that PYTHONPATH names comes first.
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
@@ -44,7 +44,7 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=native.EMULATED)
+@pytest.fixture(autouse=extension.EMULATED)
 def forms_of_a_device(monkeypatch):
     """Emulated kernels are a GPU's, and take a GPU's form of a step for CPU tensors."""
     monkeypatch.setattr(BroydenWorkspace, "GRAM_MIN_N", BroydenWorkspace.DEVICE_GRAM_MIN_N)

@@ -227,8 +227,8 @@ class Step {
         column_products(leaf, tile, n_columns, g, v, w);
     }
 
-    __device__ void new_column(const Leaf& leaf, const Tile<V>& tile, int slot, const A* f, const A* x, const A* g, A* v,
-                               A* w) {
+    __device__ void new_column(const Leaf& leaf, const Tile<V>& tile, int slot, const A* f, const A* x, const A* g,
+                               A* v, A* w) {
         A d_f[kItems], previous[kItems];
         read_source<A, S>(leaf.f_prev, f_prev_row(a, b), tile, previous);
         for (int k = 0; k < kItems; ++k) d_f[k] = f[k] - previous[k] * unit;
@@ -270,10 +270,9 @@ class Step {
         for (int first = 0; first < n_columns; first += together) {
             Pack<H, V> packs[together][each];
             DEQFAST_UNROLL
-            for (int i = 0; i < together; ++i)
-                DEQFAST_UNROLL
-                for (int h = 0; h < each; ++h)
-                    packs[i][h] = load_tile(history(1 - h, s.columns[min(first + i, n_columns - 1)]), column);
+            for (int i = 0; i < together; ++i) DEQFAST_UNROLL
+            for (int h = 0; h < each; ++h)
+                packs[i][h] = load_tile(history(1 - h, s.columns[min(first + i, n_columns - 1)]), column);
             DEQFAST_UNROLL
             for (int i = 0; i < together; ++i) {
                 if (first + i >= n_columns) continue;

@@ -173,7 +173,7 @@ struct Piece<16> {
     using type = uint4;
 };
 template <class T, int V>
-using PieceOf = typename Piece<V * int(sizeof(T)) < 16 ? V * int(sizeof(T)) : 16>::type;
+using PieceOf = typename Piece<V* int(sizeof(T)) < 16 ? V * int(sizeof(T)) : 16>::type;
 
 // A thread's numbers of a tile as they lie in memory. Loads end here and are converted later: converting right away
 // would wait for each load before the next one is asked for.

@@ -59,9 +59,9 @@ __global__ void __launch_bounds__(kFinishThreads) joint_copy_kernel(const __grid
     const Move move = part.next ? move_of(a, b) : Move{From::iterate, false};
     if (!keep && !part.next) return;
     uintptr_t together = uintptr_t(part.n) * sizeof(S);
-    for (const void* row : {static_cast<const void*>(part.x), static_cast<const void*>(part.mapped),
-                            static_cast<const void*>(part.next), static_cast<const void*>(part.saved),
-                            static_cast<const void*>(part.kept)})
+    for (const void* row :
+         {static_cast<const void*>(part.x), static_cast<const void*>(part.mapped), static_cast<const void*>(part.next),
+          static_cast<const void*>(part.saved), static_cast<const void*>(part.kept)})
         together |= reinterpret_cast<uintptr_t>(row);
     if (together % sizeof(uint4) == 0)
         copy_rows<uint4, S>(part, b, chunk.begin, end, keep, move);

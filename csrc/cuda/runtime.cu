@@ -135,8 +135,7 @@ Counts::~Counts() {
 Counts::Entry Counts::read(int lag) const {
     const Ring ring{ring_, ticket_};
     const int64_t ticket = ticket_ - lag;
-    wait_for([&] { return ring.written(ticket); },
-             [&] { check_alive(ring, ticket, streams_[ticket % kEntries]); });
+    wait_for([&] { return ring.written(ticket); }, [&] { check_alive(ring, ticket, streams_[ticket % kEntries]); });
     std::atomic_thread_fence(std::memory_order_acquire);
     return {ring.first_word(ticket) & 0xffffffff, ring_[ticket % kEntries * 2 + 1]};
 }

@@ -38,16 +38,15 @@ inline dim3 grid_of(int64_t B, int64_t chunks) {
     return dim3(unsigned(B * chunks));
 }
 
-// Sums of `n` products over `count` of the numbers that each has in a row of `from`, `stride` apart; a warp four of them,
-// whose loads are under way together. `put(d, sum)` by one thread.
+// Sums of `n` products over `count` of the numbers that each has in a row of `from`, `stride` apart; a warp four of
+// them, whose loads are under way together. `put(d, sum)` by one thread.
 template <class Put>
 __device__ __forceinline__ void add_rows(const double* from, int64_t stride, int64_t count, int n, Put&& put) {
     for (int first = warp_of() * 4; first < n; first += int(blockDim.x) / kWarpSize * 4) {
         double sum[4] = {};
-        for (int64_t c = lane_of(); c < count; c += kWarpSize)
-            DEQFAST_UNROLL
-            for (int i = 0; i < 4; ++i)
-                if (first + i < n) sum[i] += __ldcg(&from[(first + i) * stride + c]);
+        for (int64_t c = lane_of(); c < count; c += kWarpSize) DEQFAST_UNROLL
+        for (int i = 0; i < 4; ++i)
+            if (first + i < n) sum[i] += __ldcg(&from[(first + i) * stride + c]);
         const double total = warp_sum_4(sum[0], sum[1], sum[2], sum[3]);
         const int d = first + lane_of() / 8;
         if (lane_of() % 8 == 0 && d < n) put(d, total);
@@ -77,7 +76,8 @@ struct Adding {
             const int64_t group = index / kGroupChunks, first = group * kGroupChunks;
             const int64_t size = min(int64_t(kGroupChunks), chunks - first);
             if (!last_to_arrive(&arrivals[1 + group], size)) return false;
-            add_rows(partials + first, chunks, size, n, [&](int d, double sum) { of_groups[d * groups + group] = sum; });
+            add_rows(partials + first, chunks, size, n,
+                     [&](int d, double sum) { of_groups[d * groups + group] = sum; });
         }
         const int64_t count = groups ? groups : chunks;
         if (!last_to_arrive(arrivals, count)) return false;

@@ -19,7 +19,8 @@ inline void relax() {
 #endif
 }
 
-// Until `written()`; after kSpin, which a clock measures, `alive()` before each pause: it throws where nothing will come.
+// Until `written()`; after kSpin, which a clock measures, `alive()` before each pause: it throws where nothing will
+// come.
 template <class Written, class Alive>
 void wait_for(Written&& written, Alive&& alive) {
     using Clock = std::chrono::steady_clock;

@@ -16,7 +16,7 @@
 
 namespace deqfast::cuda {
 
-constexpr int kMaxLeaves = 16;          // tensors of a state
+constexpr int kMaxLeaves = 16;  // tensors of a state
 // Shared memory of a block in bytes, from compute capability 8.0 on: what there is at most, what there is without
 // asking for it, and how much of both is left to what kernels declare themselves (`make check-cuda` compares).
 constexpr int64_t kMaxShared = 101376, kFreeShared = 49152, kStaticShared = 1024;
@@ -109,7 +109,6 @@ inline void check_supported(const BroydenArgs& a) {
     check_supported(a, chain_shared(a.N, accumulation_size(a.dtype)),
                     "a chain of steps of " + std::to_string(a.N) + " numbers");
 }
-
 
 inline WorkSizes work_sizes(const BroydenArgs& a, bool) {
     if (a.gram) return split_sizes(a, broyden_products(a.memory));

@@ -24,7 +24,7 @@ void launch_with(int64_t shared) { launch(nothing, dim3(1), kWarpSize, shared, n
 
 // Largest m that is taken, every block size below it launched.
 template <class Args, class Method, class Shared>
-int most_columns(DType dtype, Args args, int Method::*columns, const Shared& shared) {
+int most_columns(DType dtype, Args args, int Method::* columns, const Shared& shared) {
     args.dtype = dtype;
     for (int m = 0;; ++m) {
         args.*columns = m;

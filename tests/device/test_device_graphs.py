@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import tape
 import torch
@@ -30,7 +32,10 @@ pytestmark = needs_gpu
 every_mode = pytest.mark.parametrize("mode", ["graph", "device"])
 
 
-class Counting(tape.TapeRecorder if DRY else recording.Recorder):
+Recorder: Any = tape.TapeRecorder if DRY else recording.Recorder
+
+
+class Counting(Recorder):
     """Counts what is captured."""
 
     def __init__(self) -> None:

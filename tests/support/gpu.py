@@ -26,7 +26,7 @@ GPU = torch.device("cpu") if DRY else torch.device("cuda", 0)
 HAS_GPU = DRY or torch.cuda.is_available()
 cuda: Any = torch.cuda
 if DRY:
-    import dry as cuda  # type: ignore[no-redef]
+    import dry as cuda
 
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="torch sees no CUDA device")
 not_dry = pytest.mark.skipif(DRY, reason="asks for what CPU tensors have not")

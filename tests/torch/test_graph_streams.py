@@ -79,7 +79,8 @@ class Torch:
     """What of torch a failed capture meets; ``ended``: torch has ended the capture in its pool by itself."""
 
     def __init__(self, monkeypatch, ended):
-        self.done, self.ended = [], ended
+        self.ended = ended
+        self.done: list = []
         for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
             monkeypatch.setattr(torch._C, name, getattr(self, name), raising=False)
         monkeypatch.setattr(torch.cuda, "graph", self.graph)

@@ -15,9 +15,9 @@ constexpr int64_t kSplitMinN = 1 << 16;     // larger samples are split over thr
 constexpr int kChunk = 8 * 1024;            // numbers whose products are added up in one accumulator
 
 // ---- on a GPU ----
-constexpr int64_t kBlockMaxN = 4096;  // samples up to this take one block and one launch a step
+constexpr int64_t kBlockMaxN = 4096;       // samples up to this take one block and one launch a step
 constexpr int64_t kDeviceGramMinN = 8193;  // kGramMinN there: a chain is one block's work
-constexpr int64_t kSplitChunk = 4096;  // numbers of a larger sample that one block handles
+constexpr int64_t kSplitChunk = 4096;      // numbers of a larger sample that one block handles
 
 constexpr Named kRegimes[] = {
     {"TINY", kTinyN},
