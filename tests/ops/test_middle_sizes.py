@@ -47,7 +47,8 @@ def test_steps_are_those_of_the_reference(N, name, backend):
 def test_state_saved_in_one_form_goes_on_in_the_other(before, after, backend, monkeypatch):
     p, states = problem(3, 50, slowest=0.9, zero=False), []
     for limit in (before, after):
-        monkeypatch.setattr(BroydenWorkspace, "GRAM_MIN_N", limit)
+        for name in ("GRAM_MIN_N", "DEVICE_GRAM_MIN_N"):
+            monkeypatch.setattr(BroydenWorkspace, name, limit)
         states.append(dq.Broyden(memory=6).init(p.z0, rtol=0.0, backend=backend))
         if len(states) == 1:
             for _ in range(4):
