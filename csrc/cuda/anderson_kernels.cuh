@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kMostThreads<H>, kBlocks<A, H>)
 
 // Between the halves: one warp a sample.
 template <class A, class S, class H, int leaves>
-__global__ void __launch_bounds__(kWarpSize) decide_kernel(const __grid_constant__ Params<leaves> p) {
+__global__ void __launch_bounds__(kWarpSize, 1) decide_kernel(const __grid_constant__ Params<leaves> p) {
     DEQFAST_SHARED(memory);
     const AndersonArgs& a = p.a;
     const int64_t b = blockIdx.x;

@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kGramThreads, sizeof(A) == 8 ? 1 : 2)
 
 // Between the halves: one warp a sample.
 template <class A, class S, int leaves>
-__global__ void __launch_bounds__(kWarpSize) gram_decide_kernel(const __grid_constant__ BroydenParams<leaves> p) {
+__global__ void __launch_bounds__(kWarpSize, 1) gram_decide_kernel(const __grid_constant__ BroydenParams<leaves> p) {
     DEQFAST_SHARED(memory);
     const int64_t b = blockIdx.x;
     if (p.a.at(kStatus, b) != kRunning) return;
