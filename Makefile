@@ -46,7 +46,7 @@ LOCK = $(if $(FLOCK),$(FLOCK) $(1))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build inplace demo examples docs test test-triton test-packaging test-min-torch lint bench bench-jax bench-gate bench-report adoption federated federated-test gpu sanitize emulated check-aarch64 check-cuda sdist wheel wheels index try-wheel check-release install-report format clean
+.PHONY: help venv build inplace demo examples docs test test-triton test-packaging test-min-torch lint bench bench-jax bench-gate bench-report adoption federated federated-test dry-device gpu sanitize emulated check-aarch64 check-cuda sdist wheel wheels index try-wheel check-release install-report format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-16s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -185,6 +185,10 @@ federated: build $(VENV_FEDERATED)/.deps ## Federated learning on digits with Fl
 federated-test: build $(VENV_FEDERATED)/.deps ## Its tests, those that need Flower and real processes included (minutes)
 	$(FEDERATED) -m pytest tests/federated -p no:cacheprovider $(PYTEST_ARGS)
 
+# A test that fails here fails on a device for its own sake; tests/support/dry.py stands in for torch.cuda.
+dry-device: build ## Try the tests of a GPU on CPU tensors, graphs as tapes
+	DEQFAST_TEST_DRY=1 $(PYTEST) -p no:cacheprovider tests/device $(PYTEST_ARGS)
+
 # No environment of its own: PYTHON's torch, which brings its CUDA along; see docs/gpu-notes.md.
 gpu: ## On a machine with a GPU: build, test, sanitize and measure there (ten minutes, no network)
 	$(PYTHON) .ci/gpu.py
@@ -233,13 +237,16 @@ check-aarch64: ## Compile the CPU kernels for aarch64 (needs a cross compiler)
 	    -DDEQFAST_ISA=baseline -DDEQFAST_HAS_BASELINE -Icsrc/include -c $$source -o /dev/null || exit 1; \
 	done
 
-check-cuda: venv ## Compile the CUDA kernels for CUDA_ARCHS, assert that none spills (needs nvcc; minutes)
+# What the page says of the kernels: make check-cuda CUDA_ARCHS="80-real;90-real;100-real;120-real" RESOURCES=docs/gpu-notes.md
+RESOURCES ?=
+
+check-cuda: venv ## Compile the CUDA kernels for CUDA_ARCHS; none spills, tiles move in 16 bytes (needs nvcc; minutes)
 	@command -v nvcc > /dev/null || { echo "nvcc not found: it comes with the CUDA toolkit" >&2; exit 1; }
 	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DDEQFAST_CUDA=on -DDEQFAST_CUDA_ARCHS="$(CUDA_ARCHS)" \
 	  -DDEQFAST_CUDA_RESOURCES=ON -DDEQFAST_ISAS=baseline -DDEQFAST_WERROR=ON -DDEQFAST_INPLACE=OFF
 	$(BIN)/cmake --build build/cuda --clean-first > build/cuda/resources.txt 2>&1 || { cat build/cuda/resources.txt; exit 1; }
-	$(BIN)/python tests/device/resources.py build/cuda/resources.txt
+	$(BIN)/python tests/device/resources.py build/cuda/resources.txt build/cuda/deqfast/_C.*.so $(if $(RESOURCES),--write $(RESOURCES))
 	cd build/cuda/deqfast && $(abspath $(BIN)/python) -c "import torch, _C; print(_C.build_info()); print(_C.cuda_why_not(0))"
 
 $(VENV_DIST)/.deps: pyproject.toml

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from deqfast.ops import pool
-from deqfast.ops.native import plan
+from deqfast.ops.broyden import BroydenWorkspace
+from deqfast.ops.native import extension, plan
 
 # bench/ and examples/ are tested too. Last: a copy of the package that PYTHONPATH names comes first.
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
@@ -43,10 +44,27 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=extension.EMULATED)
+def forms_of_a_device(monkeypatch):
+    """Emulated kernels are a GPU's, and take a GPU's form of a step for CPU tensors."""
+    monkeypatch.setattr(BroydenWorkspace, "GRAM_MIN_N", BroydenWorkspace.DEVICE_GRAM_MIN_N)
+
+
 @pytest.fixture(autouse=bool(os.environ.get("DEQFAST_TEST_LAG")))
 def late_counts(monkeypatch):
     """Emulated kernels tell the host late, as a GPU does: what a loop must put up with shows without one."""
     monkeypatch.setattr(plan, "EMULATED_LAG", int(os.environ.get("DEQFAST_TEST_LAG", "0")))
+
+
+@pytest.fixture(autouse=torch.cuda.is_available())
+def device_still_answers(request):
+    """What an error of a kernel leaves behind fails every later test of the process: it ends, and says at which."""
+    yield
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        pytest.exit(f"after {request.node.nodeid} the device answers no more: {reason}", returncode=3)
 
 
 @pytest.fixture

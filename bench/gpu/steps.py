@@ -17,6 +17,7 @@ import deqfast as dq
 from bench import floor, joint
 from bench.gpu.device import Place, spread
 from deqfast.ops import choose
+from deqfast.ops.broyden import BroydenWorkspace
 from deqfast.ops.codes import Int
 from deqfast.ops.joint_step import JointStep
 
@@ -53,7 +54,8 @@ class Case:
         """Floor of a step with a full history; of Broyden the mean over a period."""
         numbers, one_pass = self.B * self.N, floor.fits_a_block(self.N)
         if self.kind == "broyden":
-            return sum(floor.broyden_device_bytes(numbers, k, one_pass) for k in range(self.m)) / self.m
+            chain = self.N < BroydenWorkspace.DEVICE_GRAM_MIN_N
+            return sum(floor.broyden_device_bytes(numbers, k, chain) for k in range(self.m)) / self.m
         if self.kind == "joint":
             return joint.floor_bytes(numbers, self.m, WIDTH[self.h])
         streamed = self.kind != 2

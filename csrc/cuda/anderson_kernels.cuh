@@ -80,18 +80,16 @@ __global__ void __launch_bounds__(kMostThreads<H>, kBlocks<A, H>)
     DEQFAST_SHARED(memory);
     const AndersonArgs& a = p.a;
     const Place place(p, a.n_leaves);
-    const int64_t b = place.b, chunks = place.chunks;
+    const int64_t b = place.b;
     if (a.at(kStatus, b) != kRunning) return;
     Step<A, S, H, leaves> step(p, b, memory);
     const int D = int(anderson_products(a.m)), slot = step.new_slot(), n = step.open(slot);
     const Chunk chunk(p, place.index);
     step.reduce(chunk.leaf, chunk.begin, kSplitChunk, slot, n);
     step.close();
-    double* partials = p.work.partials + b * D * chunks;
-    for (int d = int(threadIdx.x); d < D; d += int(blockDim.x))
-        partials[d * chunks + place.index] = step.shared().sums[d];
-    if (!last_to_arrive(&p.work.arrivals[b], chunks)) return;
-    add_chunks(partials, chunks, D, step.shared().sums);
+    const Adding adding(p.work, a.B, b, false, place.chunks, D);
+    for (int d = int(threadIdx.x); d < D; d += int(blockDim.x)) adding.of(d, place.index) = step.shared().sums[d];
+    if (!adding.up(place.index, D, step.shared().sums)) return;
     if (!(p.phase & kApply)) {
         for (int d = int(threadIdx.x); d < D; d += int(blockDim.x)) a.sums[b * D + d] = step.shared().sums[d];
     } else if (warp_of() == 0) {
@@ -101,7 +99,7 @@ __global__ void __launch_bounds__(kMostThreads<H>, kBlocks<A, H>)
 
 // Between the halves: one warp a sample.
 template <class A, class S, class H, int leaves>
-__global__ void __launch_bounds__(kWarpSize) decide_kernel(const __grid_constant__ Params<leaves> p) {
+__global__ void __launch_bounds__(kWarpSize, 1) decide_kernel(const __grid_constant__ Params<leaves> p) {
     DEQFAST_SHARED(memory);
     const AndersonArgs& a = p.a;
     const int64_t b = blockIdx.x;
@@ -134,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, 2) mix_kernel(const __grid_constant_
             const bool finite = step.mix(chunk.leaf, chunk.begin, kSplitChunk);
             if (__syncthreads_or(!finite) && threadIdx.x == 0) atomicOr(&p.work.infinite[b], 1);
         }
-        if (last_to_arrive(&p.work.arrivals[a.B + b], chunks)) {
+        if (last_to_arrive(Adding(p.work, a.B, b, true, chunks, 0).arrivals, chunks)) {
             if (outcome & kGoing) {
                 if (p.work.infinite[b]) step.picard();
                 if (threadIdx.x == 0) after_step(a, b);

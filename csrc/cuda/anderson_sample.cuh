@@ -22,6 +22,7 @@ struct Params {
 template <class A, class S, class H, int leaves>
 class Step {
    public:
+    static constexpr int V = kGroup<S, H>;
     __device__ Step(const Params<leaves>& params, int64_t sample, char* block_memory)
         : p(params),
           a(params.a),
@@ -42,13 +43,9 @@ class Step {
     __device__ int open(int slot) {
         const Small<A> small(a, b);
         for (int i = int(threadIdx.x); i < D * (int(blockDim.x) / kWarpSize); i += int(blockDim.x)) s.warp_sums[i] = 0;
-        int n = 0;
         const bool none = !(unit > 0) || (a.max_iter && a.at(kSteps, b) + 1 >= a.max_iter);
-        for (int j = 0; j < a.m && !none; ++j)
-            if (j != slot && small.norms[j] > 0) {
-                if (threadIdx.x == 0) s.columns[n] = j;
-                ++n;
-            }
+        const auto counts = [&](int j) { return j != slot && small.norms[j] > 0; };
+        const int n = list_of(none ? 0 : a.m, s.columns, counts);
         __syncthreads();
         return n;
     }
@@ -58,7 +55,7 @@ class Step {
         const Leaf& leaf = p.leaf[l];
         const int64_t end = min(begin + length, leaf.n);
         for (int64_t at = begin; at < end; at += int64_t(blockDim.x) * kItems)
-            reduce_tile(leaf, tile_of(a, leaf, at, end), slot, n_columns);
+            reduce_tile(leaf, tile_of<V>(a, leaf, at, end), slot, n_columns);
     }
 
     // Adds the warps' sums up; then every thread may read `sums`.
@@ -85,7 +82,7 @@ class Step {
         const int n = list_weighted();
         bool finite = true;
         for (int64_t at = begin; at < end; at += int64_t(blockDim.x) * kItems) {
-            const Tile tile = tile_of(a, leaf, at, end);
+            const Tile<V> tile = tile_of<V>(a, leaf, at, end);
             A out[kItems];
             read_source<A, S>(leaf.f, f_row(a, b), tile, out);
             if (beta != 1) {
@@ -93,7 +90,7 @@ class Step {
                 read_tile(row_of<S>(leaf.x, leaf, b), tile, part);
                 for (int k = 0; k < kItems; ++k) out[k] = part[k] + beta * (out[k] - part[k]);
             }
-            const Tile column{leaf.offset + at, tile.count, tile.neighbours};
+            const Tile<V> column{leaf.offset + at, tile.count, tile.neighbours};
             for (int i = 0; i < n; i += kMixed) subtract_columns(0, i, n, per_unit, leaf, column, out);
             for (int i = 0; i < n && beta != 1; i += kMixed)
                 subtract_columns(1, i, n, (beta - 1) * per_unit, leaf, column, out);
@@ -107,7 +104,7 @@ class Step {
         for (int l = 0; l < a.n_leaves; ++l) {
             const Leaf& leaf = p.leaf[l];
             for (int64_t at = 0; at < leaf.n; at += int64_t(blockDim.x) * kItems) {
-                const Tile tile = tile_of(a, leaf, at, leaf.n);
+                const Tile<V> tile = tile_of<V>(a, leaf, at, leaf.n);
                 A f[kItems];
                 read_source<A, S>(leaf.f, f_row(a, b), tile, f);
                 write_state(row_of<S>(leaf.x_prev, leaf, b), tile, f);
@@ -134,25 +131,20 @@ class Step {
 
     // Columns whose loads are under way together: 64 bytes a thread, or a multiprocessor does not keep its memory busy.
     static constexpr int kMixed = sizeof(H) == 8 ? 1 : sizeof(H) == 4 ? 2 : 4;
-    static constexpr int kMultiplied = sizeof(H) >= 4 ? 1 : 2;
+    static constexpr int kMultiplied = kMixed;  // Type II reads one column of each pair, else half as many pairs
 
     // Lists the columns that have a weight; the whole block.
     __device__ int list_weighted() {
-        int n = 0;
         __syncthreads();
-        for (int j = 0; j < a.m; ++j)
-            if (s.gamma[j] != 0) {
-                if (threadIdx.x == 0) s.columns[n] = j;
-                ++n;
-            }
+        const int n = list_of(a.m, s.columns, [&](int j) { return s.gamma[j] != 0; });
         __syncthreads();
         return n;
     }
 
     // out -= factor * (gamma_j times column j of dF or dG), for up to kMixed of the n listed columns.
     __device__ __forceinline__ void subtract_columns(int which, int first, int n, A factor, const Leaf& leaf,
-                                                     const Tile& column, A* out) const {
-        Pack<H> packs[kMixed];
+                                                     const Tile<V>& column, A* out) const {
+        Pack<H, V> packs[kMixed];
         DEQFAST_UNROLL
         for (int i = 0; i < kMixed; ++i) packs[i] = load_tile(history(which, s.columns[min(first + i, n - 1)]), column);
         DEQFAST_UNROLL
@@ -183,7 +175,7 @@ class Step {
     }
 
     // Rounds the thread's part of a column into the history and leaves it as it was stored.
-    __device__ void store(int which, int slot, const Leaf& leaf, const Tile& tile, A* column) {
+    __device__ void store(int which, int slot, const Leaf& leaf, const Tile<V>& tile, A* column) {
         A factor = 1;
         if (kScaled<H>) factor = block_scale(which, column);
         if (kScaled<H> && threadIdx.x == 0) scale(which, slot, leaf, tile.begin) = float(factor);
@@ -192,7 +184,7 @@ class Step {
             part[k] = Format<A, H>::write(kScaled<H> ? column[k] / factor : column[k]);
             column[k] = Format<A, H>::read(part[k]) * factor;
         }
-        write_tile<A>(history(which, slot), Tile{leaf.offset + tile.begin, tile.count, tile.neighbours}, part);
+        write_tile(history(which, slot), Tile<V>{leaf.offset + tile.begin, tile.count, tile.neighbours}, part);
     }
 
     // Power of two that brings the tile's largest magnitude to [1/2, 1), for int8 to [64, 128).
@@ -213,7 +205,7 @@ class Step {
         return A(ldexp(1.0, std::is_same<H, int8_t>::value ? exponent - 7 : exponent));
     }
 
-    __device__ void reduce_tile(const Leaf& leaf, const Tile& tile, int slot, int n_columns) {
+    __device__ void reduce_tile(const Leaf& leaf, const Tile<V>& tile, int slot, int n_columns) {
         A f[kItems], x[kItems], g[kItems], v[kItems], w[kItems];
         read_source<A, S>(leaf.f, f_row(a, b), tile, f);
         read_tile(row_of<S>(leaf.x, leaf, b), tile, x);
@@ -235,8 +227,8 @@ class Step {
         column_products(leaf, tile, n_columns, g, v, w);
     }
 
-    __device__ void new_column(const Leaf& leaf, const Tile& tile, int slot, const A* f, const A* x, const A* g, A* v,
-                               A* w) {
+    __device__ void new_column(const Leaf& leaf, const Tile<V>& tile, int slot, const A* f, const A* x, const A* g,
+                               A* v, A* w) {
         A d_f[kItems], previous[kItems];
         read_source<A, S>(leaf.f_prev, f_prev_row(a, b), tile, previous);
         for (int k = 0; k < kItems; ++k) d_f[k] = f[k] - previous[k] * unit;
@@ -259,32 +251,41 @@ class Step {
         if (lane_of() == 0) add(kWV, double(wv));
     }
 
-    __device__ void column_products(const Leaf& leaf, const Tile& tile, int n_columns, const A* g, const A* v,
+    __device__ void column_products(const Leaf& leaf, const Tile<V>& tile, int n_columns, const A* g, const A* v,
                                     const A* w) {
-        const Small<A> small(a, b);
-        const Tile column{leaf.offset + tile.begin, tile.count, tile.neighbours};
         static_assert(kRhs == 0 && kRow == 1 && kCol == 2 && kGramRow == 3, "the order in which four are added");
-        for (int first = 0; first < n_columns; first += kMultiplied) {
-            Pack<H> packs_v[kMultiplied], packs_f[kMultiplied];
+        if (type2)
+            multiply<true>(leaf, tile, n_columns, g, v, w);
+        else
+            multiply<false>(leaf, tile, n_columns, g, v, w);
+    }
+
+    // Of Type II the columns of dG, else those of both.
+    template <bool dg_alone>
+    __device__ __forceinline__ void multiply(const Leaf& leaf, const Tile<V>& tile, int n_columns, const A* g,
+                                             const A* v, const A* w) {
+        constexpr int each = dg_alone ? 1 : 2, together = kMultiplied > each ? kMultiplied / each : 1;
+        const Small<A> small(a, b);
+        const Tile<V> column{leaf.offset + tile.begin, tile.count, tile.neighbours};
+        for (int first = 0; first < n_columns; first += together) {
+            Pack<H, V> packs[together][each];
             DEQFAST_UNROLL
-            for (int i = 0; i < kMultiplied; ++i) {
-                const int j = s.columns[min(first + i, n_columns - 1)];
-                packs_v[i] = load_tile(history(1, j), column);
-                if (!type2) packs_f[i] = load_tile(history(0, j), column);
-            }
+            for (int i = 0; i < together; ++i) DEQFAST_UNROLL
+            for (int h = 0; h < each; ++h)
+                packs[i][h] = load_tile(history(1 - h, s.columns[min(first + i, n_columns - 1)]), column);
             DEQFAST_UNROLL
-            for (int i = 0; i < kMultiplied; ++i) {
+            for (int i = 0; i < together; ++i) {
                 if (first + i >= n_columns) continue;
                 const int j = s.columns[first + i];
                 A old_v[kItems], old_f[kItems] = {}, rhs = 0, row = 0, col = 0, gram = 0;
-                unpack<H>(packs_v[i], old_v);
-                if (!type2) unpack<H>(packs_f[i], old_f);
+                unpack<H>(packs[i][0], old_v);
+                if constexpr (!dg_alone) unpack<H>(packs[i][each - 1], old_f);
                 const A scale_v = scale_of(1, j, leaf, tile.begin);
-                const A scale_f = type2 ? A(0) : scale_of(0, j, leaf, tile.begin);
-                const A space = a.turn > 0 && small.norms[a.m + j] < 0 ? A(0) : A(a.test_space);
+                const A scale_f = dg_alone ? A(0) : scale_of(0, j, leaf, tile.begin);
+                const A space = !dg_alone && a.turn > 0 && small.norms[a.m + j] < 0 ? A(0) : A(a.test_space);
                 for (int k = 0; k < kItems; ++k) {
                     const A vj = old_v[k] * scale_v;
-                    const A wj = type2 ? vj : old_f[k] * scale_f - space * vj;
+                    const A wj = dg_alone ? vj : old_f[k] * scale_f - space * vj;
                     rhs += wj * g[k];
                     gram += vj * v[k];
                     row += vj * w[k];

@@ -16,7 +16,7 @@ template <class A, class S, class H>
 class TinyStep {
    public:
     static __host__ __device__ int64_t bytes(const AndersonArgs& a) {
-        return kTinyThreads<A> * int64_t(sizeof(A)) * (2 * a.m * a.N + int64_t(a.m) * a.m + 4 * a.m);
+        return tiny_shared(a.m, a.N, kTinyThreads<A>, sizeof(A));
     }
     __device__ TinyStep(const Params<1>& params, int64_t sample, char* memory)
         : p(params),

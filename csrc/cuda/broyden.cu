@@ -17,8 +17,8 @@ void run(const BroydenArgs& a, const DeviceWork& work, int phase) {
     if (!a.gram) {
         int threads = kChainThreads;
         while (threads > kWarpSize && a.N <= threads / 2 * kItems) threads /= 2;
-        const int64_t z = chain_in_shared(a) ? a.N * int64_t(sizeof(A)) : 0;
-        launch(chain_kernel<A, S, leaves>, dim3(unsigned(a.B)), threads, BlockSum::bytes + z, work.stream, p);
+        const int64_t shared = chain_shared(a.N, sizeof(A));
+        launch(chain_kernel<A, S, leaves>, dim3(unsigned(a.B)), threads, shared, work.stream, p);
         return;
     }
     const int64_t shared = Gram<A, S, leaves>::bytes(a.memory);

@@ -1,5 +1,5 @@
 // Broyden's chain form, a block a sample: every step vector is read once, added to z and multiplied with it. z lies in
-// registers where a block holds the sample in one tile, else in shared memory, else in global memory.
+// registers where a block holds the sample in one tile, else in shared memory.
 // What moves, per number: x, f and k steps are read, one step and x written: 3s + (k+1)h, with x read again from cache.
 #pragma once
 
@@ -13,7 +13,7 @@ constexpr int kChainThreads = 512;
 // Sums over a block, to every thread. Two slots take turns, so that one barrier a sum is enough.
 class BlockSum {
    public:
-    static constexpr int64_t bytes = 2 * 32 * 8;
+    static constexpr int64_t bytes = kBlockSumBytes;
     __device__ explicit BlockSum(double* slots) : slots_(slots) {}
 
     __device__ __forceinline__ double operator()(double v) {
@@ -39,7 +39,7 @@ class Chain {
         : s(p, b),
           a(p.a),
           sum(reinterpret_cast<double*>(memory)),
-          z(chain_in_shared(a) ? reinterpret_cast<A*>(memory + BlockSum::bytes) : static_cast<A*>(p.work.z) + b * a.N),
+          z(reinterpret_cast<A*>(memory + BlockSum::bytes)),
           stride(int64_t(blockDim.x) * kItems) {}
 
     __device__ void run() {
@@ -81,6 +81,8 @@ class Chain {
     }
 
    private:
+    static constexpr int V = kGroup<A, S>;
+
     BroydenSample<A, S, leaves> s;
     const BroydenArgs& a;
     BlockSum sum;
@@ -88,7 +90,7 @@ class Chain {
     const int64_t stride;  // numbers in a tile
 
     // Tiles of the whole sample, whichever leaf they belong to.
-    __device__ __forceinline__ Tile flat(int64_t at) const {
+    __device__ __forceinline__ Tile<V> flat(int64_t at) const {
         return {at, int(min(stride, a.N - at)), a.N % kItems == 0};
     }
 
@@ -98,10 +100,10 @@ class Chain {
         for (int l = 0; l < a.n_leaves; ++l) {
             const Leaf& leaf = s.p.leaf[l];
             for (int64_t at = 0; at < leaf.n; at += stride) {
-                const Tile tile = tile_of(a, leaf, at, leaf.n);
+                const Tile<V> tile = tile_of<V>(a, leaf, at, leaf.n);
                 A g[kItems];
                 s.residual(leaf, tile, unit, g, &f_sum, &g_sum);
-                write_tile<A>(z + leaf.offset, tile, g);
+                write_tile<ToShared>(z + leaf.offset, tile, g);
             }
         }
         *ff = sum(f_sum);
@@ -119,7 +121,7 @@ class Chain {
     __device__ double first_product() {
         double total = 0;
         for (int64_t at = 0; at < a.N; at += stride) {
-            const Tile tile = flat(at);
+            const Tile<V> tile = flat(at);
             A step[kItems], part[kItems];
             read_tile(s.step_at(0), tile, step);
             read_tile(z, tile, part);
@@ -131,7 +133,7 @@ class Chain {
     // z_j for every step but the last, with z_0 = H0 g; returns the last c_j / ||s_j||^2. The step after the one in use
     // is already being read while the block adds up.
     __device__ A chain_in_registers(const Start<A>& begin) {
-        const Tile tile = flat(0);
+        const Tile<V> tile = flat(0);
         A mine[kItems], step[kItems], ahead[kItems];
         read_tile(z, tile, mine);
         read_tile(s.step_at(0), tile, ahead);
@@ -148,7 +150,7 @@ class Chain {
             for (int k = 0; k < kItems; ++k) mine[k] += ratio * step[k];
             ratio = A(sum(double(product(step, mine)))) / norm;
         }
-        write_tile<A>(z, tile, mine);
+        write_tile<ToShared>(z, tile, mine);
         return ratio;
     }
     __device__ A chain_in_memory(const Start<A>& begin) {
@@ -157,13 +159,13 @@ class Chain {
             const A norm = s.norm(j);
             double total = 0;
             for (int64_t at = 0; at < a.N; at += stride) {
-                const Tile tile = flat(at);
+                const Tile<V> tile = flat(at);
                 A mine[kItems], step[kItems];
                 read_tile(s.step_at(j), tile, step);
                 read_tile(z, tile, mine);
                 for (int k = 0; k < kItems; ++k) mine[k] = factor * mine[k] + ratio * step[k];
                 total += double(product(step, mine));
-                write_tile<A>(z, tile, mine);
+                write_tile<ToShared>(z, tile, mine);
             }
             factor = 1;
             ratio = A(sum(total)) / norm;
@@ -175,13 +177,13 @@ class Chain {
     __device__ double new_step(int count, A by) {
         double total = 0;
         for (int64_t at = 0; at < a.N; at += stride) {
-            const Tile tile = flat(at);
+            const Tile<V> tile = flat(at);
             A mine[kItems];
             read_tile(z, tile, mine);
             for (int k = 0; k < kItems; ++k) mine[k] *= by;
             total += double(product(mine, mine));
-            write_tile<A>(z, tile, mine);
-            write_tile<A>(s.step_at(count), tile, mine);
+            write_tile<ToShared>(z, tile, mine);
+            write_tile(s.step_at(count), tile, mine);
         }
         return sum(total);
     }
@@ -191,7 +193,7 @@ class Chain {
         for (int l = 0; l < a.n_leaves; ++l) {
             const Leaf& leaf = s.p.leaf[l];
             for (int64_t at = 0; at < leaf.n; at += stride) {
-                const Tile tile = tile_of(a, leaf, at, leaf.n);
+                const Tile<V> tile = tile_of<V>(a, leaf, at, leaf.n);
                 A step[kItems];
                 read_tile(z + leaf.offset, tile, step);
                 finite &= s.advance(leaf, tile, per_unit, step);

@@ -34,16 +34,16 @@ class Gram {
         clear();
         const int64_t end = min(chunk.begin + kSplitChunk, leaf.n);
         for (int64_t at = chunk.begin; at < end; at += int64_t(blockDim.x) * kItems) {
-            const Tile tile = tile_of(a, leaf, at, end);
+            const Tile<V> tile = tile_of<V>(a, leaf, at, end);
             double ff = 0, gg = 0;
             A g[kItems];
             s.residual(leaf, tile, s.unit, g, &ff, &gg);
             ff = warp_sum(ff);
             gg = warp_sum(gg);
             if (lane_of() == 0) add(0, ff), add(1, gg);
-            products(2, count, Tile{leaf.offset + at, tile.count, tile.neighbours}, g);
+            products(2, count, Tile<V>{leaf.offset + at, tile.count, tile.neighbours}, g);
         }
-        return total(2 + count, index, chunks, &s.p.work.arrivals[s.b]);
+        return total(2 + count, index, Adding(s.p.work, a.B, s.b, false, chunks, D));
     }
 
     // By one warp: the verdict, and from the products the weights.
@@ -89,13 +89,14 @@ class Gram {
     // The new step and the next iterate for one chunk; the last block of the sample enters the new step.
     __device__ void apply(int64_t index, int64_t chunks, int32_t outcome) {
         const DeviceWork& work = s.p.work;
+        const Adding adding(work, a.B, s.b, true, chunks, D);
         const Chunk chunk(s.p, index);
         const Leaf& leaf = s.p.leaf[chunk.leaf];
         const int64_t end = min(chunk.begin + kSplitChunk, leaf.n);
         spill_and_rest<S>(leaf, s.b, outcome, chunk.begin, end);
         __syncthreads();
         if (!(outcome & kGoing)) {
-            if (last_to_arrive(&work.arrivals[a.B + s.b], chunks) && threadIdx.x == 0) work.outcomes[s.b] = 0;
+            if (last_to_arrive(adding.arrivals, chunks) && threadIdx.x == 0) work.outcomes[s.b] = 0;
             return;
         }
         load_sums();
@@ -103,9 +104,9 @@ class Gram {
         const int count = int(sums[0]);
         bool finite = true;
         for (int64_t at = chunk.begin; at < end; at += int64_t(blockDim.x) * kItems)
-            finite &= combine(leaf, tile_of(a, leaf, at, end), count);
+            finite &= combine(leaf, tile_of<V>(a, leaf, at, end), count);
         if (__syncthreads_or(!finite) && threadIdx.x == 0) atomicOr(&work.infinite[s.b], 1);
-        if (!total(1 + count, index, chunks, &work.arrivals[a.B + s.b])) return;
+        if (!total(1 + count, index, adding)) return;
         const bool failed = atomicOr(&work.infinite[s.b], 0) || !isfinite(sums[0]);
         if (failed) s.picard();
         for (int j = int(threadIdx.x); j < count; j += int(blockDim.x)) s.gram(count, j) = A(sums[1 + j]);
@@ -117,6 +118,8 @@ class Gram {
     }
 
    private:
+    static constexpr int V = kGroup<A, S>;
+
     BroydenSample<A, S, leaves> s;
     const BroydenArgs& a;
     const int D;
@@ -129,7 +132,7 @@ class Gram {
     __device__ __forceinline__ void add(int product, double value) { warp_sums[warp_of() * D + product] += value; }
 
     // Products of `count` steps with v, to the sums from `base` on.
-    __device__ __forceinline__ void products(int base, int count, const Tile& column, const A* v) {
+    __device__ __forceinline__ void products(int base, int count, const Tile<V>& column, const A* v) {
         for (int j = 0; j < count; j += kTogether) {
             A step[kTogether][kItems], sum[kTogether];
             DEQFAST_UNROLL
@@ -145,9 +148,9 @@ class Gram {
         }
     }
 
-    __device__ bool combine(const Leaf& leaf, const Tile& tile, int count) {
+    __device__ bool combine(const Leaf& leaf, const Tile<V>& tile, int count) {
         const A unit = a.template at<A>(kUnit, s.b), of_g = A(sums[1]);
-        const Tile column{leaf.offset + tile.begin, tile.count, tile.neighbours};
+        const Tile<V> column{leaf.offset + tile.begin, tile.count, tile.neighbours};
         double ff = 0, gg = 0;
         A out[kItems];
         s.residual(leaf, tile, unit, out, &ff, &gg);
@@ -163,7 +166,7 @@ class Gram {
                     for (int k = 0; k < kItems; ++k) out[k] += weight * step[i][k];
             }
         }
-        write_tile<A>(s.step_at(count), column, out);
+        write_tile(s.step_at(count), column, out);
         A squared = 0;
         for (int k = 0; k < kItems; ++k) squared += out[k] * out[k];
         squared = warp_sum(squared);
@@ -174,17 +177,14 @@ class Gram {
 
     // Adds up the block's first n sums and, in the last block of the sample to arrive, the blocks'. Then every thread
     // of that block may read `sums`.
-    __device__ bool total(int n, int64_t index, int64_t chunks, int32_t* arrivals) {
-        double* partials = s.p.work.partials + s.b * D * chunks;
+    __device__ bool total(int n, int64_t index, const Adding& adding) {
         __syncthreads();
         for (int d = int(threadIdx.x); d < n; d += int(blockDim.x)) {
             double sum = 0;
             for (int w = 0; w < int(blockDim.x) / kWarpSize; ++w) sum += warp_sums[w * D + d];
-            partials[d * chunks + index] = sum;
+            adding.of(d, index) = sum;
         }
-        if (!last_to_arrive(arrivals, chunks)) return false;
-        add_chunks(partials, chunks, n, sums);
-        return true;
+        return adding.up(index, n, sums);
     }
 
     // s_j.s_i
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kGramThreads, sizeof(A) == 8 ? 1 : 2)
 
 // Between the halves: one warp a sample.
 template <class A, class S, int leaves>
-__global__ void __launch_bounds__(kWarpSize) gram_decide_kernel(const __grid_constant__ BroydenParams<leaves> p) {
+__global__ void __launch_bounds__(kWarpSize, 1) gram_decide_kernel(const __grid_constant__ BroydenParams<leaves> p) {
     DEQFAST_SHARED(memory);
     const int64_t b = blockIdx.x;
     if (p.a.at(kStatus, b) != kRunning) return;

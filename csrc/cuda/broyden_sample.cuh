@@ -27,6 +27,8 @@ struct Start {
 template <class A, class S, int leaves>
 class BroydenSample {
    public:
+    static constexpr int V = kGroup<A, S>;
+
     __device__ BroydenSample(const BroydenParams<leaves>& params, int64_t sample)
         : p(params), a(params.a), b(sample), unit(a.template at<A>(kUnit, sample)) {}
 
@@ -63,7 +65,7 @@ class BroydenSample {
     }
 
     // g in `in_unit` for the thread's numbers of a tile; adds the true squared norms of f and g.
-    __device__ __forceinline__ void residual(const Leaf& leaf, const Tile& tile, A in_unit, A* g, double* ff,
+    __device__ __forceinline__ void residual(const Leaf& leaf, const Tile<V>& tile, A in_unit, A* g, double* ff,
                                              double* gg) const {
         A f[kItems], x[kItems];
         read_source<A, S>(leaf.f, f_row(a, b), tile, f);
@@ -77,7 +79,7 @@ class BroydenSample {
     }
 
     // x' = x + step / unit for the thread's numbers of a tile; false if not finite.
-    __device__ __forceinline__ bool advance(const Leaf& leaf, const Tile& tile, A per_unit, const A* step) const {
+    __device__ __forceinline__ bool advance(const Leaf& leaf, const Tile<V>& tile, A per_unit, const A* step) const {
         A x[kItems];
         read_tile(row_of<S>(leaf.x, leaf, b), tile, x);
         for (int k = 0; k < kItems; ++k) x[k] += step[k] * per_unit;
@@ -89,7 +91,7 @@ class BroydenSample {
         for (int l = 0; l < a.n_leaves; ++l) {
             const Leaf& leaf = p.leaf[l];
             for (int64_t at = 0; at < leaf.n; at += int64_t(blockDim.x) * kItems) {
-                const Tile tile = tile_of(a, leaf, at, leaf.n);
+                const Tile<V> tile = tile_of<V>(a, leaf, at, leaf.n);
                 A f[kItems];
                 read_source<A, S>(leaf.f, f_row(a, b), tile, f);
                 write_state(row_of<S>(leaf.x_prev, leaf, b), tile, f);

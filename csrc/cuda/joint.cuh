@@ -51,20 +51,20 @@ __device__ inline Squares block_sums(Squares mine) {
 // ---- tiles ----
 
 // use(tile) for the tiles of numbers [begin, end) of a tensor.
-template <class Use>
+template <int V, class Use>
 __device__ __forceinline__ void over_tiles(const JointPart& part, int64_t begin, int64_t end, Use&& use) {
     const int64_t step = int64_t(blockDim.x) * kItems;
-    for (int64_t at = begin; at < end; at += step) use(Tile{at, int(min(step, end - at)), part.n % kItems == 0});
+    for (int64_t at = begin; at < end; at += step) use(Tile<V>{at, int(min(step, end - at)), part.n % kItems == 0});
 }
 
-template <class A, class S>
-__device__ __forceinline__ void read_both(const JointPart& part, int64_t b, const Tile& tile, A* v, A* value) {
+template <class A, class S, int V>
+__device__ __forceinline__ void read_both(const JointPart& part, int64_t b, const Tile<V>& tile, A* v, A* value) {
     read_tile<A>(static_cast<const S*>(part.v) + b * part.n, tile, v);
     read_source<A, S>(part.value, b, tile, value);
 }
 
-template <class A>
-__device__ __forceinline__ void read_center(const JointPart& part, int64_t b, const Tile& tile, A* center) {
+template <class A, int V>
+__device__ __forceinline__ void read_center(const JointPart& part, int64_t b, const Tile<V>& tile, A* center) {
     if (part.center) return read_tile<A>(static_cast<const A*>(part.center) + b * part.n, tile, center);
     for (int k = 0; k < kItems; ++k) center[k] = A(0);
 }
@@ -73,8 +73,9 @@ __device__ __forceinline__ void read_center(const JointPart& part, int64_t b, co
 template <class A, class S>
 __device__ inline Squares map_numbers(const JointArgs& a, const JointPart& part, int64_t b, int64_t begin, int64_t end,
                                       const InputStep<A>& input) {
+    constexpr int V = kGroup<S>;
     Squares found;
-    over_tiles(part, begin, end, [&](const Tile& tile) {
+    over_tiles<V>(part, begin, end, [&](const Tile<V>& tile) {
         A v[kItems], value[kItems], next[kItems];
         read_both<A, S>(part, b, tile, v, value);
         if (part.block == kInputBlock) {
@@ -102,6 +103,7 @@ __device__ inline Squares map_numbers(const JointArgs& a, const JointPart& part,
 // The factors of x's step for sample b, the same for every thread; the whole block.
 template <class A, class S, int parts>
 __device__ inline void find_factors(const JointParams<parts>& p, int64_t b, double* rate, double* shrink) {
+    constexpr int V = kGroup<S>;
     const JointArgs& a = p.a;
     *rate = a.step_size;
     *shrink = 1;
@@ -110,7 +112,7 @@ __device__ inline void find_factors(const JointParams<parts>& p, int64_t b, doub
         for (int i = 0; i < a.n_parts; ++i) {
             const JointPart& part = p.leaf[i];
             if (part.block != kInputBlock) continue;
-            over_tiles(part, 0, part.n, [&](const Tile& tile) {
+            over_tiles<V>(part, 0, part.n, [&](const Tile<V>& tile) {
                 A q[kItems];
                 read_source<A, S>(part.value, b, tile, q);
                 for (int k = 0; k < kItems; ++k) gradient.size += double(q[k]) * double(q[k]);  // zeros beyond the end
@@ -124,7 +126,7 @@ __device__ inline void find_factors(const JointParams<parts>& p, int64_t b, doub
     for (int i = 0; i < a.n_parts; ++i) {
         const JointPart& part = p.leaf[i];
         if (part.block != kInputBlock) continue;
-        over_tiles(part, 0, part.n, [&](const Tile& tile) {
+        over_tiles<V>(part, 0, part.n, [&](const Tile<V>& tile) {
             A v[kItems], q[kItems], center[kItems];
             read_both<A, S>(part, b, tile, v, q);
             read_center(part, b, tile, center);

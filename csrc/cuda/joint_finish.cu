@@ -28,6 +28,25 @@ __global__ void __launch_bounds__(kFinishThreads) joint_record_kernel(const __gr
     if (b < p.a.B) p.a.taken[b] = record<A>(p.a, b);
 }
 
+// Numbers [begin, end) of one sample's rows, each of S's size, as words of another type.
+template <class Word, class S>
+__device__ __forceinline__ void copy_rows(const FinishPart& part, int64_t b, int64_t begin, int64_t end, bool keep,
+                                          const Move& move) {
+    constexpr int64_t each = sizeof(Word) / sizeof(S);
+    const int64_t row = b * part.n / each;
+    const Word* x = static_cast<const Word*>(part.x) + row;
+    const Word* mapped = static_cast<const Word*>(part.mapped) + row;
+    Word *next = static_cast<Word*>(part.next) + row, *saved = static_cast<Word*>(part.saved) + row,
+         *kept = static_cast<Word*>(part.kept) + row;
+    for (int64_t i = begin / each + threadIdx.x; i < end / each; i += blockDim.x) {
+        const Word at = x[i];
+        if (keep) ToGlobal::put(&kept[i], at);
+        if (!part.next) continue;
+        ToGlobal::put(&next[i], move.next == From::mapped ? mapped[i] : move.next == From::saved ? saved[i] : at);
+        if (move.save) ToGlobal::put(&saved[i], at);
+    }
+}
+
 // S: an integer of a number's size.
 template <class S, int parts>
 __global__ void __launch_bounds__(kFinishThreads) joint_copy_kernel(const __grid_constant__ CopyParams<parts> p) {
@@ -39,18 +58,15 @@ __global__ void __launch_bounds__(kFinishThreads) joint_copy_kernel(const __grid
     const bool keep = part.kept && a.taken[b];
     const Move move = part.next ? move_of(a, b) : Move{From::iterate, false};
     if (!keep && !part.next) return;
-    const S* x = static_cast<const S*>(part.x) + b * part.n;
-    S* next = static_cast<S*>(part.next) + b * part.n;
-    S* saved = static_cast<S*>(part.saved) + b * part.n;
-    S* kept = static_cast<S*>(part.kept) + b * part.n;
-    const S* mapped = static_cast<const S*>(part.mapped) + b * part.n;
-    for (int64_t i = chunk.begin + threadIdx.x; i < end; i += blockDim.x) {
-        const S at = x[i];
-        if (keep) kept[i] = at;
-        if (!part.next) continue;
-        next[i] = move.next == From::mapped ? mapped[i] : move.next == From::saved ? saved[i] : at;
-        if (move.save) saved[i] = at;
-    }
+    uintptr_t together = uintptr_t(part.n) * sizeof(S);
+    for (const void* row :
+         {static_cast<const void*>(part.x), static_cast<const void*>(part.mapped), static_cast<const void*>(part.next),
+          static_cast<const void*>(part.saved), static_cast<const void*>(part.kept)})
+        together |= reinterpret_cast<uintptr_t>(row);
+    if (together % sizeof(uint4) == 0)
+        copy_rows<uint4, S>(part, b, chunk.begin, end, keep, move);
+    else
+        copy_rows<S, S>(part, b, chunk.begin, end, keep, move);
 }
 
 template <class S, int parts>

@@ -18,9 +18,9 @@
 namespace deqfast::cuda {
 
 inline void check_shared(int64_t bytes) {
-    if (bytes > kMaxShared)
+    if (bytes > kMaxDynamic)
         throw std::invalid_argument("the solver's columns need " + std::to_string(bytes) +
-                                    " bytes of shared memory, a block has " + std::to_string(kMaxShared) +
+                                    " bytes of shared memory, a block has " + std::to_string(kMaxDynamic) +
                                     "; keep fewer (m or memory), or use backend='triton'");
 }
 
@@ -33,9 +33,9 @@ inline void check(cudaError_t error, const char* what) {
 template <class Params>
 void launch(void (*kernel)(Params), dim3 grid, int threads, int64_t shared, void* stream, const Params& params) {
     check_shared(shared);
-    if (shared > 48 << 10)
+    if (must_ask(shared))  // for all there is: two threads may launch one kernel with different sizes
         check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   int(shared)),
+                                   int(kMaxDynamic)),
               "shared memory");
     kernel<<<grid, threads, size_t(shared), static_cast<cudaStream_t>(stream)>>>(params);
     check(cudaGetLastError(), "kernel launch");
@@ -44,6 +44,7 @@ void launch(void (*kernel)(Params), dim3 grid, int threads, int64_t shared, void
 template <class Params>
 void launch(void (*kernel)(Params), dim3 grid, int threads, int64_t shared, void*, const Params& params) {
     check_shared(shared);
+    emulate::admit(shared, must_ask(shared) ? kMaxDynamic : 0);
     emulate::block().run(grid, dim3(unsigned(threads)), size_t(shared), [&] { kernel(params); });
 }
 #endif

@@ -2,14 +2,13 @@
 #include "runtime.h"
 
 #include <atomic>
-#include <chrono>
 #include <mutex>
 #include <stdexcept>
-#include <thread>
 #include <vector>
 
 #include "launch.cuh"
 #include "verdict.cuh"
+#include "waiting.h"
 
 namespace deqfast::cuda {
 namespace {
@@ -136,12 +135,7 @@ Counts::~Counts() {
 Counts::Entry Counts::read(int lag) const {
     const Ring ring{ring_, ticket_};
     const int64_t ticket = ticket_ - lag;
-    constexpr int patience = 20000;  // looks, about a millisecond
-    for (int looks = 0; !ring.written(ticket); ++looks) {
-        if (looks < patience) continue;
-        check_alive(ring, ticket, streams_[ticket % kEntries]);
-        std::this_thread::sleep_for(std::chrono::microseconds(20));
-    }
+    wait_for([&] { return ring.written(ticket); }, [&] { check_alive(ring, ticket, streams_[ticket % kEntries]); });
     std::atomic_thread_fence(std::memory_order_acquire);
     return {ring.first_word(ticket) & 0xffffffff, ring_[ticket % kEntries * 2 + 1]};
 }

@@ -130,7 +130,6 @@ class Device {
         place(work.partials, sizes.partials);
         place(args.sums, sizes.sums);
         place(work.coefficients, sizes.coefficients);
-        place(work.z, sizes.z);
         return at;
     }
 };

@@ -40,16 +40,16 @@ __device__ __noinline__ A read_number(const Source& s, int64_t begin, int64_t n)
     return Format<A, F16>::read(static_cast<const F16*>(s.data)[at]);
 }
 
-template <class A, class T>
-__device__ __forceinline__ void read_dense(const Source& s, int64_t begin, const Tile& tile, A* out) {
+template <class A, class T, int V>
+__device__ __forceinline__ void read_dense(const Source& s, int64_t begin, const Tile<V>& tile, A* out) {
     read_tile(static_cast<const T*>(s.data) + begin, tile, out);
 }
 
 // The thread's numbers of f's output for the sample in `row`. Widening is exact, so that they are as f made them.
-template <class A, class S>
-__device__ __forceinline__ void read_source(const Source& s, int64_t row, const Tile& tile, A* out) {
+template <class A, class S, int V>
+__device__ __forceinline__ void read_source(const Source& s, int64_t row, const Tile<V>& tile, A* out) {
     const int64_t begin = row * s.batch_stride;
-    if (s.dense && s.dtype == kDTypeOf<S>) return read_dense<A, S>(s, begin, tile, out);
+    if (s.dense && (sizeof(S) == 2 || s.dtype == kDTypeOf<S>)) return read_dense<A, S>(s, begin, tile, out);
     if (!s.dense) {
         DEQFAST_UNROLL
         for (int k = 0; k < kItems; ++k)

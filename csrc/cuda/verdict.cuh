@@ -31,7 +31,8 @@ __device__ __forceinline__ S* row_of(void* base, const Leaf& leaf, int64_t b) {
 
 // The tile of a leaf that begins at number `at`. A thread takes neighbours where that keeps rows of the state and of
 // the history in step.
-__device__ __forceinline__ Tile tile_of(const SolveArgs& a, const Leaf& leaf, int64_t at, int64_t end) {
+template <int V>
+__device__ __forceinline__ Tile<V> tile_of(const SolveArgs& a, const Leaf& leaf, int64_t at, int64_t end) {
     const int64_t count = min(int64_t(blockDim.x) * kItems, end - at);
     return {at, int(count), leaf.n % kItems == 0 && leaf.offset % kItems == 0 && a.N % kItems == 0};
 }

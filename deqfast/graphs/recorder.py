@@ -12,6 +12,7 @@ from torch import Tensor
 from ..loop.state import SolverState
 from ..ops.contract import Loop, Replay
 from ..ops.lag import capturing
+from . import streams
 
 PASS = {"graph": 4, "device": 2}  # evaluations in a pass; even, so that a pass ends in the buffer it began in
 
@@ -37,7 +38,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def aside(self, device: torch.device, stream: Any) -> Iterator[None]:
-        """Run on ``stream``, in order with the current one; what is captured there must have run there before."""
+        """Run on ``stream``, in order with the current one."""
         current = torch.cuda.current_stream(device)
         stream.wait_stream(current)
         try:
@@ -58,17 +59,23 @@ class Recorder:
             try:
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     run()
-            finally:
+            except BaseException:
                 torch.cuda.set_stream(current)  # a capture that fails at its end leaves its stream behind
+                unwind(torch.cuda.current_device(), pool, stream)
+                raise
         return graph
 
     def capturing(self, device: torch.device) -> bool:
         """Whether the caller captures a graph of his own."""
         return capturing(device)
 
-    def own_stream(self, device: torch.device) -> Any:
-        """A stream for one recording."""
+    def side_stream(self, device: torch.device) -> Any:
+        """A stream for what has to run once before it is captured."""
         return torch.cuda.Stream(device)
+
+    def own_stream(self, device: torch.device, owner: object) -> Any:
+        """A stream for the captures of one recording, as long as it lives."""
+        return streams.borrow(device, owner)
 
     def pool(self) -> Any:
         """Memory that the graphs of one recording share."""
@@ -84,6 +91,24 @@ class Recorder:
     def stream(self, device: torch.device) -> int:
         """The current stream as a number."""
         return torch.cuda.current_stream(device).cuda_stream
+
+
+def unwind(index: int, pool: Any, stream: Any) -> None:
+    """After a capture that failed: what torch leaves undone where the failure shows at its end.
+
+    Up to 2.11 torch goes on handing out the device's memory from the graph's pool, never frees that, and takes the
+    default generator for one that is being captured, so that the next random number raises (pytorch 180395, 176752).
+    """
+    try:
+        torch._C._cuda_endAllocateToPool(index, pool)
+    except RuntimeError:
+        pass  # torch has done so, and counts who uses the pool
+    else:
+        torch._C._cuda_releasePool(index, pool)
+    with contextlib.suppress(RuntimeError):  # of a device that answers no more: what is raised is why
+        flag = torch.zeros(1, device=f"cuda:{index}")
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+            flag.zero_()  # a capture that succeeds takes the generator along to its end
 
 
 RECORDER = Recorder()

@@ -51,10 +51,10 @@ class Recording:
         """
         state, program = self.state, self.program
         device = program.layout.device
-        self.stream = recorder.RECORDER.own_stream(device)
+        self.stream = recorder.RECORDER.own_stream(device, self)
         self._copy_in(start, inputs)
         before, versions = recorder.RECORDER.random_state(device), [t._version for t in self.inputs]
-        with recorder.RECORDER.aside(device, self.stream):
+        with recorder.RECORDER.aside(device, recorder.RECORDER.side_stream(device)):
             for _ in range(2):  # what a library does at its first and second call only must be over
                 f = program.prepare(self.inputs)
                 state.restart(self.start)

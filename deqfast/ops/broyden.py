@@ -22,13 +22,15 @@ class BroydenMethod(NamedTuple):
 
 
 class BroydenWorkspace(Workspace):
-    """Steps (B, memory, N) and their squared norms; above ``GRAM_MIN_N`` numbers a sample also their Gram matrix.
+    """Steps (B, memory, N) and their squared norms; from ``gram_min_n`` numbers a sample on also their Gram matrix.
 
     While z fits in cache the chain z_{j+1} = z_j + s_{j+1} c_j / ||s_j||^2 reads every step once. Beyond that the Gram
-    form (independent dots, a small recursion, one combination) reads them twice but streams.
+    form (independent dots, a small recursion, one combination) reads them twice but streams. On a GPU a chain is the
+    work of one block, and many share the Gram form of a sample.
     """
 
     GRAM_MIN_N = 1 << 16
+    DEVICE_GRAM_MIN_N = 8193
 
     uses_previous = False
     kept = ("history", "norms", "gram")
@@ -44,11 +46,17 @@ class BroydenWorkspace(Workspace):
         columns, acc, B = method.memory, layout.acc, layout.B
         self.history = memory.history((B, columns, layout.N), acc)
         self.buffer = memory.buffer
-        side = columns if layout.N >= self.GRAM_MIN_N or layout.spread_n else 0
+        least = self.gram_min_n(layout.device)
+        side = columns if least <= layout.N or layout.spread_n else 0
         self.norms = memory.new("norms", (B, columns), acc)  # ||s_j||^2
         self.gram = memory.new("gram", (B, side, side), acc)  # s_i . s_j, i >= j
         if fresh:
             self.begin()
+
+    @classmethod
+    def gram_min_n(cls, device: torch.device) -> int:
+        """Numbers a sample from which on the Gram matrix is kept; the same for any batch."""
+        return cls.GRAM_MIN_N if device.type == "cpu" else cls.DEVICE_GRAM_MIN_N
 
     def take(self, other: BroydenWorkspace, which: Tensor) -> None:
         """And the steps of those samples."""
@@ -82,8 +90,10 @@ class BroydenWorkspace(Workspace):
         return torch.bmm(steps, steps.mT)
 
     def take_products(self, products: Tensor) -> None:
-        """Into the Gram matrix."""
+        """Into the Gram matrix, which knows no step that takes part in nothing (``changed``): all are forgotten then."""
         self.gram.copy_(products)
+        kept = torch.arange(self.method.memory, device=self.norms.device) < self.int_row(Int.COUNT)[:, None]
+        self.forget((kept & self.norms.isinf()).any(1))
 
     def forget(self, which: Tensor) -> None:
         """No steps from here: those of some of the (B,) samples no longer count."""

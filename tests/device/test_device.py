@@ -7,7 +7,21 @@ from concurrent.futures import ThreadPoolExecutor
 import problems
 import pytest
 import torch
-from gpu import GPU, SOLVERS, Cell, every_backend, every_solver, needs_gpu, no_sync, on_stream, problem, to_gpu
+from gpu import (
+    GPU,
+    SOLVERS,
+    Cell,
+    cuda,
+    every_backend,
+    every_solver,
+    needs_gpu,
+    no_sync,
+    not_dry,
+    on_stream,
+    problem,
+    some,
+    to_gpu,
+)
 from problems import assert_same_samples, pull, relative_residual, same_bits, solve
 from torch.utils import _pytree as pytree
 
@@ -16,7 +30,7 @@ from deqfast.ops.lag import LAG
 
 pytestmark = needs_gpu
 
-SIZES = [(5, 1), (17, 7), (20_000, 8), (33, 33), (4, 1000), (3, 4097), (2, 16_384), (2, 16_385), (2, 70_000)]
+SIZES = [(5, 1), (17, 7), (20_000, 8), (33, 33), (4, 1000), (3, 4097), (2, 8192), (2, 8193), (2, 16_385), (2, 140_000)]
 HISTORIES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
 
 
@@ -43,7 +57,7 @@ def agree(got: dq.Solution, expected: dq.Solution, error: float) -> None:
 
 @every_backend
 @every_solver
-@pytest.mark.parametrize(("B", "N"), SIZES)
+@pytest.mark.parametrize(("B", "N"), some(*SIZES))
 def test_answers_are_those_of_the_cpu(B, N, solver, backend):
     p = problems.problem(B, N, slowest=0.8)
     expected = solve(p, solver=solver, rtol=1e-5, backend="reference")
@@ -54,8 +68,8 @@ def test_answers_are_those_of_the_cpu(B, N, solver, backend):
 
 @every_backend
 @every_solver
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.complex64], ids=str)
-@pytest.mark.parametrize("N", [6, 40, 17_000])
+@pytest.mark.parametrize("dtype", some(torch.float64, torch.bfloat16, torch.float16, torch.complex64), ids=str)
+@pytest.mark.parametrize("N", some(6, 40, 17_000))
 def test_states_of_every_dtype_are_solved_to_their_own_precision(N, dtype, solver, backend):
     p = problem(5, N, dtype=dtype, slowest=0.6)
     rtol = {torch.float64: 1e-9, torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.complex64: 1e-5}[dtype]
@@ -66,9 +80,9 @@ def test_states_of_every_dtype_are_solved_to_their_own_precision(N, dtype, solve
 
 
 @every_backend
-@pytest.mark.parametrize("history", HISTORIES, ids=str)
-@pytest.mark.parametrize("kind", ["mixed", 1, 2])
-@pytest.mark.parametrize("N", [5, 1025, 20_000])
+@pytest.mark.parametrize("history", some(*HISTORIES), ids=str)
+@pytest.mark.parametrize("kind", some("mixed", 1, 2))
+@pytest.mark.parametrize("N", some(5, 1025, 20_000))
 def test_history_of_every_dtype_leads_to_the_same_answer(N, kind, history, backend):
     p = problem(3, N, slowest=0.8)
     solution = solve(p, solver=dq.Anderson(m=4, type=kind, history_dtype=history), rtol=1e-5, backend=backend)
@@ -78,7 +92,7 @@ def test_history_of_every_dtype_leads_to_the_same_answer(N, kind, history, backe
 
 @every_backend
 @every_solver
-@pytest.mark.parametrize("N", [3, 8, 40, 1000, 20_000])
+@pytest.mark.parametrize("N", some(3, 8, 40, 1000, 20_000))
 def test_sample_has_the_same_bits_in_any_batch_beside_nan_and_in_every_run(N, solver, backend):
     p = problem(33, N, slowest=0.9)
     p.x[4], p.x[7] = torch.nan, torch.inf
@@ -115,7 +129,7 @@ def test_trees_of_channels_last_and_complex_tensors_and_strided_outputs_are_read
 
 @every_backend
 @every_solver
-@pytest.mark.parametrize("n", [24, 20_000])
+@pytest.mark.parametrize("n", some(24, 20_000))
 def test_narrower_output_under_autocast_is_taken_as_it_is(n, solver, backend):
     x, rate = torch.randn(3, n, device=GPU), 0.5
 
@@ -142,7 +156,7 @@ def test_empty_states_return_at_once(shape, solver, backend):
 
 @every_backend
 @every_solver
-@pytest.mark.parametrize("max_iter", [1, 2, 3, 7])
+@pytest.mark.parametrize("max_iter", some(1, 2, 3, 7))
 def test_without_a_tolerance_exactly_max_iter_evaluations_are_made(max_iter, solver, backend):
     p = problem(3, 30)
     counted = problems.Counted(pull)
@@ -167,7 +181,7 @@ def test_compacted_solve_has_the_bits_of_the_whole_one(solver, backend):
 def test_solve_on_another_stream_gives_the_same_bits(solver, backend):
     p = problem(4, 500)
     expected = solve(p, solver=solver, backend=backend)
-    got = on_stream(torch.cuda.Stream(GPU), lambda: solve(p, solver=solver, backend=backend))
+    got = on_stream(cuda.Stream(GPU), lambda: solve(p, solver=solver, backend=backend))
     assert_same_samples(got, slice(None), expected, slice(None))
 
 
@@ -175,12 +189,12 @@ def test_solve_on_another_stream_gives_the_same_bits(solver, backend):
 def test_threads_on_streams_of_their_own_do_not_disturb_each_other(backend):
     parts = [problem(4, N, seed=N) for N in (40, 1000, 20_000, 7)]
     expected = [solve(p, backend=backend) for p in parts]
-    torch.cuda.synchronize()
+    cuda.synchronize()
 
     def work(p):
-        with torch.cuda.stream(torch.cuda.Stream(GPU)):
+        with cuda.stream(cuda.Stream(GPU)):
             found = [solve(p, backend=backend) for _ in range(8)]
-            torch.cuda.current_stream(GPU).synchronize()
+            cuda.current_stream(GPU).synchronize()
         return found
 
     with ThreadPoolExecutor(len(parts)) as pool:
@@ -190,7 +204,7 @@ def test_threads_on_streams_of_their_own_do_not_disturb_each_other(backend):
 
 
 @every_backend
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one device at most")
+@pytest.mark.skipif(cuda.device_count() < 2, reason="there is one device at most")
 def test_solve_runs_where_its_tensors_are(backend):
     p = problem(4, 500)
     second = torch.device("cuda", 1)
@@ -200,6 +214,7 @@ def test_solve_runs_where_its_tensors_are(backend):
     assert same_bits(solution.z.cpu(), solve(p, backend=backend).z.cpu())
 
 
+@not_dry
 @every_backend
 def test_output_on_another_device_raises(backend):
     z0 = torch.zeros(2, 3, device=GPU)
@@ -207,6 +222,7 @@ def test_output_on_another_device_raises(backend):
         dq.fixed_point(lambda z: z.cpu(), z0, backend=backend)
 
 
+@not_dry
 @every_backend
 def test_history_that_does_not_fit_says_what_to_do(backend):
     B, N = 4, 1 << 20
@@ -237,7 +253,7 @@ def test_state_saved_to_the_cpu_goes_on_on_the_gpu(backend):
         while not state.done:
             state.step(problems.pull(state.z, *p.args))
     assert torch.equal(states[0].z, states[1].z)
-    assert states[1].failed() == 3
+    assert states[1].failed() == int((states[1].status != dq.Status.CONVERGED).sum()) > 0
 
 
 @pytest.mark.parametrize("history", HISTORIES, ids=str)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu import GPU, Cell, every_backend, every_solver, native_only, needs_gpu, no_sync
+from gpu import GPU, Cell, every_backend, every_solver, native_only, needs_gpu, no_sync, not_dry
 
 import deqfast as dq
 
@@ -95,6 +95,7 @@ class Model(torch.nn.Module):
         return self.last(self.layer(self.first(x)))
 
 
+@not_dry
 @pytest.mark.filterwarnings("ignore")  # what torch.compile itself warns of
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_model_gives_the_answers_and_gradients_of_the_eager_one(mode):

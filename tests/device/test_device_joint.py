@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import GPU, every_backend, needs_gpu, no_sync, on_stream
+from gpu import GPU, cuda, every_backend, needs_gpu, no_sync, on_stream
 from quadratics import LinearQuadratic
 
 import deqfast as dq
@@ -95,7 +95,7 @@ def test_joint_solve_on_another_stream_gives_the_same_bits(backend):
     options: dict[str, Any] = {"backend": backend, "accelerate": ("z",), "returns": "cost", "max_iter": 25}
     given = parts(GPU)
     here = solve(given, **options)
-    there = on_stream(torch.cuda.Stream(GPU), lambda: solve(given, **options))
+    there = on_stream(cuda.Stream(GPU), lambda: solve(given, **options))
     for name in ("z", "mu", "x", "cost"):
         assert torch.equal(getattr(here, name), getattr(there, name)), name
 

@@ -1,8 +1,12 @@
-"""What the tests that need a GPU share: which backends it has, maps, and a guard against waiting for the device."""
+"""What the tests that need a GPU share: which backends it has, maps, and a guard against waiting for the device.
+
+DEQFAST_TEST_DRY=1 runs them on CPU tensors, with stand-ins for ``torch.cuda``: see dry.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,12 +21,24 @@ from torch.utils import _pytree as pytree
 import deqfast as dq
 from deqfast import ops
 
-GPU = torch.device("cuda", 0)
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+DRY = bool(os.environ.get("DEQFAST_TEST_DRY"))
+GPU = torch.device("cpu") if DRY else torch.device("cuda", 0)
+HAS_GPU = DRY or torch.cuda.is_available()
+cuda: Any = torch.cuda
+if DRY:
+    import dry as cuda
+
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="torch sees no CUDA device")
+not_dry = pytest.mark.skipif(DRY, reason="asks for what CPU tensors have not")
+
+
+def some(*values: Any) -> tuple[Any, ...]:
+    """The values that a test runs for; a trial takes the first two."""
+    return values[:2] if DRY else values
 
 
 def _missing(backend: str) -> str | None:
-    return ops.why_not(backend, GPU) if torch.cuda.is_available() else "torch sees no CUDA device"
+    return ops.why_not(backend, GPU) if HAS_GPU else "torch sees no CUDA device"
 
 
 def backends(*names: str) -> Any:
@@ -70,7 +86,7 @@ class Cell(nn.Module):
 @contextlib.contextmanager
 def no_sync() -> Iterator[None]:
     """torch raises where it waits for the device; the module's own kernels have no call that waits."""
-    torch.cuda.synchronize()
+    cuda.synchronize()
     _debug_mode("error")
     try:
         yield
@@ -81,13 +97,13 @@ def no_sync() -> Iterator[None]:
 def _debug_mode(mode: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that the mode is a prototype
-        torch.cuda.set_sync_debug_mode(mode)
+        cuda.set_sync_debug_mode(mode)
 
 
 def on_stream(stream: Any, run: Callable[[], Any]) -> Any:
     """What ``run`` returns, made on another stream, in order with the current one."""
-    stream.wait_stream(torch.cuda.current_stream(GPU))
-    with torch.cuda.stream(stream):
+    stream.wait_stream(cuda.current_stream(GPU))
+    with cuda.stream(stream):
         found = run()
-    torch.cuda.current_stream(GPU).wait_stream(stream)
+    cuda.current_stream(GPU).wait_stream(stream)
     return found

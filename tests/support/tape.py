@@ -88,7 +88,10 @@ class TapeRecorder(recorder.Recorder):
     def pool(self):
         return None
 
-    def own_stream(self, device):
+    def side_stream(self, device):
+        return None
+
+    def own_stream(self, device, owner):
         return None
 
     def loop(self, replay, parts, made, limit):

@@ -27,6 +27,12 @@
 #define __launch_bounds__(...)
 #define __restrict__
 
+struct uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
 struct dim3 {
     unsigned x = 1, y = 1, z = 1;
     dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
@@ -210,6 +216,15 @@ class Block {
     }
 };
 
+// What a device would say to a launch with so much dynamic shared memory, after its kernel `asked` for so much, 0: for
+// none. A kernel has variables in shared memory too; here each is taken to have a kilobyte of them.
+inline void admit(int64_t dynamic, int64_t asked) {
+    constexpr int64_t variables = 1 << 10, without_asking = 48 << 10, at_most = 99 << 10;
+    if (asked + variables > at_most) throw std::runtime_error("more shared memory asked for than a block may have");
+    if (dynamic > (asked ? asked : without_asking - variables))
+        throw std::runtime_error("more shared memory than a kernel has that asked for none, or for less");
+}
+
 inline Block& block() {
     static Block one;
     return one;
@@ -244,6 +259,7 @@ inline unsigned __ballot_sync(unsigned, int flag) {
     return emulate::block().combine(mine, [](unsigned u, unsigned v) { return u | v; });
 }
 inline int __ffs(int value) { return __builtin_ffs(value); }
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
 template <class T>
 inline T atomicAdd(T* target, T value) {
     const T old = *target;
@@ -258,4 +274,8 @@ inline int atomicOr(int* target, int value) {
 template <class T>
 inline T __ldcg(const T* p) {
     return *p;
+}
+template <class T>
+inline void __stcg(T* p, T value) {
+    *p = value;
 }

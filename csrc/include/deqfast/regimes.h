@@ -6,10 +6,8 @@
 
 namespace deqfast {
 
-// ---- on every device ----
-constexpr int64_t kGramMinN = 1 << 16;  // Broyden from this on: independent products with a Gram matrix, else the chain
-
 // ---- on a CPU ----
+constexpr int64_t kGramMinN = 1 << 16;      // Broyden from this on: products with a Gram matrix, else the chain
 constexpr int kShortN = 32;                 // samples up to this are handled kLanes at a time, one a lane
 constexpr int64_t kTileMaxN = 1024;         // samples up to this share one small solve, up to 16 at a time
 constexpr int64_t kGroupBytes = 768 << 10;  // history of the samples that share it: must still be in L2 when mixed
@@ -17,8 +15,9 @@ constexpr int64_t kSplitMinN = 1 << 16;     // larger samples are split over thr
 constexpr int kChunk = 8 * 1024;            // numbers whose products are added up in one accumulator
 
 // ---- on a GPU ----
-constexpr int64_t kBlockMaxN = 16384;  // samples up to this take one block and one launch a step
-constexpr int64_t kSplitChunk = 4096;  // numbers of a larger sample that one block handles
+constexpr int64_t kBlockMaxN = 4096;       // samples up to this take one block and one launch a step
+constexpr int64_t kDeviceGramMinN = 8193;  // kGramMinN there: a chain is one block's work
+constexpr int64_t kSplitChunk = 4096;      // numbers of a larger sample that one block handles
 
 constexpr Named kRegimes[] = {
     {"TINY", kTinyN},
@@ -28,6 +27,7 @@ constexpr Named kRegimes[] = {
     {"CPU_GROUP_BYTES", double(kGroupBytes)},
     {"CPU_SPLIT_MIN_N", double(kSplitMinN)},
     {"CPU_CHUNK", kChunk},
+    {"GPU_GRAM_MIN_N", double(kDeviceGramMinN)},
     {"GPU_BLOCK_MAX_N", double(kBlockMaxN)},
     {"GPU_SPLIT_CHUNK", double(kSplitChunk)},
 };
