@@ -20,7 +20,7 @@ class Metrics:
 
         metrics = dq.Metrics()
         layer = dq.DEQ(cell, metrics=metrics)
-        layer(x).sum().backward()
+        z = layer(x)
         metrics.compute()  # or metrics.write(writer, step), every so often, for TensorBoard
 
     It may be called with a ``Solution`` as well: ``metrics(dq.fixed_point(...))``. Adding one reads nothing from the

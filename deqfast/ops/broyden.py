@@ -90,7 +90,7 @@ class BroydenWorkspace(Workspace):
         return torch.bmm(steps, steps.mT)
 
     def take_products(self, products: Tensor) -> None:
-        """Into the Gram matrix, which knows no step that takes part in nothing (``changed``): all are forgotten then."""
+        """Into the Gram matrix, which knows no step that takes no part (``changed``): all are forgotten then."""
         self.gram.copy_(products)
         kept = torch.arange(self.method.memory, device=self.norms.device) < self.int_row(Int.COUNT)[:, None]
         self.forget((kept & self.norms.isinf()).any(1))

@@ -97,18 +97,22 @@ def test_examples_of_docstrings_run(line, source):
 def test_commands_name_targets_modules_and_files_that_exist(page):
     targets = set(re.findall(r"^([a-z0-9-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for _, source in blocks(page, "sh"):
-        for line in source.splitlines():
+        lines = source.replace("\\\n", " ").replace(" && ", "\n").splitlines()
+        for line in lines:
             words = [word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)]
             if not words:
                 continue
-            assert words[0] in ("make", "pip", "python", "torchrun"), line
+            assert words[0] in ("make", "pip", "python", "torchrun", "sbatch", "docker"), line
             if words[0] == "make":
                 assert set(words[1:]) <= targets, line
-            if words[0] == "torchrun":
-                assert (ROOT / next(word for word in words if word.endswith(".py"))).exists(), line
+            if words[0] in ("torchrun", "sbatch"):
+                assert (ROOT / next(word for word in words if word.endswith((".py", ".sbatch")))).exists(), line
+            if words[:2] == ["docker", "build"]:
+                assert (ROOT / words[words.index("-f") + 1]).exists(), line
             if words[0] == "python":
                 where = words[2].replace(".", "/") if words[1] == "-m" else words[1]
-                assert (ROOT / where).exists() or (ROOT / f"{where}.py").exists(), line
+                known = words[1:3] == ["-m", "http.server"]  # Python's own
+                assert known or (ROOT / where).exists() or (ROOT / f"{where}.py").exists(), line
 
 
 def test_commands_of_the_migration_page_run(tmp_path):
