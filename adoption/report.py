@@ -49,7 +49,7 @@ def line(row: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
         f"{row['package']} {versions.get(row['package'], '')}".strip(),
         row["problem"],
         row["own"],
-        f"{'-' if own is None else own} / {'-' if ours is None else ours}",
+        f"{'?' if own is None else own} / {'?' if ours is None else ours}",
         ratio,
         f"{row['difference']:.0e} ({row['within']:.0e})",
         winner(row),

@@ -74,14 +74,22 @@ def training_bars(rows: Mapping[str, Mapping[str, float]], path: Path) -> None:
     """Milliseconds a training step, a panel a net, fastest at the top; deqfast's rows are green."""
     plt = _pyplot()
     nets = list(dict.fromkeys(net for row in rows.values() for net in row))
-    figure, axes = plt.subplots(1, len(nets), figsize=(4.6 * len(nets), 4.6), squeeze=False)
-    for axis, net in zip(axes[0], nets, strict=True):
+    across = min(3, len(nets))
+    down = -(-len(nets) // across)
+    figure, axes = plt.subplots(down, across, figsize=(4.8 * across, 4.2 * down), squeeze=False)
+    for axis in axes.flat[len(nets) :]:
+        axis.set_axis_off()
+    for axis, net in zip(axes.flat, nets, strict=False):
         found = sorted((row[net], name) for name, row in rows.items() if net in row)[::-1]
         colours = [_family(name) for _, name in found]
         names = [name.split(" of f and")[0] for _, name in found]
         bars = axis.barh(names, [ms for ms, _ in found], color=colours)
-        axis.bar_label(bars, fmt="%.2g", fontsize=7, padding=2)
+        axis.bar_label(bars, [f"{ms:.3g}" for ms, _ in found], fontsize=7, padding=2)
         axis.set(xscale="log", title=net, xlabel="ms a step")
+        axis.xaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 3)))
+        axis.xaxis.set_major_formatter(plt.matplotlib.ticker.FuncFormatter(lambda ms, _: f"{ms:g}"))
+        axis.xaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
+        axis.margins(x=0.1)
         axis.tick_params(axis="y", labelsize=7)
         axis.grid(axis="y", visible=False)
     figure.tight_layout()
@@ -121,7 +129,7 @@ def scaling(
             left.plot(*zip(*xy, strict=True), style, color=colour, label=f"{name}, {told}")
     for i, (name, found) in enumerate(clusters.items()):
         right.plot(*zip(*((g, 1e6 * whole) for g, whole, _ in found), strict=True), "--", color=COLOURS[i], label=name)
-    left.set(xscale="log", yscale="log", xlabel="gloo processes on one machine", ylabel="ms an evaluation")
+    left.set(xlabel="gloo processes on one machine", ylabel="ms an evaluation", ylim=(0, None), xticks=(1, 2, 4))
     right.set(xscale="log", yscale="log", xlabel="H100, assumed, not measured", ylabel="us an evaluation")
     for axes in (left, right):
         axes.legend(fontsize=7, frameon=False)

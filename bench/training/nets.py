@@ -33,7 +33,7 @@ def mlp(n: int) -> Net:
 def conv() -> Net:
     """F(z) = tanh(V relu(W z + b) + x), 3 x 3 kernels, 16 samples of 16 channels of 16 x 16; channels last."""
     g = np.random.default_rng(1)
-    kernels = {name: 1.1 * g.standard_normal((3, 3, 16, 16)) / 144**0.5 for name in ("v", "w")}
+    kernels = {name: 0.95 * g.standard_normal((3, 3, 16, 16)) / 144**0.5 for name in ("v", "w")}
     return _net("conv", {**kernels, "b": 0.1 * g.standard_normal(16)}, (16, 16, 16, 16), g)
 
 
