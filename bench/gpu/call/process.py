@@ -91,6 +91,8 @@ def run(part: Part, record: Record, children: Children, root: Path, end: float) 
                 break
         else:
             ended = "out of time"
+    if ended == "ok" and any(row["part"] == part.name and row["ended"] not in ("ok", "skipped") for row in record.rows):
+        ended = "items failed"
     record.part(part.name, ended, time.monotonic() - begin)
     return ended
 
