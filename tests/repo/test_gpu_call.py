@@ -67,3 +67,12 @@ def test_a_signal_writes_the_summary_and_ends_the_children(tmp_path):
     assert process.wait(10) == 1
     assert "stopped by SIGTERM" in (tmp_path / "out" / "summary.md").read_text()
     assert not Path(f"/proc/{int((tmp_path / 'pid').read_text())}").exists()
+
+
+def test_smoke_cases_have_a_line_each_on_a_cpu(tmp_path):
+    command = [sys.executable, "-m", "bench.gpu.call.smoke", "cpu", "native"]
+    plan = [[{"name": "smoke", "command": command, "limit": 30, "items": True}]]
+    status = start(tmp_path, plan).wait(40)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert len(rows) > 40 and len({row["name"] for row in rows}) == len(rows)
+    assert status == 0, [row for row in rows if row["ended"] != "ok"]

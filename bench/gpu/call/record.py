@@ -18,6 +18,7 @@ class Record:
         self.rows: list[dict[str, Any]] = []
         self.parts: list[tuple[str, str, float]] = []
         self.gpu: dict[str, Any] = {"kind": "gpu", "dry": False, "quick": False, "without": {}}
+        self.state = "running"
         self._lock = threading.RLock()
         out.mkdir(parents=True, exist_ok=True)
         self._lines = (out / "results.jsonl").open("a")
@@ -41,7 +42,11 @@ class Record:
             self.save("running")
 
     def save(self, state: str) -> None:
+        """Write everything; once the call has ended or was stopped, its last word stays."""
         with self._lock:
+            if self.state != "running":
+                state = self.state
+            self.state = state
             (self.out / "summary.md").write_text(self._summary(state))
             (self.out / "gpu.json").write_text(json.dumps(self.gpu, indent=1, default=str) + "\n")
             part = self.out / "call.tar.gz.part"
