@@ -45,15 +45,20 @@ class Record:
         """Write everything; once the call has ended or was stopped, its last word stays."""
         with self._lock:
             if self.state != "running":
-                state = self.state
+                return
             self.state = state
-            (self.out / "summary.md").write_text(self._summary(state))
-            (self.out / "gpu.json").write_text(json.dumps(self.gpu, indent=1, default=str) + "\n")
+            self._write("summary.md", self._summary(state))
+            self._write("gpu.json", json.dumps(self.gpu, indent=1, default=str) + "\n")
             part = self.out / "call.tar.gz.part"
             with tarfile.open(part, "w:gz") as archive:
                 for name in ("summary.md", "results.jsonl", "gpu.json"):
                     archive.add(self.out / name, name)
             part.replace(self.out / "call.tar.gz")
+
+    def _write(self, name: str, text: str) -> None:
+        part = self.out / f"{name}.part"
+        part.write_text(text)
+        part.replace(self.out / name)
 
     def _summary(self, state: str) -> str:
         lines = [f"{state}, {time.monotonic() - self.start:.0f} s after the start", ""]

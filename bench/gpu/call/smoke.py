@@ -12,7 +12,7 @@ from bench.gpu.call.items import Items
 from deqfast import ops
 
 sys.path.append(str(Path(__file__).resolve().parents[3] / "tests" / "device"))
-import device_smoke as smoke  # noqa: E402
+import device_smoke as smoke
 
 
 def main() -> int:
