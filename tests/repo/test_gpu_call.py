@@ -76,3 +76,10 @@ def test_smoke_cases_have_a_line_each_on_a_cpu(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert len(rows) > 40 and len({row["name"] for row in rows}) == len(rows)
     assert status == 0, [row for row in rows if row["ended"] != "ok"]
+
+
+def test_a_torch_without_a_gpu_is_fatal_and_said_at_once(tmp_path):
+    command = [sys.executable, "-m", "bench.gpu.call", "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    assert subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 1
+    assert "torch sees no GPU" in (tmp_path / "summary.md").read_text()

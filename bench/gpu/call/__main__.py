@@ -13,6 +13,7 @@ import sys  # noqa: E402
 import threading  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+from bench.gpu.call.plan import fatal, stages  # noqa: E402
 from bench.gpu.call.process import Children, Part, run  # noqa: E402
 from bench.gpu.call.record import Record  # noqa: E402
 
@@ -30,11 +31,19 @@ def stop(number: int, frame: object) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.call", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--plan", type=Path, required=True, help="stages as JSON: lists of the fields of a part")
+    parser.add_argument("--mode", choices=("first", "sanitize"), default="first")
+    parser.add_argument("--plan", type=Path, help="stages as JSON: lists of the fields of a part")
     parser.add_argument("--limit", type=float, default=590.0, help="seconds for everything")
     options = parser.parse_args()
-    plan = [[Part(**part) for part in stage] for stage in json.loads(options.plan.read_text())]
     record, children, state = Record(options.out, START), Children(), "ended"
+    if options.plan:
+        plan = [[Part(**part) for part in stage] for stage in json.loads(options.plan.read_text())]
+    elif why := fatal():
+        record.add("facts", "torch and GPU", "failed", why=why)
+        record.save("nothing can run here")
+        return 1
+    else:
+        plan = stages(ROOT, options.mode)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     ended: dict[str, str] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -55,10 +56,8 @@ class Children:
         return process
 
     def kill(self, process: subprocess.Popen[str]) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
         self._running.discard(process)
 
@@ -104,7 +103,7 @@ def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> Non
     lines.put(None)
 
 
-def _once(part: Part, record: Record, children: Children, root: Path, end: float, done: Path) -> str:
+def _once(part: Part, record: Record, children: Children, root: Path, end: float, done: Path) -> str:  # noqa: PLR0911, PLR0912, PLR0915
     command = [*part.command, "--done", str(done)] if part.items else part.command
     try:
         process = children.start(part, command, root)
