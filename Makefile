@@ -9,6 +9,8 @@ VENV_MIN ?= .venv-min
 VENV_ADOPTION ?= .venv-adoption
 # Flower and Ray, which hold back other packages; see federated.
 VENV_FEDERATED ?= .venv-federated
+# JAX and what solves fixed points with it; an environment of its own, see bench-jax.
+VENV_JAX ?= .venv-jax
 FEDERATED_ARGS ?=
 PYTEST_ARGS ?=
 # What builds and checks packages; an environment of its own.
@@ -44,7 +46,7 @@ LOCK = $(if $(FLOCK),$(FLOCK) $(1))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build inplace demo examples docs test test-triton test-packaging test-min-torch lint bench bench-report adoption federated federated-test gpu sanitize emulated check-aarch64 check-cuda sdist wheel wheels index try-wheel check-release install-report format clean
+.PHONY: help venv build inplace demo examples docs test test-triton test-packaging test-min-torch lint bench bench-jax bench-gate bench-report adoption federated federated-test gpu sanitize emulated check-aarch64 check-cuda sdist wheel wheels index try-wheel check-release install-report format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-16s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -129,11 +131,25 @@ test-min-torch: build $(VENV_MIN)/.deps ## Run the tests on the oldest supported
 
 bench: build ## Run the benchmarks; results go to bench/results/
 	@mkdir -p bench/results
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/$$(date +%Y-%m-%d)-cpu.json $(PYTEST_ARGS)
+	DEQFAST_BENCH_JAX=$(wildcard $(VENV_JAX)/bin/python) $(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/$$(date +%Y-%m-%d)-cpu.json $(PYTEST_ARGS)
 	$(BIN)/python -m bench.breakdown --out bench/results/$$(date +%Y-%m-%d)-breakdown.json
 	$(BIN)/python -m bench.convergence --out bench/results/$$(date +%Y-%m-%d)-convergence.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.compat --out bench/results/$$(date +%Y-%m-%d)-compat.json
+	$(BIN)/python -m bench.memory --out bench/results/$$(date +%Y-%m-%d)-memory.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.history --out bench/results/$$(date +%Y-%m-%d)-history.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.rounding --out bench/results/$$(date +%Y-%m-%d)-rounding.json
 	$(BIN)/python -m pytest bench/test_rival_defects.py
+
+$(VENV_JAX)/.deps: bench/training/requirements.txt
+	$(PYTHON) -m venv $(VENV_JAX)
+	$(VENV_JAX)/bin/python $(PIP_INSTALL) -r bench/training/requirements.txt
+	touch $@
+
+bench-jax: build $(VENV_JAX)/.deps ## Training steps beside torchdeq's and JAX's, which has an environment of its own (minutes)
+	$(BIN)/python -m bench.training --jax $(VENV_JAX)/bin/python --out bench/results/$$(date +%Y-%m-%d)-training.json
+
+bench-gate: venv ## Name what became slower, by more than the spread, since the results that are committed
+	$(BIN)/python -m bench.gate
 
 bench-report: venv ## Write the tables of the documentation from bench/results/
 	$(BIN)/python -m bench.report

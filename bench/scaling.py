@@ -2,7 +2,8 @@
 
 Pools of 1, 2 and 4 processes stand ready and take turns; a pool that waits takes no processor time. A single process
 has as many threads as the machine has cores, the others one each. f is elementwise and local, so that what is measured
-is the step and its all-reduce. Beside them, the all-reduce alone.
+is the step and its all-reduce. Beside them, the all-reduce alone, small and large, and a copy between buffers, all
+processes at once: bench/scaling_model.py predicts the other rows from these.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ import torch
 import torch.distributed as dist
 
 import deqfast as dq
-from bench import meta, targets, timing
+from bench import meta, scaling_model, targets, timing
 from bench.compat_training import held
 
 STRONG, WEAK = 8_000_000, 2_000_000  # numbers of the one sample; a rank
 CONSENSUS = (32, 61_440)
 EVALUATIONS, M = 20, 10
 POOLS = (1, 2, 4)
+SHRINK = 64  # a quick run
+ROWS = ("strong", "weak", "all-reduce", "all-reduce, large", "stream", "together", "consensus")
 
 
 def _solve(rows: int, numbers: int, evaluations: int, **options: Any) -> Callable[[], object]:
@@ -50,16 +53,21 @@ def _solve(rows: int, numbers: int, evaluations: int, **options: Any) -> Callabl
 
 def calls(size: int, quick: bool) -> dict[str, Callable[[], object]]:
     """What a pool of so many processes can be asked to do."""
-    shrink = 64 if quick else 1
+    shrink = SHRINK if quick else 1
     strong, weak = STRONG // shrink // size, WEAK // shrink
     rows, numbers = CONSENSUS[0], CONSENSUS[1] // shrink
     world = dist.group.WORLD
     buffer = torch.zeros(4 * M + 8, dtype=torch.float64)
+    large = torch.zeros(scaling_model.LARGE, dtype=torch.float64)
+    source = torch.ones(scaling_model.STREAM // shrink)
+    copy = torch.empty_like(source)
     spread: dict[str, Any] = {"group": world}
     found = {
         "strong": _solve(1, strong, EVALUATIONS, **spread),
         "weak": _solve(1, weak, EVALUATIONS, **spread),
         "all-reduce": lambda: [dist.all_reduce(buffer) for _ in range(EVALUATIONS)],
+        "all-reduce, large": lambda: [dist.all_reduce(large) for _ in range(EVALUATIONS)],
+        "stream": lambda: [copy.copy_(source) for _ in range(EVALUATIONS)],
         "together": _solve(rows, numbers, EVALUATIONS, stop="all"),
         "consensus": _solve(rows, numbers, EVALUATIONS, stop="consensus"),
     }
@@ -123,7 +131,7 @@ def measure(rounds: int, quick: bool) -> tuple[list[dict[str, Any]], list[dict[s
     """Microseconds an evaluation of every row, in turns; and what is held against targets."""
     with tempfile.TemporaryDirectory() as folder:
         pools = {size: Pool(size, folder, quick) for size in POOLS}
-        rows = [(size, name) for size in POOLS for name in ("strong", "weak", "all-reduce", "together", "consensus")]
+        rows = [(size, name) for size in POOLS for name in ROWS]
         rows += [(1, "alone, strong"), (1, "alone, weak")]
         for size, name in rows:
             pools[size].run(name)  # memory is touched, caches are warm
@@ -175,13 +183,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "consensus": CONSENSUS,
         "m": M,
         "evaluations": EVALUATIONS,
+        "stream": scaling_model.STREAM // (SHRINK if args.quick else 1),
+        "shrink": SHRINK if args.quick else 1,
         "rows": rows,
     }
     text = json.dumps(found, indent=1)
     if args.out is not None:
         args.out.write_text(text + "\n")
     for row in rows:
-        print(f"{row['processes']} {row['row']:15} {row['us']:10.1f} us ({row['us_low']:.1f} to {row['us_high']:.1f})")
+        print(f"{row['processes']} {row['row']:17} {row['us']:10.1f} us ({row['us_low']:.1f} to {row['us_high']:.1f})")
 
 
 if __name__ == "__main__":

@@ -60,9 +60,26 @@ COMPAT_SCIPY = {1_000: 5.0, 1_000_000: 3.0}
 COMPAT_SCIPY_BATCH = 200.0
 COMPAT_SEGMENTS = 0.7
 
+# Whole training steps with a real f, the fastest row of a rival over deqfast's fastest; and over the bare calls of f
+# and its vjp, f not compiled, at most. Nothing was asked of plain rows that no one named.
+_NETS = ("MLP 64 x 128", "MLP 64 x 512", "MLP 64 x 1024", "conv 16 x 16 x 16 x 16", "attention 16 x 32 x 64")
+TRAINING_RTOL = 1e-4
+TRAINING: dict[str, dict[str, float]] = {
+    "jaxopt": dict(zip(_NETS, (1.0, 1.5, 1.5, 1.0, 1.0), strict=True)),
+    "JAX by hand": dict.fromkeys(_NETS, 1.0),
+    "torchdeq": dict.fromkeys(_NETS, 1.0),
+    "bare": {"MLP 64 x 128": 1.6, "MLP 64 x 512": 1.15},
+}
+
 # Segments of one length over the batch that they are, and very unequal ones over one block, padded, at most.
 SEGMENTS_EQUAL = 1.15
 SEGMENTS_UNEQUAL = {"1 of 1,000 rows, 99 of 10": 0.5}
+
+# compact="auto": a training step of which 16 of 1,024 samples are hard, the plain one's time over its, at least; rows
+# of f over the samples' own, at most; its time over the plain one's where all samples need the same, at most.
+ROWS_TRAINING = 5.0
+ROWS_DIGITS = 1.15
+ROWS_ALIKE = 1.01
 
 # On two processes of one thread: over one process of two threads and the all-reduce; over samples that stop together.
 SPREAD = 1.15

@@ -23,11 +23,14 @@ from .joint.solution import JointSolution
 from .joint.solve import joint_solve
 from .joint.step_size import joint_step_size
 from .loop.again import CouplingWarning
+from .loop.restoring import BatchShard, restore
 from .loop.state import SolverState
+from .metrics import Metrics
 from .nn import DEQ, ConvergenceWarning
 from .ops import library as _library  # noqa: F401  registers torch.ops.deqfast
 from .ops.ranks import RankError
 from .roots import root
+from .rows import RowCount
 from .solution import BackwardReport, ConvergenceError, Solution
 from .solve import fixed_point
 from .solvers.anderson import Anderson
@@ -61,6 +64,7 @@ __all__ = [
     "DEQ",
     "Anderson",
     "BackwardReport",
+    "BatchShard",
     "Broyden",
     "ConvergenceError",
     "ConvergenceWarning",
@@ -69,11 +73,13 @@ __all__ = [
     "GradientWarning",
     "Implicit",
     "JointSolution",
+    "Metrics",
     "OneStep",
     "Phantom",
     "Picard",
     "RandomStates",
     "RankError",
+    "RowCount",
     "Solution",
     "SolverState",
     "States",
@@ -84,6 +90,7 @@ __all__ = [
     "joint_solve",
     "joint_step_size",
     "project",
+    "restore",
     "root",
     "spectral_radius",
     "unroll",

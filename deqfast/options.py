@@ -102,6 +102,18 @@ def check_limit(max_iter: object) -> int:
     return limit
 
 
+def check_compact(compact: object) -> None:
+    """Raise TypeError unless the value is a bool, "auto", or a tree of bools."""
+    if isinstance(compact, str) and compact == "auto":
+        return
+    leaves = pytree.tree_leaves(compact)
+    if not leaves or not all(isinstance(leaf, bool) for leaf in leaves):
+        meant = did_you_mean(compact, ("auto",)) if isinstance(compact, str) else ""
+        raise TypeError(
+            f'compact must be a bool or a tree of bools shaped like args, or "auto", got {compact!r}{meant}'
+        )
+
+
 def check_samples(batch_dims: object, segments: object) -> None:
     """TypeError or ValueError unless ``batch_dims`` is an int from 0 up, and 1 where ``segments`` are given."""
     if isinstance(batch_dims, bool) or not isinstance(batch_dims, int):
@@ -167,10 +179,7 @@ class Options:
         self._check_group()
         if self.callback is not None:
             check_callable("callback", self.callback)
-        if self.compact is not True and self.compact is not False:
-            leaves = pytree.tree_leaves(self.compact)
-            if not leaves or not all(isinstance(leaf, bool) for leaf in leaves):
-                raise TypeError(f"compact must be a bool or a tree of bools shaped like args, got {self.compact!r}")
+        check_compact(self.compact)
         check_backend(self.backend)
         check_flag("trace", self.trace)
         check_flag("throw", self.throw)
@@ -240,6 +249,12 @@ class Options:
         watched = self.trace or self.progress or self.callback is not None or self.compact is not False
         watched = watched or self.states is not None
         return watched or self.returns in ("image", "next")
+
+    @property
+    def compactable(self) -> bool:
+        """Whether samples could be left out of what f sees, and are not."""
+        rows = self.batch_dims > 0 and self.segments is None
+        return self.compact is False and rows and self.stop == "each" and self.group is None
 
     def stopping(self, dtype: torch.dtype) -> Stopping:
         """The stopping rule for states of this real dtype."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import transforms
+from .following import Following
 from .ops.layout import Layout
 from .ops.shared import Group, group_of
 from .ops.workspace import Stopping
@@ -28,7 +29,7 @@ class Problem:
     transformed: bool = False  # a torch.func transform or a forward-mode level surrounds the call
     copy_z: bool = False  # f writes into the z that it is given
     reports: list[BackwardReport] = field(default_factory=list)  # the last backward solve's, once there was one
-
+    following: Following | None = None  # what a smaller batch takes along; None: the backward solve is of all samples
     group: Group | None = None  # the ranks that share the solve
 
     def share(self) -> None:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import compiled, graphs, transforms
+from . import compiled, graphs, ranges, transforms
 from .called import Called
 from .gradients.base import Gradient
 from .gradients.choose import choose_gradient
+from .log import LOG, telling
 from .loop.conclude import conclude, stepping_on, unsolved
 from .loop.looking import Seen, look_on
 from .loop.state import SolverState
@@ -91,9 +92,12 @@ def fixed_point(
             have their shape.
         segments: samples of unequal length as rows of dim 0, one after the other: (rows,) int sample numbers, sorted,
             or offsets (samples + 1,). In place of ``batch_dims``.
-        compact: True when f treats samples independently: converged ones are dropped from what f sees, with every
-            tensor in args whose dim 0 is that of z0, and one evaluation of all of them at the end confirms it; or a
-            pytree of bools shaped like args that says which tensors follow, and is believed.
+        compact: converged samples are dropped from what f sees, in the backward solve of ``Implicit`` too, with every
+            tensor in args whose dim 0 is that of z0. "auto": if f is seen to treat samples independently, by holding
+            f of some rows against f of all before the first are dropped; else the batch stays whole, and
+            ``Solution.summary`` says why. True: f does, you say, and no shape of args is ambiguous. Both end with one
+            evaluation of all samples that confirms it, where any was dropped. Or a pytree of bools shaped like args
+            that says which tensors follow, and is believed. Default False.
         trace: record the (nfe, B) residuals.
         states: evaluations, counted from 1, whose answer so far is wanted too: ``Solution.states`` has what ``returns``
             asks for as it was then, in ascending order, copies without a gradient. After the end it is that of the end.
@@ -144,7 +148,7 @@ def fixed_point(
         raise
     if unpack is not False:
         f = unpacked(f, z0, unpack)
-    run = _solve_on_mesh if is_sharded(z0) else solve
+    run = ranges.around(ranges.SOLVE, _solve_on_mesh if is_sharded(z0) else solve)
     if kwargs is None and not has_aux:
         return run(f, z0, args, options)
     check_callable("f", f)
@@ -183,9 +187,16 @@ def solve(f: Callable[..., Any], z0: Any, args: tuple[Any, ...], options: Option
     if gradient is not None and problem.differentiated:
         solution.z = gradient.attach(problem, solution.z)
         solution.reports = problem.reports
+    _tell(options, layout, solution)
     if options.throw and not bool(solution.converged.all()):
         raise ConvergenceError(solution)
     return solution
+
+
+def _tell(options: Options, layout: Layout, solution: Solution) -> None:
+    if telling():
+        told = "%s, %d samples of %d numbers, backend %s, mode %s: %s"
+        LOG.debug(told, options.solver, layout.B, layout.N, solution.backend, solution.mode, solution.summary())
 
 
 def _unsolved(layout: Layout, start: Any, options: Options) -> Solution:
@@ -275,6 +286,7 @@ def _run(f: Callable[..., Any], args: tuple[Any, ...], problem: Problem, start: 
         group=problem.group,
     )
     seen = Seen()
+    f = ranges.around(ranges.F, f)
     with torch.no_grad():
         if options.looks:
             seen = look_on(f, args, state, options)
@@ -286,6 +298,10 @@ def _run(f: Callable[..., Any], args: tuple[Any, ...], problem: Problem, start: 
     if seen.sampled is not None:
         solution.states_at, solution.states = seen.sampled.at, seen.sampled.end(problem.layout.tensors(solution.z))
     problem.copy_z = state.copies_z
+    solution.compactable = options.compactable
+    if seen.compactor is not None:
+        solution.rows = seen.compactor.count
+        problem.following = None if seen.compactor.whole or problem.transformed else seen.compactor.following
     if not shared:
         state.release()
     return solution

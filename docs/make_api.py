@@ -33,12 +33,14 @@ GROUPS = {
         "States",
         "RandomStates",
         "Status",
+        "RowCount",
         "ConvergenceError",
         "CouplingWarning",
     ],
     "Joint solves": ["joint_solve", "JointSolution", "Envelope", "joint_step_size", "project"],
     "Solvers": ["Anderson", "Broyden", "Picard", "SolverState"],
     "Gradients": ["Implicit", "Phantom", "OneStep", "Unroll", "BackwardReport", "GradientWarning"],
+    "Several processes": ["BatchShard", "restore", "RankError"],
     "Weight-tied models": ["unroll"],
     "Layers and the Jacobian": ["DEQ", "ConvergenceWarning", "jacobian_penalty", "spectral_radius"],
 }
@@ -47,7 +49,7 @@ MODULES = ["StepMasked", "ICNN", "LyapunovProjection"]  # of dq.nn
 # How the package talks to itself; and what torch.nn.Module calls.
 INTERNAL = {"workspace", "uses_previous", "attach", "solves", "advance", "answer", "release", "extra_repr"}
 INTERNAL |= {"copies_z", "update", "previous", "restart", "resume", "finish", "known_running", "failed", "judge"}
-INTERNAL |= {"replay", "made", "take_over"}
+INTERNAL |= {"replay", "made", "take_over", "part", "take_part", "description", "shared"}
 SECTIONS = ("Args", "Attributes", "Returns", "Raises")
 
 

@@ -72,10 +72,36 @@ def convergence_block(record: Record) -> list[str]:
     return [note, table(["method", "evaluations", "samples that failed"], rows), provenance(meta)]
 
 
+def rows_block(record: Record) -> list[str]:
+    """What a batch pays for its slowest sample, plain and with ``compact="auto"``."""
+    rows = []
+    for row in record["rows"]:
+        if "faster" in row:
+            plain = next(r for r in record["rows"] if r["case"] == row["case"] and r["row"] == "plain")
+            rows.append(
+                [
+                    row["case"],
+                    f"{plain['evaluations']} (mean {plain['mean']:.0f})",
+                    f"{plain['rows']:,d}",
+                    f"{row['rows']:,d}",
+                    f"{row['own']:,d}",
+                    f"{row['faster']['ratio']:.1f}x",
+                ]
+            )
+    note = (
+        'Rows of f that a solve evaluates, plain and with `compact="auto"`, the rows that its samples need by '
+        "themselves, and the time of the plain one over the other's:"
+    )
+    header = ["batch", "evaluations", "plain", '`compact="auto"`', "the samples' own", "time"]
+    return [note, table(header, rows), provenance(record["meta"], of_the_processor=True)]
+
+
 def measured(results: Path) -> list[str]:
     """The parts that full runs of the benchmarks give; a quick trial, or times taken on a busy machine, are none."""
-    speed, convergence = (newest(results, kind) for kind in ("speed", "convergence"))
+    speed, convergence, rows = (newest(results, kind) for kind in ("speed", "convergence", "rows"))
     parts = []
+    if rows is not None and not rows["quick"]:
+        parts += rows_block(rows)
     if speed is not None:
         machine = speed["machine_info"]
         if machine.get("quick", False) or (machine.get("busy_elsewhere") or 0.0) > CROWDED:

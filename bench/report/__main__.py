@@ -8,7 +8,7 @@ come from bench/targets.py and each is marked as met or not.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench import methods
@@ -16,49 +16,63 @@ from bench.report import gpu, pictures
 from bench.report.compat import compat_section
 from bench.report.convergence import convergence_section, time_section
 from bench.report.held import target_section
-from bench.report.markdown import CROWDED
+from bench.report.history import history_section, rounding_section
+from bench.report.markdown import CROWDED, Results
 from bench.report.newest import newest
 from bench.report.processes import scaling_section, segments_section
+from bench.report.rows import rows_section
 from bench.report.sections import breakdown_section, joint_section, speed_section
 from bench.report.torch import torch_section
+from bench.report.training import memory_section, training_section
+
+
+def _convergence(record: Results, img: Path) -> list[str]:
+    shown = [method for method in methods.SHOWN if method in record["counts"]]
+    pictures.performance_profiles(record, shown, img / "performance_profiles.png")
+    return convergence_section(record) + time_section(record)
+
+
+# Kinds of results, in the order of the document, with what is said of one and where its pictures go.
+SECTIONS: dict[str, Callable[[Results, Path], list[str]]] = {
+    "speed": lambda record, img: speed_section(record, img) + joint_section(record),
+    "training": training_section,
+    "memory": memory_section,
+    "breakdown": lambda record, _: breakdown_section(record),
+    "convergence": _convergence,
+    "torch": lambda record, _: torch_section(record),
+    "compat": lambda record, _: compat_section(record),
+    "rows": lambda record, _: rows_section(record),
+    "segments": lambda record, _: segments_section(record),
+    "scaling": lambda record, _: scaling_section(record),
+    "history": lambda record, _: history_section(record),
+    "rounding": lambda record, _: rounding_section(record),
+}
+# Of a single thread the processor's time is told, or memory or counts: other programs do not matter.
+ALONE = ("speed", "training", "breakdown", "convergence", "torch", "scaling")
+
+
+def meta_of(kind: str, record: Results) -> Results:
+    found: Results = record["machine_info" if kind == "speed" else "meta"]
+    return found
 
 
 def write(results: Path, out: Path) -> None:
-    kinds = ("speed", "convergence", "breakdown", "torch", "compat", "segments", "scaling")
-    speed, convergence, breakdown, plain, compat, segments, scaling = (newest(results, kind) for kind in kinds)
-    if speed is None and convergence is None:
+    records = {kind: record for kind in SECTIONS if (record := newest(results, kind)) is not None}
+    if not records.keys() & {"speed", "convergence"}:
         raise SystemExit(f"no results in {results}: run `make bench` or `python -m bench.convergence` first")
-    records = (speed and speed["machine_info"], convergence, plain, compat, segments, scaling)
-    quick = [r for r in records if r and r.get("quick")]
     img = out.parent / "img"
     parts = ["# Benchmarks", "Written by `python -m bench.report` from the newest results; edit nothing here."]
-    if quick:
+    if any(record.get("quick") or meta_of(kind, record).get("quick") for kind, record in records.items()):
         parts.append("**Some of these results come from a `--quick` trial and are not measurements.**")
-    # Not of compat: a single thread's processor time does not wait for others.
-    metas = [record["meta"] for record in (convergence, breakdown, plain, scaling) if record]
-    metas += [speed["machine_info"]] if speed else []
+    metas = [meta_of(kind, record) for kind, record in records.items() if kind in ALONE]
     if any((meta.get("busy_elsewhere") or 0.0) > CROWDED for meta in metas):
         parts.append(
             "**Other programs were busy during a run below: its times, and what they say of targets, are void.**"
         )
-    parts += target_section(speed, convergence, plain, compat)
-    if speed is not None:
-        parts += speed_section(speed, img)
-        parts += joint_section(speed)
-    if breakdown is not None:
-        parts += breakdown_section(breakdown)
-    if convergence is not None:
-        shown = [method for method in methods.SHOWN if method in convergence["counts"]]
-        pictures.performance_profiles(convergence, shown, img / "performance_profiles.png")
-        parts += convergence_section(convergence) + time_section(convergence)
-    if plain is not None:
-        parts += torch_section(plain)
-    if compat is not None:
-        parts += compat_section(compat)
-    if segments is not None:
-        parts += segments_section(segments)
-    if scaling is not None:
-        parts += scaling_section(scaling)
+    parts += target_section(records)
+    for kind, section in SECTIONS.items():
+        if kind in records:
+            parts += section(records[kind], img)
     parts += gpu.section(gpu.newest(results))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n\n".join(parts) + "\n")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from bench import free, joint, methods, targets
 from bench.report import summary
 from bench.report.compat import compat_checks
 from bench.report.markdown import Results, table, verdict
+from bench.report.rows import rows_checks
 from bench.report.sections import honest_ratio, joint_rows, speed_rows
 from bench.report.torch import torch_checks
+from bench.report.training import training_checks
+
+CHECKS = {"torch": torch_checks, "compat": compat_checks, "rows": rows_checks, "training": training_checks}
 
 
-def target_section(
-    speed: Results | None, convergence: Results | None, plain: Results | None, compat: Results | None = None
-) -> list[str]:
+def target_section(records: Mapping[str, Results]) -> list[str]:
     rows: list[list[str]] = []
+    speed, convergence = records.get("speed"), records.get("convergence")
     if convergence is not None and methods.DEFAULT in convergence["counts"]:
         headline = convergence["headline"]
         own = summary.geometric_mean(convergence, methods.DEFAULT, headline)
@@ -49,10 +54,8 @@ def target_section(
                         rows.append([f"{name}, {size}: torchdeq / row", verdict(honest, goal)])
         rows += floor_checks(speed)
         rows += joint_checks(speed)
-    if plain is not None:
-        rows += torch_checks(plain)
-    if compat is not None:
-        rows += compat_checks(compat)
+    for kind, checks in CHECKS.items():
+        rows += checks(records[kind]) if kind in records else []
     met = sum("(met" in row[1] for row in rows)
     head = f"{met} of {len(rows)} met; the sections below say how each was measured."
     return ["## Targets of this project", head, table(["figure", "measured"], rows)]

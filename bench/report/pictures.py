@@ -70,6 +70,72 @@ def speed_bars(rows: Mapping[str, Mapping[str, float]], path: Path, title: str) 
     _save(figure, path)
 
 
+def training_bars(rows: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Milliseconds a training step, a panel a net, fastest at the top; deqfast's rows are green."""
+    plt = _pyplot()
+    nets = list(dict.fromkeys(net for row in rows.values() for net in row))
+    figure, axes = plt.subplots(1, len(nets), figsize=(4.6 * len(nets), 4.6), squeeze=False)
+    for axis, net in zip(axes[0], nets, strict=True):
+        found = sorted((row[net], name) for name, row in rows.items() if net in row)[::-1]
+        colours = [_family(name) for _, name in found]
+        names = [name.split(" of f and")[0] for _, name in found]
+        bars = axis.barh(names, [ms for ms, _ in found], color=colours)
+        axis.bar_label(bars, fmt="%.2g", fontsize=7, padding=2)
+        axis.set(xscale="log", title=net, xlabel="ms a step")
+        axis.tick_params(axis="y", labelsize=7)
+        axis.grid(axis="y", visible=False)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def memory_lines(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Peak memory of a training step: bytes over the state's size, and sizes of the state over m."""
+    plt = _pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4))
+    most = max(row["numbers"] for row in rows)
+    greens, others = iter(GREENS), iter(COLOURS[2:])
+    for name in dict.fromkeys(row["row"] for row in rows):
+        own = [row for row in rows if row["row"] == name]
+        colour = next(greens) if name.startswith("deqfast") else next(others)
+        over_n = sorted((4e-6 * row["numbers"], 1e-6 * row["bytes"]) for row in own if row["m"] == 6)
+        left.plot(*zip(*over_n, strict=True), "o-", color=colour, label=name)
+        over_m = sorted((row["m"], row["states"]) for row in own if row["numbers"] == most)
+        right.plot(*zip(*over_m, strict=True), "o-", color=colour)
+    left.set(xlim=(0, None), ylim=(0, None), xlabel="MB of the state, m = 6", ylabel="MB at a training step's peak")
+    right.set(xlabel="m", ylabel="sizes of the state", ylim=(0, None))
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="lower center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    _save(figure, path)
+
+
+def scaling(
+    points: Sequence[Mapping[str, Any]], clusters: Mapping[str, Sequence[tuple[int, float, float]]], path: Path
+) -> None:
+    """Measured against predicted on this machine; predictions alone, dashed, for GPUs that nobody measured."""
+    figure, (left, right) = _pyplot().subplots(1, 2, figsize=(10, 4.2))
+    for i, name in enumerate(dict.fromkeys(row["row"] for row in points)):
+        own, colour = [row for row in points if row["row"] == name], COLOURS[i]
+        for key, style in (("us", "o-"), ("predicted", "s--")):
+            told = "measured" if key == "us" else key
+            xy = [(row["processes"], 1e-3 * row[key]) for row in own]
+            left.plot(*zip(*xy, strict=True), style, color=colour, label=f"{name}, {told}")
+    for i, (name, found) in enumerate(clusters.items()):
+        right.plot(*zip(*((g, 1e6 * whole) for g, whole, _ in found), strict=True), "--", color=COLOURS[i], label=name)
+    left.set(xscale="log", yscale="log", xlabel="gloo processes on one machine", ylabel="ms an evaluation")
+    right.set(xscale="log", yscale="log", xlabel="H100, assumed, not measured", ylabel="us an evaluation")
+    for axes in (left, right):
+        axes.legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _family(row: str) -> str:
+    for prefix, colour in (("deqfast", COLOURS[0]), ("torchdeq", COLOURS[2]), ("bare", COLOURS[5])):
+        if row.startswith(prefix):
+            return colour
+    return COLOURS[4]
+
+
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": ""})

@@ -24,6 +24,7 @@ from ..transforms import forbid
 from . import replay
 from .graph import Attachment, Graph, adjoint_map, autocast_as, evaluate, frontier, tensors_of
 from .linear import LinearOptions, adjoint_start, solve_linear
+from .shrinking import AdjointRows
 
 _current_sequence_nr = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
 
@@ -107,18 +108,27 @@ class _Attach(torch.autograd.Function):
             u = replay.replayed_adjoint(attachment, z_in, g_full)
         if u is None:
             solved, at = another_graph(attachment, z_in) if attachment.hooked else (graph, z_in)
-            u = solve_adjoint(solved, at, g_full, attachment.layout, attachment.options)
+            u = solve_adjoint(solved, at, g_full, attachment.layout, attachment.options, attachment)
         return None, *(u[i] for i in graph.which), *nothing[len(graph.which) :]
 
 
 def solve_adjoint(
-    graph: Graph, z: Sequence[Tensor], g: list[Tensor], layout: Layout, options: LinearOptions
+    graph: Graph,
+    z: Sequence[Tensor],
+    g: list[Tensor],
+    layout: Layout,
+    options: LinearOptions,
+    attachment: Attachment | None = None,
 ) -> list[Tensor]:
     """Leaves of u = J^T u + g, each sample to the relative tolerance of its own.
 
-    Where a sample does not converge its best iterate is returned, with a ``GradientWarning``.
+    Where a sample does not converge its best iterate is returned, with a ``GradientWarning``. ``attachment``: whose
+    adjoint it is, where the options let the batch shrink.
     """
-    return solve_linear(adjoint_map(graph, z, g, layout), adjoint_start(g, layout, options), g, layout, options)
+    whole, rows = adjoint_map(graph, z, g, layout), None
+    if attachment is not None and options.following is not None:
+        rows = AdjointRows(attachment, z, g, whole, options.following)
+    return solve_linear(whole, adjoint_start(g, layout, options), g, layout, options, rows)
 
 
 def another_graph(attachment: Attachment, z_in: Sequence[Tensor]) -> tuple[Graph, list[Tensor]]:

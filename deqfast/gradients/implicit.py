@@ -27,7 +27,8 @@ from .linear import LinearOptions
 class Implicit(Gradient):
     """Gradients by the implicit function theorem: the backward solves u = J^T u + g with a solver of its own.
 
-    The memory is that of one evaluation of f, whatever the solver did; the cost is one more evaluation in forward (not
+    The memory is that of one evaluation of f, whatever the solver did (with ``compact`` of one more, of at most three
+    quarters of the samples); the cost is one more evaluation in forward (not
     counted in ``nfe``) and one vjp an iteration in backward. Gradients are those of the solution, so they are as good
     as both solves: a forward that stopped early, or a backward that did, gives approximate ones, the second with a
     ``GradientWarning``. Differentiable twice. Works in torch.func.grad, vjp and jvp and in forward mode, where the
@@ -82,7 +83,14 @@ class Implicit(Gradient):
         max_iter = (problem.stopping.max_iter or DEFAULT_LIMIT) if self.max_iter is None else self.max_iter
         rule = Stopping(rtol, max_iter=max_iter)
         return LinearOptions(
-            chosen, rule, problem.options.backend, self.u0, problem.options.mode, problem.group, self._tell(problem)
+            chosen,
+            rule,
+            problem.options.backend,
+            self.u0,
+            problem.options.mode,
+            problem.group,
+            self._tell(problem),
+            following=problem.following,
         )
 
     def _tell(self, problem: Problem) -> Callable[[BackwardReport], Any]:

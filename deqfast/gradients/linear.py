@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranges
+from ..following import Following
+from ..log import LOG, telling
+from ..loop.compaction import Compactor, Rowwise
 from ..loop.state import SolverState
 from ..ops.codes import Int
 from ..ops.contract import Method
@@ -18,6 +22,8 @@ from ..ops.workspace import Stopping
 from ..solution import BackwardReport
 from ..status import Status
 from ..warning import warn
+
+PRICE = 1.0  # vjps of a part that its graph costs: ``python -m bench.rows --sweep``
 
 
 class GradientWarning(RuntimeWarning):
@@ -36,18 +42,25 @@ class LinearOptions:
     group: Group | None = None  # ranks that share it
     tell: Callable[[BackwardReport], Any] | None = None  # who hears how it went
     watch: Callable[[SolverState], Any] | None = None  # who looks after every evaluation, where a loop makes them
+    following: Following | None = None  # what a batch that shrinks takes along; None: it does not shrink
 
 
 def solve_linear(
-    f: Callable[[Any], Any], start: Any, known: list[Tensor], layout: Layout, options: LinearOptions
+    f: Callable[[Any], Any],
+    start: Any,
+    known: list[Tensor],
+    layout: Layout,
+    options: LinearOptions,
+    rows: Rowwise | None = None,
 ) -> list[Tensor]:
     """Leaves of the solution of u = f(u), an affine map, each sample to a relative tolerance of its own.
 
     Where a sample does not converge its best iterate is returned, with a ``GradientWarning`` unless its right-hand side
-    ``known`` was not finite: an overflowing loss scale, for example, is no failure of this solve.
+    ``known`` was not finite: an overflowing loss scale, for example, is no failure of this solve. ``rows``: f at all
+    samples and at some, for a batch that shrinks where the options say so.
     """
-    with torch.no_grad():
-        group = options.group
+    with torch.no_grad(), ranges.within(ranges.BACKWARD):
+        group, f = options.group, ranges.around(ranges.VJP, f)
         state = SolverState(
             options.solver,
             start,
@@ -57,15 +70,26 @@ def solve_linear(
             together=group is not None and not group.spread,
             group=group,
         )
-        while not state.done:
-            state.step(f(state.z))
+        compactor = None
+        if rows is not None and options.following is not None:
+            compactor = Compactor(state, rows, options.following, price=PRICE)
+        while not state.done or (compactor is not None and compactor.unsure):
+            if compactor is None:
+                state.step(f(state.z))
+            else:
+                compactor.evaluate()
             if options.watch is not None:
                 options.watch(state)
         if layout.B and layout.total and state.failed():
             warn_of_failures(state, known)
         leaves, residual = state.answer()
+        if telling():
+            worst = float(residual.max()) if residual.numel() else 0.0
+            told = "derivative, %d samples of %d numbers: %d products, largest residual %.2e"
+            LOG.debug(told, layout.B, layout.N, state.nfe, worst)
         if options.tell is not None:
-            options.tell(BackwardReport(state.nfe, layout.counted(residual), state.status))
+            count = None if compactor is None else compactor.count
+            options.tell(BackwardReport(state.nfe, layout.counted(residual), state.status, count))
         state.release()
         return leaves
 

@@ -62,6 +62,7 @@ class Unroll(Gradient):
             "progress": options.progress,
             "states": options.states,
             "group": problem.group is not None,
+            "history_device": getattr(options.solver, "history_device", None) is not None,
         }
         for name, asked in refused.items():
             if asked:

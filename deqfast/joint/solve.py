@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import compiled, transforms
+from .. import compiled, ranges, transforms
 from ..gradients.implicit import Implicit
+from ..log import LOG, telling
 from ..loop.progress import progress_bar
 from ..solution import ConvergenceError
 from ..solvers.base import Solver
@@ -150,8 +151,12 @@ def joint_solve(
             z0, x0, mu0, args, step_size = ordinary((z0, x0, mu0, args, step_size))
         problem = Problem(f, loss, z0, x0, mu0, args, step_size=step_size, project=project, options=options)
         state = JointState(problem)
-        rows = _loop(state, options)
+        with ranges.within(ranges.JOINT):
+            rows = _loop(state, options)
         solution = _conclude(state, rows)
+        if telling():
+            layout = problem.layout
+            LOG.debug("joint, %d samples of %d numbers: %s", layout.B, layout.N, solution.summary())
         if gradient is not None and torch.is_grad_enabled():
             if isinstance(gradient, Envelope):
                 solution.z = attach_envelope(problem, solution, gradient)

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranges
 from ..loop.again import warn_again
 from ..ops import contract
 from ..ops.anderson import AndersonWorkspace
 from ..ops.codes import BLOCKS, At, Int
+from ..ops.grouped import workspace_of
 from ..ops.joint import JointWorkspace, Part
 from ..ops.joint_step import JointStep
 from ..ops.lag import LAG
@@ -37,7 +39,8 @@ class JointState:
         kinds += [2] * len(problem.x_leaves)
         chosen = [i for i, kind in enumerate(kinds) if BLOCKS[kind] in problem.accelerate]
         start = problem.start
-        core = solver.workspace(
+        core = workspace_of(
+            solver,
             Layout([start[i] for i in chosen], "z0 and x0"),
             # With "cost" it is kept here, and a sample that stops must stay where it was measured until it is.
             Stopping(0.0, 0.0, problem.options.max_iter, keep_best=problem.options.returns == "best"),
@@ -57,6 +60,8 @@ class JointState:
             if self.ws.record.kept is not None:
                 self.ws.record.kept[i].copy_(t)
         self._step = JointStep(self.ws, backend, problem.project_leaves, problem.options.stop == "all")
+        self._evaluate = ranges.around(ranges.F, problem.evaluate)
+        self._take = ranges.around(ranges.STEP, self._step)
         self._running = layout.B if layout.N else 0
         self.nfe = 0
         self.cost: Tensor | None = None
@@ -128,9 +133,9 @@ class JointState:
     def advance(self) -> bool:
         """Evaluate f, loss and their gradients, and step; returns ``done``."""
         at = [self.ws.value(i) for i in range(len(self.ws.parts))]
-        values, cost = self.problem.evaluate(at, first=self.nfe == 0)
+        values, cost = self._evaluate(at, first=self.nfe == 0)
         self.cost = self._counted(cost)
-        self._running = self._step(values, self.problem.step_size(self.nfe), cost)
+        self._running = self._take(values, self.problem.step_size(self.nfe), cost)
         if self.problem.options.callback is not None:  # which may end the solve here
             self._newest = values, cost
         if self._step.wakings == 2 and not self._warned:

@@ -30,12 +30,18 @@ class Consensus(Together):
         """Tell the others whether a sample here is short of its tolerance; 0 if all stop, else ``over`` has to say."""
         ws = self.ws
         self._made += 1
-        with torch.no_grad():
-            running = ws.int_row(Int.STATUS) == int(Status.RUNNING)
-            if self._made == self.rule.max_iter:
-                self._stop(torch.zeros_like(running))
-                return 0
-            self._count.copy_((running & ~self.within()).any())
+        if self._made < self.rule.max_iter and self._far():
+            self._count.fill_(1)
+        else:
+            with torch.no_grad():
+                running = ws.int_row(Int.STATUS) == int(Status.RUNNING)
+                if self._made == self.rule.max_iter:
+                    self._stop(torch.zeros_like(running))
+                    return 0
+                short = running & ~self.within()
+                if self._waits:
+                    self._short = int(short.to(torch.uint8).argmax()) if len(short) else -1
+                self._count.copy_(short.any())
         self._wait = self._ranks.begin(self._count)
         return 1 if self._overlapped or not self.over() else 0
 

@@ -15,7 +15,9 @@ import torch
 from ..ops import contract, grouped
 from ..ops.anderson import AndersonWorkspace
 from ..ops.codes import Int, Real
+from ..ops.shared import Group
 from ..ops.workspace import Stopping
+from .consensus import together_on
 from .recordable import Recordable
 from .together import Together, never
 
@@ -29,6 +31,7 @@ class Inheriting(Recordable):
     _backend: contract.Backend
     _stopping: Stopping
     _together: Together | None
+    _group: Group | None
 
     def take_over(self, other: Inheriting) -> None:
         """Begin with copies of the columns of another solve, before the first evaluation of this one.
@@ -86,7 +89,7 @@ class Inheriting(Recordable):
         ws.before, self._stopping = before, rule
         ws.stopping = rule if self._together is None else never(rule)
         if self._together is not None:
-            self._together = Together(ws, rule, self.made)
+            self._together = together_on(ws, rule, self.made, self._group)
 
 
 def _moved(rule: Stopping, by: int) -> Stopping:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import compiled
 from ..ops.codes import Int, Real
+from ..ops.grouped import workspace_of
 from ..ops.layout import Layout
 from ..ops.shared import Group, refuse
 from ..ops.workspace import Workspace
@@ -66,7 +67,7 @@ class Keeping(Inheriting):
         """The workspace of these rows in place of the one that there is."""
         which, old = self._samples(stay), self.ws
         layout = self.layout.resized(stay.numel())
-        ws: Workspace = self.options.workspace(layout, old.stopping)
+        ws: Workspace = workspace_of(self.options, layout, old.stopping)
         ws.take(old, which)
         bound = self._backend.bind(ws, self.made)
         self.layout, self.ws, self.bound = layout, ws, bound
@@ -108,7 +109,7 @@ class Keeping(Inheriting):
         residual = residual.index_select(0, which)
         counters = ws.ints.index_select(1, which)
         status = counters[int(Int.STATUS)].clone()
-        if self.layout.N == 0:
+        if self.layout.total == 0:
             status.fill_(int(Status.CONVERGED))
             residual.zero_()
         elif not self.nfe:

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..following import following
 from ..ops.codes import Int
 from ..options import Options
 from ..status import Status
-from .compaction import Compactor
+from .compaction import Compactor, WithArguments
 from .conclude import out_of_evaluations
 from .images import Images, take
 from .progress import progress_bar
@@ -31,22 +32,26 @@ def _evaluate(f: Callable[..., Any], args: tuple[Any, ...], state: SolverState, 
 
 
 class Seen(NamedTuple):
-    """What was seen between evaluations, as far as anybody asked: residuals, f at the answer, states."""
+    """What was seen between evaluations, as far as anybody asked: residuals, f at the answer, states, rows."""
 
     residuals: list[Tensor] | None = None
     images: list[Tensor] | None = None
     sampled: Sampled | None = None
+    compactor: Compactor | None = None
 
 
 def look_on(f: Callable[..., Any], args: tuple[Any, ...], state: SolverState, options: Options) -> Seen:
     """The loop with what somebody wants to see or do between evaluations."""
-    compactor = Compactor(state, args, options.compact) if options.compact is not False else None
+    judged = options.callback is not None or options.returns == "next" or options.of != options.returns
+    compactor = None
+    if options.compact is not False:
+        follows = following(options.compact, args, state.layout)
+        compactor = Compactor(state, WithArguments(f, args, follows), follows, judged=judged)
     images = Images(state, compactor is not None) if "image" in (options.returns, options.of) else None
     sampled = None if options.states is None else Sampled(state, options.states.draw(), options.of, images)
     rows: list[Tensor] | None = [] if options.trace else None
     bar = progress_bar(options.max_iter) if options.progress else None
     lookers = [one for one in (images, sampled) if one is not None]
-    judged = options.callback is not None or options.returns == "next" or options.of != options.returns
     leaves: list[Tensor] = []
     which: Tensor | None = None
     told = False  # to stop
@@ -55,7 +60,7 @@ def look_on(f: Callable[..., Any], args: tuple[Any, ...], state: SolverState, op
             if compactor is None:
                 leaves = _evaluate(f, args, state, judged)
             else:
-                leaves, which = compactor.evaluate(f)
+                leaves, which = compactor.evaluate()
             for one in lookers:
                 one.look(leaves, which)
             if rows is not None:
@@ -70,7 +75,8 @@ def look_on(f: Callable[..., Any], args: tuple[Any, ...], state: SolverState, op
         if bar is not None:
             bar.close()
     _end(state, options, sampled, told, (leaves, which))
-    return Seen(rows, images.leaves if images is not None and options.returns == "image" else None, sampled)
+    found = images.leaves if images is not None and options.returns == "image" else None
+    return Seen(rows, found, sampled, compactor)
 
 
 def _end(

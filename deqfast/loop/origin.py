@@ -18,19 +18,24 @@ EVERY = 16  # evaluations from one look to the next
 
 
 class Origin:
-    """Looks at a solve from time to time, the first time after ``EVERY`` evaluations."""
+    """Looks at a solve from time to time, the first time after ``EVERY`` evaluations.
 
-    def __init__(self, ws: Workspace) -> None:
+    Attributes:
+        largest: (B,) ||f(z)||, the largest so far; given where the solve has been looked at before.
+    """
+
+    def __init__(self, ws: Workspace, largest: Tensor | None = None) -> None:
         self._ws = ws
         # The unit is about the inverse of what a number of the sample was at its first evaluation.
-        self._largest = ws.layout.numbers().sqrt() / ws.real_row(Real.UNIT)
+        start = ws.layout.numbers().sqrt() / ws.real_row(Real.UNIT)
+        self.largest = start if largest is None else start.copy_(largest)
         self._looks = ws.layout.device.type == "cpu"
         self._eps = torch.finfo(ws.layout.dtype).eps
 
     def take(self, ws: Workspace, which: Tensor) -> None:
         """Look from now on at a workspace that holds some of the samples."""
         self._ws = ws
-        self._largest = self._largest.index_select(0, which)
+        self.largest = self.largest.index_select(0, which)
 
     def look(self) -> bool:
         """Send samples to 0 that have come to it, after a step; whether there may have been any."""
@@ -40,8 +45,8 @@ class Origin:
             size = torch.where(relative > 0, moved / relative, 0.0).nan_to_num(posinf=0.0)
             running = ws.int_row(Int.STATUS) == int(Status.RUNNING)
             # A residual of 0 says nothing of the size: that sample is at its solution, and runs for the sake of others.
-            arrived = running & (size < self._eps * self._largest) & (relative != 0)
-            self._largest = torch.maximum(self._largest, size).masked_fill(arrived, 0)
+            arrived = running & (size < self._eps * self.largest) & (relative != 0)
+            self.largest = torch.maximum(self.largest, size).masked_fill(arrived, 0)
             if self._looks and not bool(arrived.any()):
                 return False
             rows = ws.layout.spread(arrived)[:, None]

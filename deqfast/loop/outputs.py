@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranges
 from ..ops.contract import BoundStep
 from ..ops.workspace import Workspace
 
@@ -60,14 +61,17 @@ class Outputs:
     def bind(self, bound: BoundStep) -> None:
         """Feed this step from now on."""
         self._bound = bound
-        self._quick: Any = bound.quick  # called only where ``look`` has seen that it is there
+        self._step: Any = ranges.around(ranges.STEP, bound)
+        # Called only where ``look`` has seen that it is there.
+        self._quick: Any = bound.quick and ranges.around(ranges.STEP, bound.quick)
         self._x_storages = storages([*self.ws.x[0], *self.ws.x[1]])
         self.note_versions()
         self.look()
 
     def end(self, bound: BoundStep) -> None:
         """No more steps: ``bound`` says so to whoever tries."""
-        self._bound, self._quick, self.plain = bound, None, False
+        self._bound = self._step = bound
+        self._quick, self.plain = None, False
 
     def _forget(self) -> None:
         self.previous: list[Tensor] | None = None
@@ -156,7 +160,7 @@ class Outputs:
             leaves, previous = self._settle(leaves, previous, turn)
         elif any(s in self._x_storages for s in storages(leaves)):
             leaves = [t.clone() for t in leaves]  # a view of z: rows that stop are overwritten while others read it
-        running = self._bound(leaves, previous, rows, self.previous_rows)
+        running: int = self._step(leaves, previous, rows, self.previous_rows)
         self.newest = leaves
         if self.uses_previous:
             self.previous, self.previous_rows = leaves, rows

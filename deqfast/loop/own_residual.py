@@ -35,6 +35,8 @@ def taken(
     anderson = takes_residual(ws)
     if anderson is None:
         raise ValueError(f"residual needs dq.Anderson(type=2) with mixing=1, got {method}")
+    if ws.asked_by:
+        raise ValueError(f"residual cannot be given with {ws.asked_by}, got {method}")
     if residual is None or not in_turn:
         raise ValueError("residual must be given at every step of a solve or at none")
     return backend_for(current, asked, ws), anderson, rows_of(residual, anderson)

@@ -65,7 +65,7 @@ class Resuming(Keeping):
         if limit is not None and limit <= self.nfe:
             raise ValueError(f"max_iter must be above the {self.nfe} evaluations made, got {limit}")
         if self.paused:
-            self._running = int((self.ws.int_row(Int.STATUS) == int(Status.RUNNING)).sum()) if self.layout.N else 0
+            self._running = int((self.ws.int_row(Int.STATUS) == int(Status.RUNNING)).sum()) if self.layout.total else 0
         self._limit = 2**31 if limit is None else limit
 
     @compiled.skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,25 +10,24 @@ import torch
 from torch import Tensor
 
 from .. import compiled
-from ..ops import contract, grouped, recheck, shared
+from ..ops import contract, grouped, recheck
 from ..ops.codes import Int, Real
 from ..ops.layout import Layout
-from ..ops.samples import Samples
 from ..ops.shared import Group
 from ..ops.workspace import Stopping, Workspace
 from ..status import Status
-from . import own_residual, saving
+from . import own_residual
 from .answer import answer
 from .consensus import together_on
 from .origin import EVERY, Origin
 from .outputs import Outputs
-from .resuming import Resuming
+from .saved import Saved
 from .together import never
 
 _NOTHING = contextlib.nullcontext()
 
 
-class SolverState(Resuming):
+class SolverState(Saved):
     """One solve in progress, for a loop of your own.
 
     ::
@@ -62,13 +60,7 @@ class SolverState(Resuming):
         self._asked_for, self._limit, self._group = backend, limit, group
         rule = never(stopping) if together else stopping
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING:
-            try:
-                self.ws: Workspace = grouped.workspace_of(options, self.layout, rule)
-            except torch.OutOfMemoryError as error:
-                raise torch.OutOfMemoryError(
-                    f"no room for the history of {options} for {self.layout.B} samples of {self.layout.N} numbers: "
-                    f"keep fewer columns, Anderson's in a narrower history_dtype, or solve a smaller batch. {error}"
-                ) from error
+            self.ws: Workspace = grouped.workspace_of(options, self.layout, rule)
         self._backend = contract.choose(backend, self.layout.device, kind=self.ws.kind)
         self.nfe = 0
         self._running = self.layout.B if self.layout.total else 0
@@ -225,6 +217,8 @@ class SolverState(Resuming):
         return self._running == 0
 
     def _step_with_residual(self, fz: Any, residual: Any) -> bool:
+        if self._group is not None and self._group.spread:
+            raise ValueError("residual cannot be given where ranks share every sample: no kernel adds it up over them")
         first = self.nfe == 0 or self._own_residual
         backend, ws, rows = own_residual.taken(self.ws, self.options, residual, first, self._backend, self._asked_for)
         leaves = self.layout.flatten(fz, "f(z)")
@@ -263,56 +257,6 @@ class SolverState(Resuming):
         self.bound = _Released(self.ws)
         self._outputs.end(self.bound)
         self.ws.release()
-
-    @compiled.skip
-    def state_dict(self) -> dict[str, Any]:
-        """Copies of everything a later step reads; ``load_state_dict`` of a state of the same shape takes it up."""
-        running = (self._running or self.paused) and int(self.running.sum())
-        saved = saving.save(self.options, self.ws, self._outputs, self.nfe, running, self.wakings)
-        return shared.with_carry(saved, self.bound)
-
-    @compiled.skip
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Continue where ``saved`` stopped.
-
-        Raises:
-            ValueError: it was saved by a solver with other options or a state of another structure, shape, memory
-                format or dtype, or something is missing; this state is as before.
-        """
-        own = own_residual.takes_residual(self.ws) if "own_residual" in saved.get("tensors", {}) else None
-        backend = self._backend
-        if own is not None:
-            backend = own_residual.backend_for(backend, self._asked_for, self.ws)
-        saving.check(saved, self.options, self.ws)
-        if own is not None:
-            self._serve_residual(backend)
-            own.set_residual(torch.empty_like(saved["tensors"]["own_residual"], device=self.layout.device))
-        saving.load(saved, self.ws, self._outputs)
-        self.nfe = saved["nfe"]
-        self._count_from(saved["before"])
-        self._running, self.wakings = 0 if self.paused else saved["running"], saved["wakings"]
-        self._bind()
-        shared.take_carry(saved, self.bound)
-
-    def __reduce__(self) -> Any:
-        shared.refuse(self._group, "a copy")
-        together = self._together is not None
-        settings = {"stopping": self._own_rule(), "backend": self._asked_for, "together": together}
-        settings["limit"] = self._limit
-        given = self.options, self.evaluated(), self.layout.samples, settings
-        return _rebuild, (type(self), *given, self.state_dict())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SolverState:
-        function, args = self.__reduce__()
-        return function(*args[:1], copy.deepcopy(args[1], memo), *args[2:])
-
-
-def _rebuild(
-    cls: type[SolverState], options: Any, z: Any, samples: Samples, settings: dict[str, Any], saved: dict[str, Any]
-) -> SolverState:
-    state = cls(options, z, layout=Layout(z, samples=samples), **settings)
-    state.load_state_dict(saved)
-    return state
 
 
 class _Released(contract.BoundStep):

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from .. import compiled
 from ..called import Called
 from ..gradients.choose import choose_gradient
+from ..metrics import Metrics
 from ..naming import did_you_mean
 from ..options import Options, check_callable, check_flag
 from ..solution import Solution
@@ -49,6 +50,7 @@ class DEQ(nn.Module):
         cell: callable or module (z, x, *args) -> same structure, shapes and dtypes as z.
         warn: say once, in a ``ConvergenceWarning``, when no sample of a call converged. It reads one number from the
             device after each call until then.
+        metrics: a ``Metrics`` that remembers what every call took, for a dashboard.
         options: those of ``fixed_point``, checked here.
 
     The start is ``cell.init(x)`` where the cell has such a method, else ``zeros_like(x)``; a call may give its own.
@@ -59,10 +61,12 @@ class DEQ(nn.Module):
         TypeError, ValueError: an option that does not exist, or a value that it cannot have.
     """
 
-    def __init__(self, cell: Any, *, warn: bool = True, **options: Any) -> None:
+    def __init__(self, cell: Any, *, warn: bool = True, metrics: Metrics | None = None, **options: Any) -> None:
         super().__init__()
         check_callable("cell", cell)
         check_flag("warn", warn)
+        if metrics is not None and not callable(metrics):
+            raise TypeError(f"metrics must be a dq.Metrics, got {type(metrics).__name__}")
         unknown = [name for name in options if name not in _OPTIONS]
         if unknown:
             meant = did_you_mean(unknown[0], _OPTIONS)
@@ -81,6 +85,7 @@ class DEQ(nn.Module):
         self.cell = cell
         self.options = options
         self.warn = warn
+        self.metrics = metrics
 
     @compiled.skip
     def forward(self, x: Any, *args: Any, z0: Any = None, max_iter: int | None = None) -> Any:
@@ -101,6 +106,8 @@ class DEQ(nn.Module):
             z0 = _start(getattr(self.cell, "init", None), x)
         options = self.options if max_iter is None else {**self.options, "max_iter": max_iter}
         solution = fixed_point(self.cell, z0, (x, *args), **options)
+        if self.metrics is not None:
+            self.metrics(solution)
         if self.warn and options.get("max_iter") != 0 and solution.steps.numel() and not self._any(solution):
             self.warn = False
             warn(

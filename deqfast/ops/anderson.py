@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -77,6 +77,7 @@ class AndersonWorkspace(Workspace):
 
     uses_previous = True
     kept = ("history", "scales", "matrix", "gram", "norms", "ages")
+    always_keeps: ClassVar[bool] = False  # the products of tiny samples too
 
     method: AndersonMethod
 
@@ -94,7 +95,8 @@ class AndersonWorkspace(Workspace):
         self.method = method
         m, acc, tiles, scaled = method.m, layout.acc, self.tiles, history_dtype in SCALED_DTYPES
         # The products of tiny samples are not kept: reading and writing them would cost more than forming them anew.
-        self.keeps_products = layout.N > TINY or len(layout.leaves) > 1 or scaled or layout.spread_n > 0
+        large = layout.N > TINY or len(layout.leaves) > 1
+        self.keeps_products = large or scaled or layout.spread_n > 0 or self.always_keeps
         shape = (2, layout.B, m, layout.N) if self.keeps_products else (2, tiles, m, layout.N, TILE)
         self.history = memory.history(shape, history_dtype)
         self.buffer = memory.buffer
@@ -148,19 +150,23 @@ class AndersonWorkspace(Workspace):
     def take(self, other: AndersonWorkspace, which: Tensor) -> None:
         """And the columns of those samples."""
         super().take(other, which)
-        theirs, mine = other.own(), self.own()
-        if self.keeps_products:
-            for name in ("history", "scales"):
-                torch.index_select(theirs.pop(name), 1, which, out=mine.pop(name))
-        else:
-            for into, columns in zip(mine.pop("history"), theirs.pop("history"), strict=True):
-                into.copy_(tile(untile(columns, other.layout.B)[which], self.tiles))
-            del mine["scales"]  # there are none
-        for name, into in mine.items():
-            into.copy_(tile(untile(theirs[name], other.layout.B)[which], self.tiles))
+        other.settle()
+        self.settle()
+        self._take_history(other, which)
+        for name in self.kept[2:]:
+            into = getattr(self, name)
+            into.copy_(tile(untile(getattr(other, name), other.layout.B)[which], self.tiles))
         if other.own_residual is not None and other.own_columns is not None:
             self.own_residual = other.own_residual.index_select(0, which)
             self.own_columns = other.own_columns.index_select(0, which)
+
+    def _take_history(self, other: AndersonWorkspace, which: Tensor) -> None:
+        if self.keeps_products:
+            for name in ("history", "scales"):
+                torch.index_select(getattr(other, name), 1, which, out=getattr(self, name))
+            return
+        for into, columns in zip(self.history, other.history, strict=True):  # there are no scales
+            into.copy_(tile(untile(columns, other.layout.B)[which], self.tiles))
 
     def why_no_start(self) -> str | None:
         """None where columns are kept that do not come in turns."""
@@ -190,17 +196,44 @@ class AndersonWorkspace(Workspace):
         self.settle()
         return super().own()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that a later step reads, by name."""
-        if self.own_residual is None or self.own_columns is None:
-            return super().tensors()
-        return {**super().tensors(), "own_residual": self.own_residual, "own_columns": self.own_columns}
+    def small(self) -> dict[str, Tensor]:
+        """Norms, ages, products and scales."""
+        B, m = self.layout.B, self.method.m
+        found = {name: untile(getattr(self, name), B) for name in ("norms", "ages", "matrix", "gram")}
+        if not self.keeps_products:
+            side = m if self.method.test_space else 0
+            found |= {"matrix": self.norms.new_zeros(B, side, side), "gram": self.norms.new_zeros(B, m, m)}
+        return {**found, "scales": self.scales}
 
-    def expected(self, saved: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each saved tensor; a residual of the caller's own has any size."""
-        expected = super().expected(saved)
-        if "own_residual" in saved:
-            rows, acc = saved["own_residual"].shape[1:], self.layout.acc
-            expected["own_residual"] = ((self.layout.B, *rows), acc)
-            expected["own_columns"] = ((self.layout.B, self.method.m, *rows), acc)
-        return expected
+    def rows(self) -> Tensor:
+        """(2, B, m, N) columns."""
+        return self.history if self.keeps_products else torch.stack([self.columns(0), self.columns(1)])
+
+    def take_small(self, saved: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """What lies in tiles."""
+        tiled = "norms", "ages", "matrix", "gram"
+        for name in tiled if self.keeps_products else tiled[:2]:
+            getattr(self, name).copy_(tile(saved[name], self.tiles))
+        return tiled
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Of samples whose products are not kept the history lies in tiles."""
+        if not self.keeps_products:
+            for columns, found in zip(self.history, rows, strict=True):
+                columns.copy_(tile(found, self.tiles))
+
+    def given(self) -> dict[str, Tensor]:
+        """A residual of the caller's own, and its columns."""
+        if self.own_residual is None or self.own_columns is None:
+            return {}
+        return {"own_residual": self.own_residual, "own_columns": self.own_columns}
+
+    @property
+    def has_products(self) -> bool:
+        """Not of tiny samples."""
+        return self.keeps_products
+
+    @property
+    def is_scaled(self) -> bool:
+        """In float16 and int8."""
+        return self.history.dtype in SCALED_DTYPES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ class BroydenWorkspace(Workspace):
 
     uses_previous = False
     kept = ("history", "norms", "gram")
+    makes_products = True
 
     method: BroydenMethod
 
@@ -53,6 +55,35 @@ class BroydenWorkspace(Workspace):
         super().take(other, which)
         for name in self.kept:
             torch.index_select(getattr(other, name), 0, which, out=getattr(self, name))
+
+    def small(self) -> dict[str, Tensor]:
+        """Norms and products."""
+        k = self.method.memory
+        gram = self.gram if self.has_products else self.norms.new_zeros(self.layout.B, k, k)
+        return {"norms": self.norms[:, None], "gram": gram}
+
+    def rows(self) -> Tensor:
+        """(1, B, memory, N) steps."""
+        return self.history[None]
+
+    def take_small(self, saved: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """All are views, but for products that are not kept."""
+        return () if self.has_products else ("gram",)
+
+    @property
+    def has_products(self) -> bool:
+        """In the Gram form."""
+        return self.gram.shape[1] > 0
+
+    def make_products(self) -> Tensor:
+        """(B, memory, memory) double."""
+        kept = torch.arange(self.method.memory, device=self.norms.device) < self.int_row(Int.COUNT)[:, None]
+        steps = self.history.double().masked_fill(~kept[:, :, None], 0)  # the others may be anything
+        return torch.bmm(steps, steps.mT)
+
+    def take_products(self, products: Tensor) -> None:
+        """Into the Gram matrix."""
+        self.gram.copy_(products)
 
     def forget(self, which: Tensor) -> None:
         """No steps from here: those of some of the (B,) samples no longer count."""

@@ -61,13 +61,11 @@ class BoundStep(ABC):
         replay: for steps that are captured in a graph and replayed, or None where steps cannot be.
         exact: whether the count that a step returns is its own, and not an earlier one.
         counts_writes: whether torch sees what a step writes, so that the versions of the iterates change.
-        carry: what it has left for the next step, beside the workspace; saved with it.
     """
 
     quick: QuickStep | None = None
     replay: Replay | None = None
     exact: bool = False
-    carry: Tensor | None = None
     counts_writes: ClassVar[bool] = True
 
     def __init__(self, ws: Workspace) -> None:
@@ -99,6 +97,9 @@ class BoundStep(ABC):
             if not bool(earlier.any()):
                 return None
         return recheck.outside(ws, f, f_rows, made)
+
+    def settle_into(self, saved: dict[str, Tensor]) -> None:  # noqa: B027
+        """Write what is left for the next step beside the workspace, if anything, into a copy (``canonical``)."""
 
     def failed(self) -> int:
         """Samples that stopped without having converged; may wait for the device, and knows nothing under capture."""
@@ -251,8 +252,7 @@ def _check(backend: object) -> None:
     if not isinstance(backend, Backend):
         got = f"the class {backend.__name__}" if isinstance(backend, type) else type(backend).__name__
         raise TypeError(f"backend must be an instance of a Backend, got {got}")
-    made = type(backend).__name__
-    name, steps = getattr(backend, "name", None), getattr(backend, "steps", None)
+    made, name, steps = type(backend).__name__, getattr(backend, "name", None), getattr(backend, "steps", None)
     if not isinstance(name, str) or not name:
         raise TypeError(f"{made}.name must be what users call it by, a str, got {name!r}")
     if not isinstance(steps, Mapping) or not steps:
@@ -294,11 +294,7 @@ def names() -> tuple[str, ...]:
 
 
 def why_not(name: str, device: torch.device) -> str | None:
-    """Why the backend cannot serve ``device`` here, or None when it can.
-
-    Raises:
-        ValueError: no backend has that name.
-    """
+    """Why the backend cannot serve ``device`` here, or None when it can; ValueError: no backend has that name."""
     return _known("name", name).why_not(device)
 
 
@@ -333,6 +329,9 @@ def choose(
     source = "backend" if asked == backend else "DEQFAST_BACKEND"
     if asked not in _backends:
         raise ValueError(f"{source} must be one of 'auto', {', '.join(map(repr, _backends))}, got {asked!r}")
+    if kind is not None and kind.asked_by and kind not in _backends[asked].steps:
+        able = ", ".join(repr(name) for name, backend in _backends.items() if kind in backend.steps)
+        raise ValueError(f"{kind.asked_by} needs backend='auto' or {able}, got {source}={asked!r}")
     reason = _backends[asked].why_not(device)
     if reason is not None:
         raise ValueError(f"{source}={asked!r} cannot serve device {device}: {reason}")
@@ -345,7 +344,7 @@ def _why_not_automatic(
     if residual_for is not None and not backend.takes_residual(residual_for):
         return "it takes no residual of the caller's own"
     if kind is not None and kind not in backend.steps:
-        return f"it has no step for {kind.__name__}"
+        return f"it has no step for {kind.asked_by or kind.__name__}"
     if not backend.automatic(device):
         return "it serves those who name it"
     return backend.why_not(device)

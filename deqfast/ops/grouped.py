@@ -30,8 +30,19 @@ def pads(backend: str, z0: Any) -> bool:
 
 
 def workspace_of(method: Method, layout: Layout, stopping: Stopping) -> Workspace:
-    """The memory that a solve of states of ``layout`` needs, whatever the lengths of its samples."""
-    return GroupedWorkspace(method, layout, stopping) if layout.parts else method.workspace(layout, stopping)
+    """The memory that a solve of states of ``layout`` needs, whatever the lengths of its samples.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room; what it would take, and the ways to take less.
+    """
+    try:
+        return GroupedWorkspace(method, layout, stopping) if layout.parts else method.workspace(layout, stopping)
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"no room for the history of {method} for {layout.B} samples of {layout.N} numbers: keep fewer columns "
+            "(m=, memory=), Anderson's in fewer bits (history_dtype=torch.bfloat16, torch.int8) or, of a state on a "
+            f"GPU, in the host's memory (history_device='cpu'), or solve a smaller batch; {error}"
+        ) from error
 
 
 def bind(backend: Backend, ws: Workspace, evaluations: int = 0, group: Group | None = None) -> BoundStep:

@@ -50,23 +50,27 @@ def _current(device: torch.device) -> Any:
 
 
 class Later:
-    """A flag that is computed on a device, for the host to read when that must have happened anyway."""
+    """A few numbers that are computed on a device, for the host to read when that must have happened anyway."""
 
-    def __init__(self, flag: Tensor) -> None:
-        self._flag = flag
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers = numbers
         self._event: Any = None
-        event = _events(flag.device.type)
+        event = _events(numbers.device.type)
         if event is not None:
-            self._flag = _landing(1, torch.bool, flag.device.type)
-            with _current(flag.device):  # events belong to a stream of the current one
-                self._flag.copy_(flag, non_blocking=True)
+            self._numbers = _landing(numbers.numel(), numbers.dtype, numbers.device.type)
+            with _current(numbers.device):  # events belong to a stream of the current one
+                self._numbers.copy_(numbers, non_blocking=True)
                 self._event = event()
                 self._event.record()
 
-    def __bool__(self) -> bool:
+    def read(self) -> list[Any]:
+        """The numbers; waits until they have been computed."""
         if self._event is not None:
             self._event.synchronize()
-        return bool(self._flag)
+        return self._numbers.reshape(-1).tolist()
+
+    def __bool__(self) -> bool:
+        return bool(self.read()[0])
 
 
 class Lag:

@@ -173,9 +173,14 @@ class Layout:
             self.N = max(part.N for _, part in self.parts)
 
     def __repr__(self) -> str:
+        return self.described([(tuple(leaf.shape), leaf.order) for leaf in self.leaves])
+
+    def described(self, leaves: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
+        """Structure, dtypes and samples, with these shapes and orders of the leaves."""
         samples = "" if self.samples is FIRST_DIM else f", {self.samples!r}"
-        leaves = ", ".join(f"{tuple(leaf.shape)} {leaf.dtype} in order {leaf.order}" for leaf in self.leaves)
-        return f"{self._describe()}: {leaves}{samples}"
+        pairs = zip(leaves, self.leaves, strict=True)
+        shown = ", ".join(f"{shape} {leaf.dtype} in order {order}" for (shape, order), leaf in pairs)
+        return f"{self._describe()}: {shown}{samples}"
 
     def _part(self, group: Group, rows: list[Tensor]) -> Layout:
         """The layout of the samples of one group, whose rows are views."""

@@ -71,6 +71,12 @@ class Ranks:
         assert work is not None
         return work.wait
 
+    def gather(self, said: Any) -> list[Any]:
+        """What every rank says, in the order of ranks; anything that can be pickled."""
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, said, group=self.group)
+        return every
+
     def agree(self, said: Mapping[str, object], numbers: tuple[int, ...] = ()) -> list[list[int]]:
         """What every rank says must be the same; of each rank its ``numbers``.
 
@@ -96,8 +102,7 @@ class Ranks:
 
     def _tell(self, words: dict[str, str]) -> None:
         """Raise RankError with what ranks say differently."""
-        every: list[Any] = [None] * self.size
-        dist.all_gather_object(every, words, group=self.group)
+        every = self.gather(words)
         errors = [said["error"] for said in every if "error" in said]
         if errors:
             raise RankError(errors[0])

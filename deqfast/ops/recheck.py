@@ -17,7 +17,7 @@ from torch import Tensor
 from ..status import Status
 from .codes import At, Int, Real
 from .formulas.sums import norm_of_parts
-from .layout import Layout
+from .layout import Layout, widest
 from .workspace import Stopping, Workspace
 
 SLACK = 0.125  # of the tolerance, for f's own rounding,
@@ -42,6 +42,32 @@ def still_within(moved: Tensor, size: Tensor, rtol: Any, atol: Any, rounding: fl
     """Whether what was within its tolerance still is, f's own rounding allowed for; what is no number is not."""
     allowed = (atol + rtol * size) * (1 + slack) + rounding * size
     return (moved <= allowed) & torch.isfinite(moved + size)
+
+
+def apart(ws: Workspace, some: list[Tensor], others: list[Tensor], which: Tensor) -> float | None:
+    """How far two outputs of f at the same samples are apart, relative to their size, at most; None: as good as equal.
+
+    That is no farther than a verdict allows f for its own rounding: f may round differently in a smaller batch. What is
+    no number has to be none in both. Waits for the device.
+
+    Args:
+        ws: whose tolerance it is.
+        some: leaves of so many samples.
+        others: the same of another evaluation.
+        which: bool for each of them: it counts.
+    """
+    layout, rule = ws.layout, ws.stopping
+    dtype = widest(layout.device)
+    mine, theirs = ([t.to(dtype) for t in layout.rows(leaves)] for leaves in (some, others))
+    moved, size = (
+        norm_of_parts(parts, dtype) for parts in ([a - b for a, b in zip(mine, theirs, strict=True)], theirs)
+    )
+    allowed = SLACK * (rule.atol + rule.rtol * size) + noise(ws) * size
+    same = torch.where(torch.isfinite(size), moved <= allowed, ~torch.isfinite(moved)) | ~which
+    if bool(same.all()):
+        return None
+    relative = (moved / size)[~same].nan_to_num(nan=math.inf)
+    return float(relative.max())
 
 
 def outside(

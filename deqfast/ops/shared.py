@@ -62,16 +62,3 @@ def refuse(group: Group | None, what: str) -> None:
     """Raise ValueError where ranks share the solve."""
     if group is not None:
         raise ValueError(f"{what} of a solve that ranks share cannot be made on one of them")
-
-
-def with_carry(saved: dict[str, Any], bound: contract.BoundStep) -> dict[str, Any]:
-    """What was saved of a state, with what its step has left for the next one."""
-    if bound.carry is not None:
-        saved["tensors"]["carry"] = bound.carry.clone()
-    return saved
-
-
-def take_carry(saved: dict[str, Any], bound: contract.BoundStep) -> None:
-    """Go on from there."""
-    if bound.carry is not None and "carry" in saved["tensors"]:
-        bound.carry.copy_(saved["tensors"]["carry"])

@@ -18,6 +18,7 @@ from . import pool
 from .codes import TILE, Int, Real
 from .layout import Layout, widest
 
+_NO_ROOM = ("out of memory", "not enough memory", "allocate memory")  # in the errors of torch's allocators
 _BEST_AND_LEAST = slice(int(Real.BEST), int(Real.LEAST) + 1)
 
 
@@ -58,9 +59,23 @@ class Memory:
         return torch.zeros(*shape, dtype=dtype, device=self.device)
 
     def history(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The history, with anything in it."""
-        found, self.buffer = pool.empty(shape, dtype, self.device)
+        """The history, with anything in it.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room for it; how much it would take.
+        """
+        try:
+            found, self.buffer = self._history(shape, dtype)
+        except RuntimeError as error:
+            if not any(sign in str(error).lower() for sign in _NO_ROOM):
+                raise
+            size = math.prod(shape) * dtype.itemsize / 1e9
+            numbers = " x ".join(map(str, shape))
+            raise torch.OutOfMemoryError(f"it takes {size:,.1f} GB ({numbers} numbers of {dtype}). {error}") from error
         return found
+
+    def _history(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        return pool.empty(shape, dtype, self.device)
 
 
 class Workspace:
@@ -73,6 +88,8 @@ class Workspace:
 
     uses_previous: ClassVar[bool]  # whether a step reads f at the iterate before
     kept: ClassVar[tuple[str, ...]]  # names of the method's own tensors
+    asked_by: ClassVar[str] = ""  # the option that asks for such memory, where it is not every backend's
+    makes_products: ClassVar[bool] = False  # whether products of columns can be had of the columns themselves
 
     parts: tuple[Workspace, ...] = ()  # where samples are of unequal length, that of each group
 
@@ -159,17 +176,50 @@ class Workspace:
         return {name: getattr(self, name) for name in self.kept}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that a later step reads, by name, for saving."""
-        named = {"ints": self.ints, "reals": self.reals, **self.own()}
+        """Every tensor that a later step reads, by name, as it lies."""
+        named = {"ints": self.ints, "reals": self.reals, **self.own(), **self.given()}
         for i in range(len(self.layout.leaves)):
             named[f"x.{i}"] = self.x[self.cur][i]
             named[f"x_prev.{i}"] = self.x[1 - self.cur][i]
             named[f"saved.{i}"] = self.saved[i]
         return named
 
-    def expected(self, saved: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype that each tensor must have in what was ``saved`` of such a workspace."""
-        return {name: (tuple(t.shape), t.dtype) for name, t in self.tensors().items()}
+    def small(self) -> dict[str, Tensor] | None:
+        """The method's tensors but for the history, as ``canonical`` has them; None: all are saved as they lie."""
+        return None
+
+    def rows(self) -> Tensor:
+        """The history as (kinds, B, columns, N), where ``small`` is not None."""
+        raise NotImplementedError
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Read what ``rows`` gave, written to since, where that is no view of the history."""
+
+    def take_small(self, saved: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """Read what is no view in ``small``; the names of that."""
+        raise NotImplementedError
+
+    def given(self) -> dict[str, Tensor]:
+        """What the caller has given beside z0."""
+        return {}
+
+    @property
+    def has_products(self) -> bool:
+        """Whether products of columns are kept, and not made anew at every step."""
+        return False
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether numbers of a column that lie together share a scale."""
+        return False
+
+    def make_products(self) -> Tensor:
+        """Products of the columns, of the numbers that are here, where ``makes_products``; added up they are taken."""
+        raise NotImplementedError
+
+    def take_products(self, products: Tensor) -> None:
+        """The products of the whole columns."""
+        raise NotImplementedError
 
     def int_row(self, row: Int) -> Tensor:
         """(B,) int32 view."""

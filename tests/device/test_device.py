@@ -238,3 +238,40 @@ def test_state_saved_to_the_cpu_goes_on_on_the_gpu(backend):
             state.step(problems.pull(state.z, *p.args))
     assert torch.equal(states[0].z, states[1].z)
     assert states[1].failed() == 3
+
+
+@pytest.mark.parametrize("history", HISTORIES, ids=str)
+@pytest.mark.parametrize(("B", "N"), [(1, 3_000_000), (5, 70_000), (33, 1000)])
+def test_columns_in_the_hosts_memory_lead_to_the_same_answer(B, N, history):
+    p = problem(B, N, slowest=0.8)
+    solver = dq.Anderson(m=4, history_dtype=history, history_device="cpu")
+    state = solver.init(p.z0, rtol=1e-5)
+    assert state.backend == "torch" and state.ws.history.is_pinned() and state.ws.x[0][0].device.type == "cuda"
+    found, expected = (solve(p, solver=s, rtol=1e-5) for s in (solver, dq.Anderson(m=4, history_dtype=history)))
+    assert bool(found.converged.all())
+    gap = (problems.rows_of(found.z) - problems.rows_of(expected.z)).norm(dim=1)
+    assert bool((gap <= 1e-3 * problems.rows_of(expected.z).norm(dim=1)).all())
+
+
+def test_columns_in_the_hosts_memory_leave_room_on_the_device():
+    z0 = torch.zeros(1, 8 << 20, device=GPU)
+    b = torch.linspace(-1, 1, z0.shape[1], device=GPU)
+    state = dq.Anderson(m=10, history_device="cpu").init(z0, rtol=0.0, max_iter=14)
+    before = torch.cuda.memory_allocated(GPU)
+    torch.cuda.reset_peak_memory_stats(GPU)
+    while not state.done:
+        state.step(torch.addcmul(b, state.z, b))
+    assert torch.cuda.max_memory_allocated(GPU) - before < 6 * z0.nbytes < state.ws.history.nbytes
+
+
+def test_saved_columns_are_those_that_the_device_has_written():
+    p = problem(3, 200_000, slowest=0.9)
+    solver = dq.Anderson(m=4, history_device="cpu")
+    states = [solver.init(p.z0, rtol=0.0) for _ in range(2)]
+    for _ in range(6):
+        states[0].step(pull(states[0].z, *p.args))
+    states[1].load_state_dict(states[0].state_dict())  # while copies to the host may be on their way
+    for _ in range(3):
+        for state in states:
+            state.step(pull(state.z, *p.args))
+        assert bool((states[0].z - states[1].z).abs().max() <= 1e-5)

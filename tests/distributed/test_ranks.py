@@ -74,6 +74,7 @@ def test_a_loop_by_hand_is_saved_and_taken_up(tmp_path):
             assert refused == [
                 "a copy of a solve that ranks share cannot be made on one of them",
                 "a smaller batch of a solve that ranks share cannot be made on one of them",
+                "residual cannot be given where ranks share every sample: no kernel adds it up over them",
             ]
 
 

@@ -63,7 +63,11 @@ def test_wrong_start_raises(z0, error, message):
         ({"trace": "no"}, TypeError, "trace must be a bool, got str"),
         ({"throw": 1}, TypeError, "throw must be a bool, got int"),
         ({"progress": None}, TypeError, "progress must be a bool, got NoneType"),
-        ({"compact": "all"}, TypeError, "compact must be a bool or a tree of bools shaped like args, got 'all'"),
+        (
+            {"compact": "all"},
+            TypeError,
+            "compact must be a bool or a tree of bools shaped like args, or .auto., got .all.",
+        ),
         ({"max_iter": 2.5}, TypeError, r"max_iter must be an int, got float"),
         ({"max_iter": True}, TypeError, r"max_iter must be an int, got bool"),
         ({"max_iter": None}, TypeError, r"max_iter must be an int, got None"),

@@ -101,9 +101,11 @@ def test_commands_name_targets_modules_and_files_that_exist(page):
             words = [word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)]
             if not words:
                 continue
-            assert words[0] in ("make", "pip", "python"), line
+            assert words[0] in ("make", "pip", "python", "torchrun"), line
             if words[0] == "make":
                 assert set(words[1:]) <= targets, line
+            if words[0] == "torchrun":
+                assert (ROOT / next(word for word in words if word.endswith(".py"))).exists(), line
             if words[0] == "python":
                 where = words[2].replace(".", "/") if words[1] == "-m" else words[1]
                 assert (ROOT / where).exists() or (ROOT / f"{where}.py").exists(), line

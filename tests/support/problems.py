@@ -229,12 +229,10 @@ def run(state: SolverState, f: Callable[..., Any], steps: int | None = None) -> 
 
 def in_double(saved: dict[str, Any], oracle: SolverState) -> dict[str, Any]:
     """A saved state with every number that the float64 ``oracle`` keeps in float64 converted to it."""
-    own = oracle.ws.tensors()
+    own = oracle.state_dict()["tensors"]
     tensors = {}
     for name, t in saved["tensors"].items():
-        if name.startswith("previous."):
-            t = t.to(oracle.layout.leaves[0].dtype)
-        elif name in own:
+        if name in own:
             t = t.to(own[name].dtype)
         tensors[name] = t
     return {**saved, "tensors": tensors, "layout": repr(oracle.layout)}

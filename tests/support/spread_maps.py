@@ -213,7 +213,13 @@ def own_loop(rank, size, folder):
         while not second.done:
             second.step(f(second.z, f.W, f.x))
         refused = []
-        for call in (lambda s=second: copy.deepcopy(s), lambda s=second: s.keep([0])):
+        steered = dq.Anderson(type=2).init(torch.zeros_like(f.x), group=dist.group.WORLD)
+        calls = (
+            lambda s=second: copy.deepcopy(s),
+            lambda s=second: s.keep([0]),
+            lambda s=steered: s.step(s.z, residual=s.z + 1),
+        )
+        for call in calls:
             try:
                 call()
             except ValueError as error:

@@ -37,7 +37,9 @@ class SpreadStep(BoundStep):
         # One number more: how many ranks cannot make a new column, for f has overwritten its last output there.
         self.buffer = torch.zeros(count + 1, dtype=torch.float64)
         self.squares = torch.zeros(B, 2, dtype=torch.float64)
-        self.carry = self.buffer[count - B * self.plan.carried : count]
+        self.carry = self.buffer[count - B * self.plan.carried : count].view(B, self.plan.carried)
+        if not isinstance(ws, AndersonWorkspace):
+            self.carry[:, 0] = -1  # no step is owed its products
         self.plan.spread(buffer=array(self.buffer[:count]), squares=array(self.squares), numbers=ws.layout.spread_n)
 
     def __call__(self, f: Leaves, f_prev: Leaves | None, f_rows: Rows, f_prev_rows: Rows) -> int:
@@ -53,6 +55,26 @@ class SpreadStep(BoundStep):
         if self.plan.squares():
             ranks.add(self.squares)
         return general_step(self.plan, ws, f, f_prev, f_rows, f_prev_rows, _C.APPLY)
+
+    def settle_into(self, saved: dict[str, Tensor]) -> None:
+        """What the last step has left to be added up; on every rank at once. As ``take_carried`` in C++ does it."""
+        found = self.carry.clone()
+        self.ranks.add(found)
+        ints, norms = saved["ints"], saved["norms"]
+        running = ints[int(Int.STATUS)] == int(Status.RUNNING)
+        if isinstance(self.ws, AndersonWorkspace):
+            lost = running & (found[:, 0] > 0)
+            norms[:, 0].masked_fill_(lost[:, None], 0)
+        else:
+            count = ints[int(Int.COUNT)]
+            owed = running & (count > 0) & (found[:, 0] >= 0)
+            good = owed & (found[:, 0] == 0) & torch.isfinite(found[:, 1])
+            lost = owed & ~good
+            newest = good[:, None] & (torch.arange(norms.shape[2]) == count[:, None] - 1)
+            norms[:, 0].copy_(torch.where(newest, found[:, 1:2].to(norms.dtype), norms[:, 0]))
+            saved["gram"].copy_(torch.where(newest[:, :, None], found[:, None, 2:].to(norms.dtype), saved["gram"]))
+            count.masked_fill_(lost, 0)
+        ints[int(Int.STEP_FALLBACKS)] += lost
 
     def outside(self, f: Leaves, f_rows: Rows, made: int | Tensor) -> Tensor | None:
         """Samples that converged earlier and are not within tolerance, by their norms on all ranks."""

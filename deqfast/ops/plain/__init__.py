@@ -13,9 +13,10 @@ import torch
 from ..anderson import AndersonWorkspace
 from ..broyden import BroydenWorkspace
 from ..contract import Backend, Binder, BoundStep, JointEnds, register
+from ..hosted import HostedWorkspace
 from ..joint import JointWorkspace
 from ..workspace import Workspace
-from . import portable, portable_broyden, reference
+from . import portable_broyden, reference, streamed
 from .joint import PlainEnds
 
 
@@ -26,7 +27,8 @@ class Torch(Backend):
     counts_on_host = True
     pads = True
     steps: Mapping[type[Workspace], Binder] = {
-        AndersonWorkspace: portable.AndersonStep,
+        AndersonWorkspace: streamed.step_of,
+        HostedWorkspace: streamed.StreamedStep,
         BroydenWorkspace: portable_broyden.BroydenStep,
     }
 

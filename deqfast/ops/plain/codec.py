@@ -15,36 +15,42 @@ def encode(ws: AndersonWorkspace, columns: Tensor) -> tuple[Tensor, Tensor | Non
     dtype = ws.history.dtype
     if dtype not in SCALED_DTYPES:
         return columns.to(dtype), None
-    codes, scales = [], []
-    start = 0
-    for leaf in ws.layout.leaves:
-        part = columns[..., start : start + leaf.n]
-        start += leaf.n
-        blocks = torch.nn.functional.pad(part, (0, -leaf.n % BLOCK)).unflatten(-1, (-1, BLOCK))
-        largest = blocks.abs().amax(-1)
-        above = torch.where(largest > 0, 2 * power_below(largest), 1.0)
-        scale = above / 128 if dtype == torch.int8 else above
-        blocks = blocks / scale[..., None]
-        if dtype == torch.int8:
-            blocks = blocks.round().clamp(-127, 127)
-        codes.append(blocks.to(dtype).flatten(-2)[..., : leaf.n])
-        scales.append(scale.float())
+    parts = columns.split([leaf.n for leaf in ws.layout.leaves], dim=-1)
+    codes, scales = zip(*(encode_part(dtype, part) for part in parts), strict=True)
     return torch.cat(codes, dim=-1), torch.cat(scales, dim=-1)
+
+
+def encode_part(dtype: torch.dtype, part: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., n) numbers of one tensor that begin a block: in float16 or int8, and their (..., blocks) scales."""
+    blocks = torch.nn.functional.pad(part, (0, -part.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    largest = blocks.abs().amax(-1)
+    above = torch.where(largest > 0, 2 * power_below(largest), 1.0)
+    scale = above / 128 if dtype == torch.int8 else above
+    blocks = blocks / scale[..., None]
+    if dtype == torch.int8:
+        blocks = blocks.round().clamp(-127, 127)
+    return blocks.to(dtype).flatten(-2)[..., : part.shape[-1]], scale.float()
 
 
 def decode(ws: AndersonWorkspace, codes: Tensor, scales: Tensor | None) -> Tensor:
     """(..., N) columns in the accumulation dtype, as stored."""
-    columns = codes.to(ws.layout.acc)
+    columns = codes.to(ws.layout.acc, copy=scales is not None)
     if scales is None:
         return columns
-    block = 0
-    factors = []
-    for leaf in ws.layout.leaves:
-        count = -(-leaf.n // BLOCK)
-        part = scales[..., block : block + count, None]
-        factors.append(part.expand(*part.shape[:-1], BLOCK).flatten(-2)[..., : leaf.n])
-        block += count
-    return columns * torch.cat(factors, dim=-1).to(columns.dtype)
+    sizes = [leaf.n for leaf in ws.layout.leaves]
+    counts = [-(-n // BLOCK) for n in sizes]
+    for part, scale in zip(columns.split(sizes, dim=-1), scales.split(counts, dim=-1), strict=True):
+        scale_part(part, scale)
+    return columns
+
+
+def scale_part(part: Tensor, scales: Tensor) -> None:
+    """Multiply (..., n) numbers that begin a block by the (..., blocks) scales."""
+    whole = part.shape[-1] // BLOCK
+    scales = scales.to(part.dtype)
+    part[..., : whole * BLOCK].unflatten(-1, (whole, BLOCK)).mul_(scales[..., :whole, None])
+    if part.shape[-1] % BLOCK:
+        part[..., whole * BLOCK :].mul_(scales[..., whole:])
 
 
 def stored(ws: AndersonWorkspace, which: int) -> Tensor:

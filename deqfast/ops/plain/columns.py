@@ -153,7 +153,8 @@ class Columns:
 class Rowwise:
     """What is known of the columns, a sample a row, until somebody asks for the tiles."""
 
-    def __init__(self, ws: AndersonWorkspace, made: int) -> None:
+    def __init__(self, ws: AndersonWorkspace, made: int, kind: type[Columns] = Columns) -> None:
+        """After ``made`` evaluations; ``kind``: of what holds the columns."""
         self._targets = (ws.norms, ws.ages, ws.gram, ws.matrix)
         self._tiles = ws.tiles
         B, kinds = ws.layout.B, 2 if ws.method.test_space else 1
@@ -172,7 +173,7 @@ class Rowwise:
         self.known = self.known._replace(plain=plain)
         room = min(-(-made // GROWTH) * GROWTH, ws.method.m)  # as if it had grown here
         self.known = _first(self.known, room)
-        self.columns = Columns(ws, used[:, 0, :room] if made else None)
+        self.columns = kind(ws, used[:, 0, :room] if made else None)
 
     def grow(self, made: int) -> None:
         """Room for the column of this step and a free slot for the next, while the history fills."""

@@ -8,6 +8,7 @@ the count of what still runs, and that late (``lag``).
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -99,6 +100,7 @@ class AndersonStep(PortableStep):
     """Anderson's step."""
 
     ws: AndersonWorkspace
+    columns: ClassVar[type[Columns]] = Columns
 
     def __init__(self, ws: AndersonWorkspace, evaluations: int) -> None:
         super().__init__(ws, evaluations)
@@ -108,7 +110,7 @@ class AndersonStep(PortableStep):
     def _rowwise(self) -> Rowwise:
         """What is known of the columns; taken up from the tiles if another backend, or nobody, had it last."""
         if self.ws.loose is None or self.ws.loose is not self._known:
-            self._known = self.ws.loose = Rowwise(self.ws, self.statistics.made - 1)
+            self._known = self.ws.loose = Rowwise(self.ws, self.statistics.made - 1, self.columns)
         return self._known
 
     def move(
@@ -143,7 +145,6 @@ class AndersonStep(PortableStep):
             return
         loose = self._rowwise()
         loose.grow(made)
-        loose.columns.into = self.iterates.target()
         new = self._new(e, loose.columns, before)
         step = anderson.step(method, self.algebra, self.constants, loose.columns, loose.known, e, new)
         lost = self.settle(step.x, f, answer, verdict)
@@ -164,6 +165,7 @@ class AndersonStep(PortableStep):
         """DF and dG, rounded as they will be stored."""
         ws = self.ws
         f_prev, f_prev_rows = before
+        columns.into = self.iterates.target()
         if f_prev is None:
             return None
         value = gather(ws, f_prev, f_prev_rows)

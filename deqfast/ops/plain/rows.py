@@ -88,6 +88,13 @@ class Iterates:
         """This iterate, where the mask says."""
         _write(self._x[self._ws.cur], x, where, None)
 
+    def save(self, verdict: Verdict) -> None:
+        """The best iterates that are about to be overwritten, one tensor after the other."""
+        if verdict.worse is None or verdict.spill is None or (self.looks and not bool(verdict.worse.any())):
+            return
+        for saved, x in zip(self._saved, self._x[1 - self._ws.cur], strict=True):
+            torch.where(verdict.spill[:, None], x, saved, out=saved)
+
     def answers(self, x: Tensor, verdict: Verdict) -> Tensor:
         """What samples that stop return; saves the best iterates that are about to be overwritten."""
         worse, from_saved = verdict.worse, verdict.from_saved
