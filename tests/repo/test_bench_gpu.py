@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,9 +15,6 @@ from bench.report import gpu as report
 from bench.report.markdown import table
 
 ROOT = Path(__file__).parents[2]
-SPEC = importlib.util.spec_from_file_location("ci_gpu", ROOT / ".ci" / "gpu.py")
-ci_gpu = sys.modules["ci_gpu"] = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(ci_gpu)
 
 
 @pytest.fixture(scope="module")
@@ -97,48 +93,6 @@ def test_targets_are_held_against_the_fastest_mode_and_never_against_a_worse_res
     assert "no compiler" in absent
     rows["Type II m=6, float32, native, device"]["residual"] = 1e-2
     assert "no win" in report.target_rows(record)[0][1]
-
-
-def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_others(tmp_path):
-    def part(name, code, limit=60.0):
-        return ci_gpu.Part(name, [sys.executable, "-c", code], limit)
-
-    parts = [
-        part("good", "print('fine')"),
-        part("bad", "raise SystemExit(3)"),
-        part("slow", "import time; time.sleep(99)", 1),
-    ]
-    ci_gpu.run_stage(parts, tmp_path, ci_gpu.time.monotonic() + 60)
-    assert [p.ended for p in parts] == ["ok", "exit status 3", "out of time"]
-    assert [p.ok for p in parts] == [True, False, False]
-    assert parts[0].told == "fine"
-    late = [part("late", "print('never')")]
-    ci_gpu.run_stage(late, tmp_path, ci_gpu.time.monotonic())
-    assert late[0].ended == "not run: the time was up"
-
-
-def test_where_something_is_missing_it_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(ci_gpu, "ask", lambda *command: None)
-    monkeypatch.setattr(ci_gpu.shutil, "which", lambda tool: None)
-    monkeypatch.setattr(sys, "argv", ["gpu.py"])
-    assert ci_gpu.main() == 1
-    told = capsys.readouterr().err
-    for what in (
-        "a GPU: nvidia-smi",
-        "torch: ",
-        "pytest, hypothesis and scipy",
-        "cmake on the PATH",
-        "nvcc on the PATH",
-    ):
-        assert what in told
-
-
-def test_parts_name_files_that_exist(tmp_path):
-    plan = ci_gpu.stages(tmp_path, "90-real", True, "compute-sanitizer")
-    named = {word for stage in plan for part in stage for word in part.command if word.endswith(".py")}
-    assert {Path(word).name for word in named} >= {"test_device.py", "test_device_graphs.py", "device_smoke.py"}
-    assert all((ROOT / word).exists() for word in named)
-    assert sum(part.limit for part in plan[-1]) == ci_gpu.BENCH_LIMIT
 
 
 def test_smoke_program_agrees_with_the_reference_on_a_cpu():

@@ -9,6 +9,7 @@ import os
 import queue
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -27,7 +28,8 @@ STICKY = 75  # exit status of a process whose CUDA context is lost
 class Part:
     """A command with its time limit; ``patience``: seconds an item may take. A command without items is one itself.
 
-    ``items``: it takes ``--done FILE``, the names of items that it leaves out.
+    ``items``: it takes ``--done FILE``, the names of items that it leaves out. ``needs``: the part that must have gone
+    well before it.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Part:
     patience: float = 60.0
     items: bool = False
     environment: dict[str, str] = field(default_factory=dict)
+    needs: str | None = None
 
 
 class Children:
@@ -49,9 +52,16 @@ class Children:
         environment = {**os.environ, "PYTHONPATH": str(root), "OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
         environment.update(part.environment)
         process = subprocess.Popen(
-            command, cwd=root, env=environment, text=True, errors="replace", start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            [sys.executable, str(Path(__file__).with_name("bound.py")), *command],
+            cwd=root,
+            env=environment,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         self._running.add(process)
         return process
 

@@ -32,7 +32,10 @@ class Record:
             self._lines.write(json.dumps(row, default=str) + "\n")
             self._lines.flush()
             for key, value in more.get("gpu", {}).items():
-                self.gpu[key] = value
+                if isinstance(value, list) and isinstance(self.gpu.get(key), list):
+                    self.gpu[key] += value  # rows of one section, item by item
+                else:
+                    self.gpu[key] = value
         print(f"{row['at']:7.1f}  {part:14s}{ended:12s}{name}  {str(more.get('why', ''))[:160]}", flush=True)
 
     def part(self, name: str, ended: str, seconds: float) -> None:
@@ -47,6 +50,9 @@ class Record:
             if self.state != "running":
                 return
             self.state = state
+            self.gpu["seconds"] = time.monotonic() - self.start
+            wrong = [row for row in self.rows if row["ended"] not in ("ok", "skipped")]
+            self.gpu["without"] = {f"{row['part']}, {row['name']}": str(row.get("why", ""))[:400] for row in wrong}
             self._write("summary.md", self._summary(state))
             self._write("gpu.json", json.dumps(self.gpu, indent=1, default=str) + "\n")
             part = self.out / "call.tar.gz.part"

@@ -12,7 +12,7 @@ from bench.gpu.call.items import Items
 from deqfast import ops
 
 sys.path.append(str(Path(__file__).resolve().parents[3] / "tests" / "device"))
-import device_smoke as smoke
+import device_smoke as smoke  # type: ignore[import-not-found]
 
 
 def main() -> int:
