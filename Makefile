@@ -138,6 +138,8 @@ bench: build ## Run the benchmarks; results go to bench/results/
 	$(BIN)/python -m bench.memory --out bench/results/$$(date +%Y-%m-%d)-memory.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.history --out bench/results/$$(date +%Y-%m-%d)-history.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.rounding --out bench/results/$$(date +%Y-%m-%d)-rounding.json
+	for part in warm coarse; do \
+	  $(BIN)/python -m bench.$$part --out bench/results/$$(date +%Y-%m-%d)-$$part.json || exit 1; done
 	$(BIN)/python -m pytest bench/test_rival_defects.py
 
 $(VENV_JAX)/.deps: bench/training/requirements.txt
