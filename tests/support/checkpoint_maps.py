@@ -1,4 +1,4 @@
-"""What the ranks of tests/distributed/test_checkpoint.py do: save a solve, end it, and take up that of others."""
+"""What the ranks of tests/distributed/test_rank_checkpoints.py do: save a solve, end it, and take up that of others."""
 
 from __future__ import annotations
 
