@@ -24,6 +24,7 @@ from bench.report.rows import rows_section
 from bench.report.sections import breakdown_section, joint_section, speed_section
 from bench.report.torch import torch_section
 from bench.report.training import memory_section, training_section
+from bench.report.warm import coarse_section, warm_section
 
 
 def _convergence(record: Results, img: Path) -> list[str]:
@@ -46,6 +47,8 @@ SECTIONS: dict[str, Callable[[Results, Path], list[str]]] = {
     "scaling": lambda record, _: scaling_section(record),
     "history": lambda record, _: history_section(record),
     "rounding": lambda record, _: rounding_section(record),
+    "warm": lambda record, _: warm_section(record),
+    "coarse": lambda record, _: coarse_section(record),
 }
 # Of a single thread the processor's time is told, or memory or counts: other programs do not matter.
 ALONE = ("speed", "training", "breakdown", "convergence", "torch", "scaling")
