@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from spread_maps import Gather, Mean, rows_of
+from spread_maps import Mean, rows_of
 
 import deqfast as dq
 from deqfast.project import L2Ball
@@ -20,7 +20,7 @@ def half(x):
 
 
 def schedule(k):
-    return 0.05 / (1 + 0.1 * k)
+    return 0.3 / (1 + 0.1 * k)
 
 
 def parts_of(n, size):
@@ -38,9 +38,37 @@ def numbers(case):
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
     W = random(N, N)
-    W = W * 0.7 / torch.linalg.matrix_norm(W, 2)
-    found = W, random(n, N) / max(n, 1) ** 0.5, random(B, N), random(N, N) / N**0.5, random(B, N)
+    W = W * 0.5 / torch.linalg.matrix_norm(W, 2)
+    found = W, random(n, N) / max(n, 1) ** 0.5, random(B, N), torch.eye(N) + 0.2 * random(N, N) / N**0.5, random(B, N)
     return [t.to(case["dtype"]) for t in found]
+
+
+class Gather(torch.autograd.Function):
+    """The tensors of all ranks; the gradient is the sum of what each rank says of this one's. Differentiable twice."""
+
+    @staticmethod
+    def forward(ctx, t):
+        every = [torch.empty_like(t) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, t.contiguous())
+        return torch.stack(every)
+
+    @staticmethod
+    def backward(ctx, g):
+        return SumOfMine.apply(g)
+
+
+class SumOfMine(torch.autograd.Function):
+    """Of what all ranks have, (ranks, ...) each, the sum of this rank's."""
+
+    @staticmethod
+    def forward(ctx, g):
+        g = g.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(g)
+        return g[dist.get_rank()].clone()
+
+    @staticmethod
+    def backward(ctx, h):
+        return Gather.apply(h)
 
 
 class Part:
@@ -63,7 +91,7 @@ class Part:
         if center is not None:
             self.options["project"] = L2Ball(project, center * torch.ones_like(self.x0))
         if self.options.get("step_size") == "tensors":
-            self.options["step_size"] = torch.linspace(0.02, 0.06, case["n"], dtype=case["dtype"])[x].clone()
+            self.options["step_size"] = torch.linspace(0.1, 0.3, case["n"], dtype=case["dtype"])[x].clone()
 
     def f(self, z, x, W, U, b):
         y = self.gather_z(z) @ W + b
@@ -78,7 +106,7 @@ class Part:
         dims = (1,) if self.options.get("batch_dims", 1) == 1 else (0, 1)
         cost = 0.5 * missed.square().sum(dims)
         if self.case["n"]:
-            cost = cost + 0.05 * x.square().sum(dims)
+            cost = cost + 0.5 * x.square().sum(dims)
         return cost
 
     def solve(self, **more):
@@ -92,7 +120,7 @@ class Part:
             if self.options.get("backward") == "implicit":
                 out = out + sol.mu.square().sum() + sol.x.square().sum()
             out.backward()
-            found |= {name: getattr(self, name).grad for name in ("W", "U", "b")}
+            found |= {name: getattr(self, name).grad for name in ("W", "U", "b") if self.case["n"] or name != "U"}
         found |= {"z": sol.z.detach(), "mu": sol.mu.detach(), "x": sol.x.detach() if self.case["n"] else sol.z[:, :0]}
         return found
 
@@ -136,7 +164,7 @@ def rows(case, mine, mean, **more):
         return t - 0.2 * mean(t)
 
     def loss(z, x, W, U):
-        return 0.5 * (z @ C - y).square().sum(1) + 0.05 * x.square().sum(1)
+        return 0.5 * (z @ C - y).square().sum(1) + 0.5 * x.square().sum(1)
 
     x0 = torch.zeros(len(b), case["n"], dtype=b.dtype)
     sol = dq.joint_solve(f, loss, torch.zeros_like(b), x0, args, **case["options"], **more)
