@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..gradients.implicit import Implicit
 from ..ops.codes import BLOCKS
 from ..ops.joint import MapOptions
 from ..ops.lag import Later, capturing
 from ..ops.layout import Layout, Leaf, layout_of
 from ..ops.samples import FIRST_DIM
 from ..ops.shared import Group, group_of
-from ..ops.workspace import Stopping
 from ..options import check_args, check_callable
 from ..project import Box, L2Ball, LinfBall, Projection
+from .agree import agree
 from .options import JointOptions, check_positive
 
 
@@ -64,7 +65,11 @@ class Problem:
         self._late: list[tuple[Later, str]] = []
         self.given_step = step_size
         self._schedule = self._step_sizes(step_size)
-        self.projection = self._projection(project)
+        self.projection = p = self._projection(project)
+        spread = options.group is not None and options.stop != "consensus"
+        if spread and isinstance(options.backward, Implicit) and getattr(p, "ball", None) == "l2":
+            why = "whose norms autograd does not add up over ranks"
+            raise ValueError(f"group does not go together with backward='implicit' and an L2Ball, {why}")
         self.group: Group | None = None  # the ranks that share the solve
         self._leaf_numbers: list[int] = []  # of each tensor on all ranks, where samples are spread over them
 
@@ -74,35 +79,15 @@ class Problem:
         Raises:
             RankError: they were not.
         """
-        options, p = self.options, self.projection
-        self.group = group_of(options.group, options.stop, overlapped=False)
+        self.group = group_of(self.options.group, self.options.stop, overlapped=False)
         if self.group is None:
             return
-        ranks = self.group.ranks
-        more: dict[str, object] = {
-            "rtol": [rule[0] for rule in self.rules],
-            "atol": [rule[1] for rule in self.rules],
-            "blocks": self.blocks,
-            "accelerate": self.accelerate,
-            "damping": options.damping,
-            "normalize": options.normalize,
-            "safeguard": options.safeguard,
-            "project": _named(p) if isinstance(p, Projection) else "nothing" if p is None else "a function",
-            "stop": options.stop,
-            "returns": options.returns,
-            "backward": options.backward,
-            "backend": options.backend,
-        }
+        agree(self.group, self)
         if self.group.spread:
-            more["step_size"] = _kind(self.given_step)
-            more["structure of x0"] = None if self.x_layout is None else self.x_layout.spec
-        said = Stopping(0.0, 0.0, options.max_iter)
-        self.group.settle(self.layout, options.solver, said, more)
-        if not self.group.spread:
-            return
-        rows = ranks.agree({"structure of z0": self.z_layout.spec}, tuple(leaf.n for leaf in self.layout.leaves))
-        self._leaf_numbers = [sum(column) for column in zip(*rows, strict=True)]
-        self.z_layout.spread_n = self.numbers_of(list(range(len(self.z_layout.leaves))))
+            numbers = tuple(leaf.n for leaf in self.layout.leaves)
+            rows = self.group.ranks.agree({"structure of z0": self.z_layout.spec}, numbers)
+            self._leaf_numbers = [sum(column) for column in zip(*rows, strict=True)]
+            self.z_layout.spread_n = self.numbers_of(list(range(len(self.z_layout.leaves))))
 
     def numbers_of(self, which: list[int]) -> int:
         """Numbers a sample of some tensors on all ranks, where samples are spread over them; else 0."""
@@ -364,16 +349,3 @@ def _broadcasts(t: Tensor, shape: torch.Size) -> bool:
         return torch.broadcast_shapes(t.shape, shape) == shape
     except RuntimeError:
         return False
-
-
-def _named(p: Projection) -> str:
-    """What ranks have to agree on; of the centre each has its own part."""
-    center = "" if p.center is None else ", with a centre"
-    return f"ball {p.ball} of radius {p.radius:g}, box [{p.low:g}, {p.high:g}]{center}"
-
-
-def _kind(step_size: Any) -> object:
-    """What ranks have to agree on; of tensors each has its own part."""
-    if callable(step_size):
-        return "a function"
-    return step_size if step_size is None or isinstance(step_size, (int, float)) else "tensors"

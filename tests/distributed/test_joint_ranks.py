@@ -20,15 +20,15 @@ pytestmark = [
 
 
 def case(B=4, **options):
-    options = {"step_size": 0.3, "rtol": 1e-8, "max_iter": 60, **options}
+    options = {"step_size": 0.05, "rtol": 1e-6, "max_iter": 120, "backward": dq.Envelope(rtol=1e-10, max_iter=100), **options}
     return {"dtype": torch.float64, "B": B, "N": 8, "n": 4, "options": options}
 
 
 CONSENSUS = {
-    "anderson": case(),
-    "picard": case(solver="picard", step_size=0.1, rtol=1e-3, max_iter=100),
+    "anderson": case(step_size=0.1, rtol=1e-4),
+    "picard": case(solver="picard", rtol=1e-3, max_iter=200),
     "few evaluations": case(max_iter=7, rtol=1e-12),
-    "in a ball": case(project=L2Ball(0.8), rtol=1e-5),
+    "in a ball": case(solver="picard", project=L2Ball(0.8), rtol=1e-3, max_iter=200),
 }
 
 
@@ -45,6 +45,7 @@ def test_samples_of_all_ranks_stop_together(together, name):
     assert len({r["calls"] for r in ranks}) == len({r["made"] for r in ranks}) == 1  # or one had waited for ever
     for r in ranks:
         assert r["nfe"] == alone["nfe"]
+        assert name == "few evaluations" or set(r["status"].tolist()) <= {dq.Status.CONVERGED}
     for field in ("z", "mu", "x", "cost", "status", "steps"):
         assert torch.allclose(torch.cat([r[field] for r in ranks]), alone[field], rtol=1e-9, atol=1e-11), field
     for field in ("W", "U"):

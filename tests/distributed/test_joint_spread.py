@@ -20,7 +20,7 @@ BLOCKS = ("z", "mu", "x")
 
 
 def case(dtype=torch.float64, B=3, N=20, n=7, grad=False, coupled=False, **options):
-    options = {"step_size": 0.3, "rtol": 1e-8, "max_iter": 60, **options}
+    options = {"step_size": 0.1, "rtol": 1e-8, "max_iter": 60, **options}
     if not n:
         del options["step_size"]
     return {"dtype": dtype, "B": B, "N": N, "n": n, "grad": grad, "coupled": coupled, "options": options}
@@ -30,8 +30,8 @@ CASES = {
     "anderson": case(grad=True, trace=True),
     "picard": case(solver="picard", step_size=0.1, rtol=1e-5, max_iter=100, grad=True),
     "type 2, few columns": case(solver=dq.Anderson(m=5, type=2), rtol=1e-6),
-    "float32": case(dtype=torch.float32, rtol=1e-4, grad=True),
-    "bfloat16 history": case(solver=dq.Anderson(m=5, history_dtype=torch.bfloat16), dtype=torch.float32, rtol=1e-3),
+    "float32": case(dtype=torch.float32, rtol=0.0, max_iter=10, backward=dq.Envelope(max_iter=60), grad=True),
+    "bfloat16 history": case(solver=dq.Anderson(m=5, history_dtype=torch.bfloat16), dtype=torch.float32, rtol=0.0, max_iter=10),
     "x by plain steps": case(accelerate=("z", "mu"), step_size=0.1, rtol=1e-4),
     "normalised": case(normalize=True, accelerate=("z", "mu"), step_size=schedule, max_iter=20),
     "no input": case(n=0, grad=True),
@@ -75,16 +75,16 @@ def test_it_is_the_solve_of_one_process(found, name):
             assert torch.equal(r[field], alone[field]), field
         for field, right in alone["residual"].items():
             assert torch.equal(r["residual"][field], ranks[0]["residual"][field])  # the same bits on all ranks
-            assert torch.allclose(r["residual"][field], right, rtol=1e-2, atol=1e3 * eps)
+            assert torch.allclose(r["residual"][field], right, rtol=1e-2, atol=1e4 * eps)
         assert torch.equal(r["cost"], ranks[0]["cost"])
-        assert torch.allclose(r["cost"], alone["cost"], rtol=1e3 * eps)
+        assert torch.allclose(r["cost"], alone["cost"], rtol=1e4 * eps)
     for field in BLOCKS:
         got, right = torch.cat([r[field] for r in ranks], dim=1), alone[field]
-        assert float((got - right).norm()) <= 1e3 * eps * max(1, float(right.norm())), field
+        assert float((got - right).norm()) <= 1e4 * eps * max(1, float(right.norm())), field
     if given["grad"]:
         for field in {"W", "U", "b"} & set(alone):
             got, right = torch.cat([r[field] for r in ranks], dim=1), alone[field]
-            assert float((got - right).norm()) <= 1e4 * eps * float(right.norm()), field
+            assert float((got - right).norm()) <= 1e5 * eps * float(right.norm()), field
     if alone["trace"] is not None:
         for block, rows in alone["trace"].items():
             assert torch.allclose(ranks[0]["trace"][block], rows, rtol=1e-2, atol=1e-9, equal_nan=True)
