@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..ops.shared import Group
+from ..ops.shared import group_of
 from ..ops.workspace import Stopping
 from ..project import Projection
-
-if TYPE_CHECKING:
-    from .problem import Problem
+from .problem import Problem
 
 
-def agree(group: Group, problem: Problem) -> None:
-    """Raise RankError, on every rank, unless what they were given fits together."""
+def share(problem: Problem) -> None:
+    """Where ranks share the solve: find them, that what they were given fits together, and how large samples are.
+
+    Raises:
+        RankError: on every rank, naming what differs.
+    """
     options = problem.options
+    group = problem.group = group_of(options.group, options.stop, overlapped=False)
+    if group is None:
+        return
     more: dict[str, object] = {
         "blocks": problem.blocks,
         "rtol": [rule[0] for rule in problem.rules],
@@ -33,6 +38,11 @@ def agree(group: Group, problem: Problem) -> None:
         more["step_size"] = _step(problem.given_step)
         more["structure of x0"] = None if problem.x_layout is None else problem.x_layout.spec
     group.settle(problem.layout, options.solver, Stopping(0.0, 0.0, options.max_iter), more)
+    if group.spread:
+        numbers = tuple(leaf.n for leaf in problem.layout.leaves)
+        rows = group.ranks.agree({"structure of z0": problem.z_layout.spec}, numbers)
+        problem.leaf_numbers = [sum(column) for column in zip(*rows, strict=True)]
+        problem.z_layout.spread_n = problem.numbers_of(list(range(len(problem.z_layout.leaves))))
 
 
 def _set(projection: Any) -> str:

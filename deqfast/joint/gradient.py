@@ -144,6 +144,4 @@ def _options(problem: Problem, gradient: Envelope | Implicit, forward_rtol: floa
     default = forward_rtol if forward_rtol > 0 else DEFAULT_RTOL[problem.layout.dtype]
     rtol = default if gradient.rtol is None else gradient.rtol
     max_iter = problem.options.max_iter if gradient.max_iter is None else gradient.max_iter
-    return LinearOptions(
-        solver, Stopping(rtol, max_iter=max_iter), problem.options.backend, u0, group=problem.group
-    )
+    return LinearOptions(solver, Stopping(rtol, max_iter=max_iter), problem.options.backend, u0, group=problem.group)

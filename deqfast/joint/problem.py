@@ -16,10 +16,9 @@ from ..ops.joint import MapOptions
 from ..ops.lag import Later, capturing
 from ..ops.layout import Layout, Leaf, layout_of
 from ..ops.samples import FIRST_DIM
-from ..ops.shared import Group, group_of
+from ..ops.shared import Group
 from ..options import check_args, check_callable
 from ..project import Box, L2Ball, LinfBall, Projection
-from .agree import agree
 from .options import JointOptions, check_positive
 
 
@@ -70,28 +69,12 @@ class Problem:
         if spread and isinstance(options.backward, Implicit) and getattr(p, "ball", None) == "l2":
             why = "whose norms autograd does not add up over ranks"
             raise ValueError(f"group does not go together with backward='implicit' and an L2Ball, {why}")
-        self.group: Group | None = None  # the ranks that share the solve
-        self._leaf_numbers: list[int] = []  # of each tensor on all ranks, where samples are spread over them
-
-    def share(self) -> None:
-        """Where ranks share the solve: find them, and that they were given what fits together.
-
-        Raises:
-            RankError: they were not.
-        """
-        self.group = group_of(self.options.group, self.options.stop, overlapped=False)
-        if self.group is None:
-            return
-        agree(self.group, self)
-        if self.group.spread:
-            numbers = tuple(leaf.n for leaf in self.layout.leaves)
-            rows = self.group.ranks.agree({"structure of z0": self.z_layout.spec}, numbers)
-            self._leaf_numbers = [sum(column) for column in zip(*rows, strict=True)]
-            self.z_layout.spread_n = self.numbers_of(list(range(len(self.z_layout.leaves))))
+        self.group: Group | None = None  # the ranks that share the solve, once they have agreed
+        self.leaf_numbers: list[int] = []  # of each tensor on all ranks, where samples are spread over them
 
     def numbers_of(self, which: list[int]) -> int:
         """Numbers a sample of some tensors on all ranks, where samples are spread over them; else 0."""
-        return sum(self._leaf_numbers[i] for i in which) if self._leaf_numbers else 0
+        return sum(self.leaf_numbers[i] for i in which) if self.leaf_numbers else 0
 
     def _layout_of_x(self, x0: Any) -> Layout:
         if self.options.segments is not None:
@@ -189,8 +172,8 @@ class Problem:
         center = project.center
         if center is not None:
             center = self.x_layout.flatten(center, "project.center")
-        spread = self.group is not None and self.group.spread
-        found = replace(project, center=center).inside(x, self.group.ranks.add if spread else None)
+        add = self.group.ranks.add if self.group is not None and self.group.spread else None
+        found = replace(project, center=center).inside(x, add)
         if not self._leaves_zero(project):
             found = self.x_layout.tensors(self.x_layout.unflatten(found))  # padding is 0 again
         inside: list[Tensor] = found

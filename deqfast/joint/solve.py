@@ -29,6 +29,7 @@ from ..ops.shared import tell
 from ..solution import ConvergenceError
 from ..solvers.base import Solver
 from ..status import Status
+from .agree import share
 from .gradient import Envelope, attach_envelope, attach_implicit
 from .options import JointOptions, choose_joint_solver
 from .problem import Problem, ordinary
@@ -99,9 +100,9 @@ def joint_solve(
             every evaluation. "consensus": the same over the ranks of ``group``, each with samples of its own, for an f
             or a loss that holds collectives; waits for the sum of one number at every evaluation.
         group: ranks that share the solve, as in ``fixed_point``: every sample is spread over them, z0, x0 and mu0 hold
-            this rank's numbers of it, and the cost of a sample is the sum over ranks of what loss returns on each. f and
-            loss may communicate, by collectives that autograd differentiates. With ``stop="consensus"`` the ranks that
-            stop together, default all. On CPU tensors.
+            this rank's numbers of it, and the cost of a sample is the sum over ranks of what loss returns on each. f
+            and loss may communicate, by collectives that autograd differentiates. With ``stop="consensus"`` the ranks
+            that stop together, default all. On CPU tensors.
         batch_dims: how many leading dims of z0 and x0 count samples, as in ``fixed_point``; loss returns their shape.
         segments: samples of unequal length as rows of z0 and of x0 alike, as in ``fixed_point``; loss returns
             (samples,). They are padded to the longest, for z, mu and x are one system a sample. A projection of your
@@ -167,7 +168,7 @@ def joint_solve(
         except (TypeError, ValueError) as error:
             tell(group, stop, error)
             raise
-        problem.share()
+        share(problem)
         problem.check_start()
         state = JointState(problem)
         with ranges.within(ranges.JOINT):

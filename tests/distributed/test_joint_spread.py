@@ -31,7 +31,9 @@ CASES = {
     "picard": case(solver="picard", step_size=0.1, rtol=1e-5, max_iter=100, grad=True),
     "type 2, few columns": case(solver=dq.Anderson(m=5, type=2), rtol=1e-6),
     "float32": case(dtype=torch.float32, rtol=0.0, max_iter=10, backward=dq.Envelope(max_iter=60), grad=True),
-    "bfloat16 history": case(solver=dq.Anderson(m=5, history_dtype=torch.bfloat16), dtype=torch.float32, rtol=0.0, max_iter=10),
+    "bfloat16 history": case(
+        solver=dq.Anderson(m=5, history_dtype=torch.bfloat16), dtype=torch.float32, rtol=0.0, max_iter=10
+    ),
     "x by plain steps": case(accelerate=("z", "mu"), step_size=0.1, rtol=1e-4),
     "normalised": case(normalize=True, accelerate=("z", "mu"), step_size=schedule, max_iter=20),
     "no input": case(n=0, grad=True),

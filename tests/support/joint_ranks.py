@@ -1,4 +1,4 @@
-"""What the ranks of tests/distributed/test_joint_*.py do: joint solves, of the whole problem and of each rank's part."""
+"""What ranks of tests/distributed/test_joint_*.py do: joint solves of the whole problem, and of each rank's part."""
 
 from __future__ import annotations
 
@@ -121,7 +121,11 @@ class Part:
                 out = out + sol.mu.square().sum() + sol.x.square().sum()
             out.backward()
             found |= {name: getattr(self, name).grad for name in ("W", "U", "b") if self.case["n"] or name != "U"}
-        found |= {"z": sol.z.detach(), "mu": sol.mu.detach(), "x": sol.x.detach() if self.case["n"] else sol.z[:, :0].detach()}
+        found |= {
+            "z": sol.z.detach(),
+            "mu": sol.mu.detach(),
+            "x": sol.x.detach() if self.case["n"] else sol.z[:, :0].detach(),
+        }
         return found
 
 
