@@ -101,8 +101,8 @@ def joint_solve(
             or a loss that holds collectives; waits for the sum of one number at every evaluation.
         group: ranks that share the solve, as in ``fixed_point``: every sample is spread over them, z0, x0 and mu0 hold
             this rank's numbers of it, and the cost of a sample is the sum over ranks of what loss returns on each. f
-            and loss may communicate, by collectives that autograd differentiates. With ``stop="consensus"`` the ranks
-            that stop together, default all. On CPU tensors.
+            and loss may communicate, by collectives that autograd differentiates; so may a projection of your own. On
+            CPU tensors. With ``stop="consensus"`` the ranks that stop together, default all.
         batch_dims: how many leading dims of z0 and x0 count samples, as in ``fixed_point``; loss returns their shape.
         segments: samples of unequal length as rows of z0 and of x0 alike, as in ``fixed_point``; loss returns
             (samples,). They are padded to the longest, for z, mu and x are one system a sample. A projection of your
