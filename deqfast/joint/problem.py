@@ -44,7 +44,9 @@ class Problem:
         check_args(args, example="a")
         for name, tree in (("z0", z0), ("x0", x0)):
             if is_sharded(tree):
-                raise TypeError(f"{name} must hold plain tensors, got some of a mesh: give to_local() of them, and group=")
+                raise TypeError(
+                    f"{name} must hold plain tensors, got some of a mesh: give to_local() of them, and group="
+                )
         self.f, self.loss, self.args, self.options = f, loss, args, options
         self.z_layout = layout_of(z0, options.batch_dims, options.segments, name="z0")
         self.has_x = bool(pytree.tree_leaves(x0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from joint_ranks import half, schedule, whole
+from joint_ranks import half, schedule, seventh, whole
 from ranks import all_well, run_ranks
 
 import deqfast as dq
@@ -54,6 +54,7 @@ CASES = {
     "all together, few evaluations": case(stop="all", max_iter=5),
     "the whole state": case(batch_dims=0),
     "coupled": case(coupled=True, rtol=1e-5),
+    "stopped by a callback": case(callback=seventh, rtol=1e-2),
     "implicit": case(backward="implicit", grad=True, N=8, n=4),
 }
 

@@ -19,6 +19,11 @@ def half(x):
     return x.clamp(-0.5, 0.5)
 
 
+def seventh(k, state):
+    """A callback that ends the solve."""
+    return k == 7
+
+
 def schedule(k):
     return 0.3 / (1 + 0.1 * k)
 
