@@ -120,3 +120,9 @@ def test_nan_on_one_rank_stops_its_sample_on_all(tmp_path):
         assert status.tolist() == [dq.Status.CONVERGED, dq.Status.NON_FINITE, dq.Status.NON_FINITE]
         # z = 2 x: of each of 2 x 3 numbers (2 x - 1)^2 + x^2 is least at x = 2/5.
         assert float(cost[0]) == pytest.approx(6 / 5, rel=1e-4)
+
+
+def test_a_rank_whose_samples_have_all_stopped_goes_on_evaluating(tmp_path):
+    (well, calls), (ill, others) = all_well(run_ranks(tmp_path, "joint_ranks:nan_on_all_of_one", 2))
+    assert well.tolist() == [dq.Status.CONVERGED] * 2 and ill.tolist() == [dq.Status.NON_FINITE] * 2
+    assert calls == others > 1

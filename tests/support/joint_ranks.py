@@ -237,3 +237,27 @@ def nan_on_one(rank, size):
         group=dist.group.WORLD,
     )
     return sol.status, sol.cost
+
+
+def nan_on_all_of_one(rank, size):
+    """With samples of their own: those of the last rank are NaN from the first evaluation on."""
+    calls = 0
+
+    def f(z, x):
+        nonlocal calls
+        calls += 1
+        ranks = torch.ones(1)
+        dist.all_reduce(ranks)  # each has to be there
+        return 0.5 * z + x + (torch.nan if rank == size - 1 else 0.0)
+
+    sol = dq.joint_solve(
+        f,
+        lambda z, x: (z - 1).square().sum(1) + x.square().sum(1),
+        torch.zeros(2, 3),
+        torch.zeros(2, 3),
+        step_size=0.05,
+        max_iter=200,
+        stop="consensus",
+        backward="none",
+    )
+    return sol.status, calls
