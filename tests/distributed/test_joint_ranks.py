@@ -11,7 +11,7 @@ from ranks import all_well, run_ranks
 
 import deqfast as dq
 from deqfast.ops.native import extension as native
-from deqfast.project import L2Ball, LinfBall
+from deqfast.project import Box, L2Ball, LinfBall
 
 pytestmark = [
     pytest.mark.skipif(native._C is None or native.EMULATED, reason="it is of the host's kernels, in the extension"),
@@ -126,3 +126,9 @@ def test_a_rank_whose_samples_have_all_stopped_goes_on_evaluating(tmp_path):
     (well, calls), (ill, others) = all_well(run_ranks(tmp_path, "joint_ranks:nan_on_all_of_one", 2))
     assert well.tolist() == [dq.Status.CONVERGED] * 2 and ill.tolist() == [dq.Status.NON_FINITE] * 2
     assert calls == others > 1
+
+
+def test_an_evaluation_is_two_sums_and_one_for_each_norm_that_the_step_of_x_needs(tmp_path):
+    cases = [{}, {"project": Box(-9.0, 9.0)}, {"project": L2Ball(9.0)}, {"normalize": True, "project": L2Ball(9.0)}]
+    for found in all_well(run_ranks(tmp_path, "joint_ranks:sums", 2, cases=cases)):
+        assert [set(counts) for counts in found] == [{2}, {2}, {3}, {4}]

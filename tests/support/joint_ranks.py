@@ -11,6 +11,8 @@ import torch.distributed as dist
 from spread_maps import Mean, rows_of
 
 import deqfast as dq
+from deqfast.ops import shared
+from deqfast.ops.ranks import Ranks
 from deqfast.project import L2Ball
 
 
@@ -261,3 +263,39 @@ def nan_on_all_of_one(rank, size):
         backward="none",
     )
     return sol.status, calls
+
+
+class Counting(Ranks):
+    """Ranks that count their sums."""
+
+    made = 0
+
+    def add(self, t: torch.Tensor) -> None:
+        Counting.made += 1
+        super().add(t)
+
+
+def sums(rank, size, cases):
+    """Of each case how many sums are made from one evaluation to the next."""
+    vars(shared)["Ranks"] = Counting
+    found = []
+    for options in cases:
+        after: list[int] = []
+
+        def look(k, state, after=after):
+            after.append(Counting.made)
+
+        dq.joint_solve(
+            lambda z, x: 0.5 * z + x,
+            lambda z, x: (z - 1).square().sum(1) + x.square().sum(1),
+            torch.zeros(1, 3),
+            torch.zeros(1, 3),
+            step_size=0.05,
+            rtol=0.0,
+            max_iter=6,
+            callback=look,
+            group=dist.group.WORLD,
+            **options,
+        )
+        found.append([b - a for a, b in itertools.pairwise(after)])
+    return found
