@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .ops.formulas.joint import project_rows
+from .ops.formulas.joint import Add, project_rows
 from .ops.layout import Leaf, widest
 from .options import check_number
 
@@ -42,13 +42,17 @@ class Projection:
 
     def __call__(self, x: Any) -> Any:
         """The nearest point of the set to each sample of ``x``, a tensor (B, ...) or a tree of them."""
+        return self.inside(x)
+
+    def inside(self, x: Any, add: Add | None = None) -> Any:
+        """The same of samples that are spread over ranks, whose sums ``add`` makes."""
         leaves, spec = pytree.tree_flatten(x)
         layouts = [Leaf(t) for t in leaves]
         centers = [None] * len(leaves) if self.center is None else pytree.tree_leaves(self.center)
         rows = [leaf.rows(t) for leaf, t in zip(layouts, leaves, strict=True)]
         pairs = zip(layouts, centers, strict=True)
         centered = [None if c is None else leaf.rows(c.expand(leaf.shape)) for leaf, c in pairs]
-        inside = project_rows(self, centered, rows, widest(leaves[0].device))
+        inside = project_rows(self, centered, rows, widest(leaves[0].device), add)
         return pytree.tree_unflatten([_like(r, leaf) for r, leaf in zip(inside, layouts, strict=True)], spec)
 
 

@@ -84,7 +84,10 @@ def _scaled_adjoint(problem: Problem, solution: JointSolution) -> Callable[[list
 
     def start(g: list[Tensor]) -> Any:
         known = inner_gradient()
-        inner, size = _dot(problem.z_layout, g, known), _dot(problem.z_layout, known, known)
+        dots = torch.stack([_dot(problem.z_layout, g, known), _dot(problem.z_layout, known, known)])
+        if problem.group is not None and problem.group.spread:
+            problem.group.ranks.add(dots)
+        inner, size = dots
         scale = torch.where(size > 0, inner / size, 0.0)
         scale = torch.where(torch.isfinite(scale), scale, 0.0)
         return problem.z_layout.unflatten([t * scale.view(-1, *([1] * (t.dim() - 1))).to(t.dtype) for t in mu])
@@ -141,4 +144,4 @@ def _options(problem: Problem, gradient: Envelope | Implicit, forward_rtol: floa
     default = forward_rtol if forward_rtol > 0 else DEFAULT_RTOL[problem.layout.dtype]
     rtol = default if gradient.rtol is None else gradient.rtol
     max_iter = problem.options.max_iter if gradient.max_iter is None else gradient.max_iter
-    return LinearOptions(solver, Stopping(rtol, max_iter=max_iter), problem.options.backend, u0)
+    return LinearOptions(solver, Stopping(rtol, max_iter=max_iter), problem.options.backend, u0, group=problem.group)

@@ -27,7 +27,7 @@ class JointOptions(Options):
     safeguard: bool = False
 
     RETURNS: ClassVar[tuple[str, ...]] = ("best", "last", "cost")
-    STOPS: ClassVar[tuple[str, ...]] = ("each", "all")
+    STOPS: ClassVar[tuple[str, ...]] = ("each", "all", "consensus")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..gradients.implicit import Implicit
 from ..ops.codes import BLOCKS
 from ..ops.joint import MapOptions
 from ..ops.lag import Later, capturing
 from ..ops.layout import Layout, Leaf, layout_of
 from ..ops.samples import FIRST_DIM
+from ..ops.shared import Group
 from ..options import check_args, check_callable
 from ..project import Box, L2Ball, LinfBall, Projection
+from ..sharded import is_sharded
 from .options import JointOptions, check_positive
 
 
@@ -39,6 +42,11 @@ class Problem:
         check_callable("f", f)
         check_callable("loss", loss)
         check_args(args, example="a")
+        for name, tree in (("z0", z0), ("x0", x0)):
+            if is_sharded(tree):
+                raise TypeError(
+                    f"{name} must hold plain tensors, got some of a mesh: give to_local() of them, and group="
+                )
         self.f, self.loss, self.args, self.options = f, loss, args, options
         self.z_layout = layout_of(z0, options.batch_dims, options.segments, name="z0")
         self.has_x = bool(pytree.tree_leaves(x0))
@@ -60,8 +68,19 @@ class Problem:
         self._rates: list[Tensor] | None = None
         self.largest_step = 0.0  # of those made
         self._late: list[tuple[Later, str]] = []
+        self.given_step = step_size
         self._schedule = self._step_sizes(step_size)
-        self.projection = self._projection(project)
+        self.projection = p = self._projection(project)
+        spread = options.group is not None and options.stop != "consensus"
+        if spread and isinstance(options.backward, Implicit) and getattr(p, "ball", None) == "l2":
+            why = "whose norms autograd does not add up over ranks"
+            raise ValueError(f"group does not go together with backward='implicit' and an L2Ball, {why}")
+        self.group: Group | None = None  # the ranks that share the solve, once they have agreed
+        self.leaf_numbers: list[int] = []  # of each tensor on all ranks, where samples are spread over them
+
+    def numbers_of(self, which: list[int]) -> int:
+        """Numbers a sample of some tensors on all ranks, where samples are spread over them; else 0."""
+        return sum(self.leaf_numbers[i] for i in which) if self.leaf_numbers else 0
 
     def _layout_of_x(self, x0: Any) -> Layout:
         if self.options.segments is not None:
@@ -125,16 +144,32 @@ class Problem:
             raise TypeError(f"project must be a set such as Box(0, 1), or a function of x, got {got}")
         if isinstance(project, Projection) and project.center is not None:
             self.x_layout.flatten(project.center, "project.center")
-        x = self.start[2 * len(self.z_layout.leaves) :]
-        if self.layout.B:
-            inside = self._projected(project, [t.clone() for t in x])
-            for t, p in zip(x, inside, strict=True):
-                eps = torch.finfo(t.dtype).eps
-                # Of rounding, in what made x0 as well. A number that is none says nothing of the others.
-                bound = (1e3 if eps < 1e-4 else 4.0) * eps * (1 + t.abs().nan_to_num(0.0))
-                away = ((t - p).abs() > bound).any()
-                self._refuse_where(away, "x0 must lie within the projection; start from project(x0)")
         return project
+
+    def check_start(self) -> None:
+        """Raise ValueError unless x0 lies within the projection; on every rank that shares the solve."""
+        if self.projection is None:
+            return
+        try:
+            self._check_inside(self.projection)
+        except (TypeError, ValueError) as error:
+            if self.group is not None:
+                self.group.ranks.give_up(error)
+            raise
+        if self.group is not None:
+            self.group.ranks.agree({"x0": "within project"}, (0, 0))
+
+    def _check_inside(self, project: Projection | Callable[[Any], Any]) -> None:
+        x = self.start[2 * len(self.z_layout.leaves) :]
+        if not self.layout.B:
+            return
+        inside = self._projected(project, [t.clone() for t in x])
+        for t, p in zip(x, inside, strict=True):
+            eps = torch.finfo(t.dtype).eps
+            # Of rounding, in what made x0 as well. A number that is none says nothing of the others.
+            bound = (1e3 if eps < 1e-4 else 4.0) * eps * (1 + t.abs().nan_to_num(0.0))
+            away = ((t - p).abs() > bound).any()
+            self._refuse_where(away, "x0 must lie within the projection; start from project(x0)")
 
     def _projected(self, project: Projection | Callable[[Any], Any], x: list[Tensor]) -> list[Tensor]:
         """The tensors of x, (B, ...) each, projected: a set of ours knows samples by their first dim."""
@@ -143,7 +178,8 @@ class Problem:
         center = project.center
         if center is not None:
             center = self.x_layout.flatten(center, "project.center")
-        found = replace(project, center=center)(x)
+        add = self.group.ranks.add if self.group is not None and self.group.spread else None
+        found = replace(project, center=center).inside(x, add)
         if not self._leaves_zero(project):
             found = self.x_layout.tensors(self.x_layout.unflatten(found))  # padding is 0 again
         inside: list[Tensor] = found
@@ -210,10 +246,10 @@ class Problem:
             z_in = [t.detach().requires_grad_() for t in at[:many]]
             x_in = [t.detach().requires_grad_() for t in at[2 * many :]]
             z_tree, x_tree = self.z_layout.unflatten(z_in), self.x_tree(x_in)
-            fz = self.z_layout.flatten(self.f(z_tree, x_tree, *self.args), "f(z, x)")
+            made = self.f(z_tree, x_tree, *self.args)
             cost = self.loss(z_tree, x_tree, *self.args)
-            if first:
-                self._check_first(fz, cost, z_in, x_in)
+            check = self._check_first if first else self._flat
+            fz = check(made, cost, z_in, x_in)
             found = gradients(fz, at[many : 2 * many], cost, [*z_in, *x_in])
         values = [*(t.detach() for t in fz), *found]
         if self._rates is not None:
@@ -221,15 +257,31 @@ class Problem:
             values[first_x:] = [q * rate for q, rate in zip(values[first_x:], self._rates, strict=True)]
         return values, cost.detach().to(self.layout.acc).reshape(self.layout.B)
 
-    def _check_first(self, fz: list[Tensor], cost: Any, z: list[Tensor], x: list[Tensor]) -> None:
-        check_cost(cost, self.z_layout.batch_shape)
-        if not _depends([cost], [*z, *x]):
+    def _flat(self, made: Any, cost: Any, z: list[Tensor], x: list[Tensor]) -> list[Tensor]:
+        return self.z_layout.flatten(made, "f(z, x)")
+
+    def _check_first(self, made: Any, cost: Any, z: list[Tensor], x: list[Tensor]) -> list[Tensor]:
+        group = self.group
+        try:
+            fz = self.z_layout.flatten(made, "f(z, x)")
+            check_cost(cost, self.z_layout.batch_shape)
+        except (TypeError, ValueError) as error:
+            if group is not None:
+                group.ranks.give_up(error)
+            raise
+        depends = _depends([cost], [*z, *x]), not x or _depends(fz, x)
+        if group is not None:  # a rank may have no part in the cost of a sample, or none of x
+            every = group.ranks.agree({"first evaluation": "fits"}, (int(depends[0]), int(depends[1])))
+            some = any if group.spread else all
+            depends = some(row[0] for row in every), some(row[1] for row in every)
+        if not depends[0]:
             raise ValueError("loss(z, x) must depend on z or x, got one that depends on neither through autograd")
-        if x and not _depends(fz, x):
+        if not depends[1]:
             raise ValueError(
                 "f(z, x) must be differentiable in x, got one that does not depend on it through autograd; is x used "
                 "under no_grad or detached?"
             )
+        return fz
 
 
 def gradients(

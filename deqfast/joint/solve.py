@@ -25,9 +25,11 @@ from .. import compiled, ranges, transforms
 from ..gradients.implicit import Implicit
 from ..log import LOG, telling
 from ..loop.progress import progress_bar
+from ..ops.shared import tell
 from ..solution import ConvergenceError
 from ..solvers.base import Solver
 from ..status import Status
+from .agree import share
 from .gradient import Envelope, attach_envelope, attach_implicit
 from .options import JointOptions, choose_joint_solver
 from .problem import Problem, ordinary
@@ -55,6 +57,7 @@ def joint_solve(
     returns: str = "best",
     safeguard: bool = False,
     stop: str = "each",
+    group: Any = None,
     batch_dims: int = 1,
     segments: Any = None,
     mu0: Any = None,
@@ -94,7 +97,12 @@ def joint_solve(
             that walk to saddles.
         stop: "each" (default): a sample whose blocks are within tolerance is frozen. "all": nothing is frozen before
             the evaluation at which every finite sample is; for batches that f or loss couples. Waits for a device at
-            every evaluation.
+            every evaluation. "consensus": the same over the ranks of ``group``, each with samples of its own, for an f
+            or a loss that holds collectives; waits for the sum of one number at every evaluation.
+        group: ranks that share the solve, as in ``fixed_point``: every sample is spread over them, z0, x0 and mu0 hold
+            this rank's numbers of it, and the cost of a sample is the sum over ranks of what loss returns on each. f
+            and loss may communicate, by collectives that autograd differentiates; so may a projection of your own. On
+            CPU tensors. With ``stop="consensus"`` the ranks that stop together, default all.
         batch_dims: how many leading dims of z0 and x0 count samples, as in ``fixed_point``; loss returns their shape.
         segments: samples of unequal length as rows of z0 and of x0 alike, as in ``fixed_point``; loss returns
             (samples,). They are padded to the longest, for z, mu and x are one system a sample. A projection of your
@@ -114,42 +122,54 @@ def joint_solve(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; what f and loss return is checked
             at the first evaluation.
+        RankError: ranks were given what does not fit together, or one of them what cannot be; on every rank.
         ConvergenceError: with ``throw=True``.
         NotImplementedError: within torch.func transforms or forward mode.
         RuntimeError: of torch, in inference mode, where f or loss closes over tensors that were made in that mode.
     """
-    gradient = _gradient(backward)
     if transforms.active():
         raise NotImplementedError(
             "joint_solve within torch.func transforms or forward mode: it differentiates f and loss by itself. Samples "
             "of a batch are solved independently, and backward='implicit' gives gradients to plain autograd"
         )
-    options = JointOptions(
-        solver=choose_joint_solver(solver),
-        rtol=rtol,
-        atol=atol,
-        max_iter=max_iter,
-        backward=gradient,
-        returns=returns,
-        stop=stop,
-        batch_dims=batch_dims,
-        segments=segments,
-        trace=trace,
-        callback=callback,
-        throw=throw,
-        backend=backend,
-        progress=progress,
-        damping=damping,
-        normalize=normalize,
-        accelerate=accelerate,
-        safeguard=safeguard,
-    )
+    try:
+        gradient = _gradient(backward)
+        options = JointOptions(
+            solver=choose_joint_solver(solver),
+            rtol=rtol,
+            atol=atol,
+            max_iter=max_iter,
+            backward=gradient,
+            returns=returns,
+            stop=stop,
+            group=group,
+            batch_dims=batch_dims,
+            segments=segments,
+            trace=trace,
+            callback=callback,
+            throw=throw,
+            backend=backend,
+            progress=progress,
+            damping=damping,
+            normalize=normalize,
+            accelerate=accelerate,
+            safeguard=safeguard,
+        )
+    except (TypeError, ValueError) as error:
+        tell(group, stop, error)
+        raise
     with contextlib.ExitStack() as modes:
         if torch.is_inference_mode_enabled():  # derivatives of f and loss need a graph, which it forbids
             modes.enter_context(torch.inference_mode(False))
             modes.enter_context(torch.no_grad())
             z0, x0, mu0, args, step_size = ordinary((z0, x0, mu0, args, step_size))
-        problem = Problem(f, loss, z0, x0, mu0, args, step_size=step_size, project=project, options=options)
+        try:
+            problem = Problem(f, loss, z0, x0, mu0, args, step_size=step_size, project=project, options=options)
+        except (TypeError, ValueError) as error:
+            tell(group, stop, error)
+            raise
+        share(problem)
+        problem.check_start()
         state = JointState(problem)
         with ranges.within(ranges.JOINT):
             rows = _loop(state, options)
@@ -202,7 +222,7 @@ def _conclude(state: JointState, rows: list[dict[str, Tensor]] | None) -> JointS
     problem.check_late()  # unless the solve was long enough to have heard
     leaves = state.answer()
     status = state.status.clone()
-    if not problem.layout.N:
+    if not problem.layout.total:
         status.fill_(Status.CONVERGED)
     elif not state.done:
         status.masked_fill_(status == Status.RUNNING, Status.STOPPED)

@@ -29,7 +29,8 @@ class JointState:
     Attributes:
         z, x, mu: the iterate f is evaluated at next; valid until the next step.
         nfe: evaluations made.
-        cost: (B,) loss at the iterate before, None before the first evaluation.
+        cost: (B,) loss at the iterate before, of all ranks that samples are spread over; None before the first
+            evaluation.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -39,9 +40,11 @@ class JointState:
         kinds += [2] * len(problem.x_leaves)
         chosen = [i for i, kind in enumerate(kinds) if BLOCKS[kind] in problem.accelerate]
         start = problem.start
+        accelerated = Layout([start[i] for i in chosen], "z0 and x0")
+        accelerated.spread_n = problem.numbers_of(chosen)
         core = workspace_of(
             solver,
-            Layout([start[i] for i in chosen], "z0 and x0"),
+            accelerated,
             # With "cost" it is kept here, and a sample that stops must stay where it was measured until it is.
             Stopping(0.0, 0.0, problem.options.max_iter, keep_best=problem.options.returns == "best"),
         )
@@ -59,10 +62,13 @@ class JointState:
             self.ws.value(i, 0).copy_(t)
             if self.ws.record.kept is not None:
                 self.ws.record.kept[i].copy_(t)
-        self._step = JointStep(self.ws, backend, problem.project_leaves, problem.options.stop == "all")
+        together = problem.options.stop != "each"
+        self._step = JointStep(self.ws, backend, problem.project_leaves, together, problem.group)
         self._evaluate = ranges.around(ranges.F, problem.evaluate)
         self._take = ranges.around(ranges.STEP, self._step)
-        self._running = layout.B if layout.N else 0
+        self._running = layout.B if layout.total else 0
+        if problem.group is not None and not problem.group.spread:
+            self._running = 1  # of all ranks
         self.nfe = 0
         self.cost: Tensor | None = None
         self._newest: tuple[list[Tensor], Tensor] = [], torch.empty(0)
@@ -134,8 +140,8 @@ class JointState:
         """Evaluate f, loss and their gradients, and step; returns ``done``."""
         at = [self.ws.value(i) for i in range(len(self.ws.parts))]
         values, cost = self._evaluate(at, first=self.nfe == 0)
-        self.cost = self._counted(cost)
         self._running = self._take(values, self.problem.step_size(self.nfe), cost)
+        self.cost = None if self._step.cost is None else self._counted(self._step.cost)
         if self.problem.options.callback is not None:  # which may end the solve here
             self._newest = values, cost
         if self._step.wakings == 2 and not self._warned:

@@ -17,6 +17,15 @@ from deqfast.ops.lag import Later
 Z0, X0 = torch.zeros(2, 3), torch.zeros(2, 3)
 
 
+class OnMesh(Tensor):
+    """What a DTensor is known by."""
+
+    placements, device_mesh = (), None
+
+    def to_local(self) -> Tensor:
+        return self.as_subclass(Tensor)
+
+
 def good_f(z: Any, x: Any) -> Any:
     return 0.5 * z + x
 
@@ -46,6 +55,12 @@ def good_loss(z: Any, x: Any) -> Tensor:
         ({"step_size": torch.full((3,), math.inf)}, ValueError, "step_size must be positive and finite"),
         ({"step_size": torch.ones(4)}, ValueError, r"step_size must broadcast to x0, expected \(2, 3\), got \(4,\)"),
         ({"step_size": [1.0]}, TypeError, "step_size must be a number, a function of the step or tensors like x0"),
+        (
+            {"x0": X0.as_subclass(OnMesh)},
+            TypeError,
+            r"x0 must hold plain tensors, got some of a mesh: give to_local\(\)",
+        ),
+        ({"z0": Z0.as_subclass(OnMesh)}, TypeError, "z0 must hold plain tensors, got some of a mesh"),
         ({"damping": 0.0}, ValueError, r"damping must be in \(0, 1\], got 0.0"),
         ({"damping": (0.5, 0.5, 0.5)}, ValueError, "damping must be a number or two"),
         ({"project": 3}, TypeError, "project must be a set such as Box.*got int"),

@@ -185,7 +185,7 @@ def test_coupled_samples_are_all_within_tolerance_when_they_stop_together(backen
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stop": "some"}, "stop must be 'each' or 'all', got 'some'"),
+        ({"stop": "some"}, "stop must be one of 'each', 'all', 'consensus', got 'some'"),
         ({"segments": [0, 2, 4], "batch_dims": 2}, "segments say what a sample is; leave out batch_dims"),
         ({"segments": [0, 2, 5]}, "segments must cover the 4 rows of z0"),
     ],

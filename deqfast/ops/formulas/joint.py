@@ -10,6 +10,7 @@ Convergence of z and mu is measured undamped; that of x is the length of its ste
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from ..codes import COST_SLACK, SAFEGUARD
 from .sums import norm_of_parts
+
+Add = Callable[[Tensor], None]  # a tensor becomes its sum over the ranks that samples are spread over
 
 
 class Ball(Protocol):
@@ -45,23 +48,36 @@ def damped(v: Tensor, f: Tensor, rate: float) -> Tensor:
 
 
 def gradient_step(
-    x: list[Tensor], q: list[Tensor], step_size: float, normalize: bool, wide: torch.dtype
+    x: list[Tensor], q: list[Tensor], step_size: float, normalize: bool, wide: torch.dtype, add: Add | None = None
 ) -> list[Tensor]:
     """X - a_x q, with q divided by its norm if asked for; ``wide``: in which norms are made."""
     if not normalize:
         return [a - step_size * b for a, b in zip(x, q, strict=True)]
     norm = norm_of_parts(q, wide)
+    norm = norm if add is None else _everywhere(norm, add)
     rates = torch.where(norm > 0, step_size / norm, 0.0)[:, None].to(x[0].dtype)
     return [a - rates * b for a, b in zip(x, q, strict=True)]
 
 
-def project_rows(options: Ball, centers: list[Tensor | None], x: list[Tensor], wide: torch.dtype) -> list[Tensor]:
+def _everywhere(norm: Tensor, add: Add) -> Tensor:
+    """Norms of whole samples from those of what this rank has of them."""
+    squares = norm.double().square()
+    add(squares)
+    return squares.sqrt().to(norm.dtype)
+
+
+def project_rows(
+    options: Ball, centers: list[Tensor | None], x: list[Tensor], wide: torch.dtype, add: Add | None = None
+) -> list[Tensor]:
     """Rows (B, n) of real numbers in the ball and the box of ``options``; ``wide``: in which norms are made."""
     if options.ball == "l2":
         away = [t if c is None else t - c for t, c in zip(x, centers, strict=True)]
         apart = torch.stack([(t != 0).any(1) for t in away]).any(0)
         # A root at 0 has no slope: the norm of a sample at the centre is that of something else.
         norm = norm_of_parts([torch.where(apart[:, None], t, 1.0) for t in away], wide)
+        if add is not None:
+            norm = _everywhere(torch.where(apart, norm, 0.0), add)
+            apart = norm > 0
         outside = apart & (norm > options.radius)
         shrink = torch.where(outside, options.radius / norm, 1.0)[:, None].to(x[0].dtype)
         x = [t * shrink if c is None else c + t * shrink for t, c in zip(away, centers, strict=True)]
