@@ -122,7 +122,7 @@ class FullGraph(nn.Module):
             if not attached.z.requires_grad:
                 return [torch.zeros_like(t) for t in sought]
             edge = torch.autograd.graph.get_gradient_edge(attached.z)
-            if frontier([edge], 0, sought)[0]:
+            if frontier([edge], 0, [*sought, *_evaluated_at(attached.z)])[0]:
                 raise RuntimeError(
                     "the cell uses a tensor that requires gradients and is none of its parameters nor arguments, which "
                     "a compiled graph of dq.nn.FullGraph cannot see: pass it through args, or leave out fullgraph=True"
@@ -132,6 +132,14 @@ class FullGraph(nn.Module):
 
     def _names(self) -> list[str]:
         return [name for name, _ in self.layer.named_parameters()]
+
+
+def _evaluated_at(z: Tensor) -> Sequence[Tensor]:
+    """The leaves of the evaluation behind an attached z."""
+    node: Any = z.grad_fn
+    while not hasattr(node, "attachment"):
+        node = node.next_functions[0][0]
+    return node.saved_tensors  # type: ignore[no-any-return]
 
 
 def _like(t: Tensor, value: Tensor) -> Tensor:
