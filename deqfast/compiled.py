@@ -38,8 +38,8 @@ except ImportError:  # a torch that renamed them: solves work, compiled models b
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _REASON = (
-    "deqfast looks at data between evaluations of f, so that a graph ends at each call of it: leave out fullgraph=True, "
-    "or make a dq.DEQ one operation with dq.nn.FullGraph"
+    "deqfast looks at data between evaluations of f, so that a graph ends at each call of it: "
+    "leave out fullgraph=True, or make a dq.DEQ one operation with dq.nn.FullGraph"
 )
 
 
@@ -129,10 +129,10 @@ def eager(f: Callable[..., Any]) -> Callable[..., Any]:
         f = f.f
     wrapped = getattr(f, "_orig_mod", None)  # of torch.compile(module)
     if isinstance(f, nn.Module) and isinstance(wrapped, nn.Module):
-        return wrapped
+        return f if f._forward_hooks or f._forward_pre_hooks else wrapped
     # torch.compile(function) says who it is, since functools.wraps copies its attributes to others.
     if getattr(f, "_torchdynamo_wrapper_id", None) == id(f):
-        return f._torchdynamo_orig_callable  # type: ignore[attr-defined, no-any-return]
+        return f._torchdynamo_orig_callable  # type: ignore[attr-defined]
     return f
 
 

@@ -1,4 +1,4 @@
-"""Modules: ``DEQ``; ``FullGraph``; ``ICNN`` and ``LyapunovProjection``, stable dynamics; ``StepMasked``, a mask a step."""
+"""Modules: ``DEQ``, ``FullGraph``; ``ICNN``, ``LyapunovProjection``, stable dynamics; ``StepMasked``, a mask a step."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .. import compiled
 from ..gradients.choose import choose_gradient
 from ..gradients.graph import frontier
 from ..gradients.implicit import Implicit
@@ -33,7 +34,8 @@ class FullGraph(nn.Module):
         step = torch.compile(lambda x: layer(x).sum(), fullgraph=True)
 
     Outside of a compiled graph it is the layer itself. In one, the operation ``deqfast::solve`` makes the solve, and
-    ``deqfast::solve_backward`` evaluates the cell once more and solves for the gradient. The cell runs eagerly in both.
+    ``deqfast::solve_backward`` evaluates the cell once more and solves for the gradient. The cell runs eagerly in
+    both, unless it came out of ``torch.compile`` itself: then the solve evaluates its graph.
 
     Args:
         layer: its cell a module, its ``backward`` an ``Implicit`` or "none". What the cell needs gradients of must be
@@ -90,20 +92,21 @@ class FullGraph(nn.Module):
         wanted = [t.requires_grad for t in (*given, *parameters)]
         return torch.ops.deqfast.solve(self.key, z0, given, parameters, wanted)
 
-    def solve(self, z0: Tensor, args: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
-        """z without a gradient."""
+    def _value(self, z0: Tensor, args: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+        """The solution without a gradient."""
         given = dict(zip(self._names(), parameters, strict=True))
         with torch.no_grad():
-            return functional_call(self.layer, given, tuple(args), {"z0": z0})  # type: ignore[no-any-return]
+            return functional_call(self.layer, given, tuple(args), {"z0": z0})
 
-    def gradients(
+    def _gradients(
         self, z: Tensor, args: Sequence[Tensor], parameters: Sequence[Tensor], wanted: Sequence[bool], g: Tensor
     ) -> list[Tensor]:
         """Those of the ``wanted`` among args and parameters, in order, for the gradient ``g`` of the solution z."""
         inputs = [t.detach() for t in (*args, *parameters)]
         sought = [t.requires_grad_() for t, want in zip(inputs, wanted, strict=True) if want]
-        given = dict(zip((name.removeprefix("cell.") for name in self._names()), inputs[len(args) :], strict=True))
-        cell = self.layer.cell
+        cell = compiled.eager(self.layer.cell)
+        prefix = "cell." if cell is self.layer.cell else "cell._orig_mod."
+        given = dict(zip((name.removeprefix(prefix) for name in self._names()), inputs[len(args) :], strict=True))
 
         def f(z: Tensor, *rest: Any, **kwargs: Any) -> Any:
             return functional_call(cell, given, (z, *rest), kwargs)
@@ -139,7 +142,7 @@ def _evaluated_at(z: Tensor) -> Sequence[Tensor]:
     node: Any = z.grad_fn
     while not hasattr(node, "attachment"):
         node = node.next_functions[0][0]
-    return node.saved_tensors  # type: ignore[no-any-return]
+    return node.saved_tensors
 
 
 def _like(t: Tensor, value: Tensor) -> Tensor:
@@ -167,7 +170,7 @@ def _layer(key: str) -> FullGraph:
 @torch.library.custom_op("deqfast::solve", mutates_args=(), tags=_TAGS)
 def _solve(key: str, z0: Tensor, args: list[Tensor], parameters: list[Tensor], wanted: list[bool]) -> Tensor:
     with _outside_of_an_operation():
-        return _like(z0, _layer(key).solve(z0, args, parameters))
+        return _like(z0, _layer(key)._value(z0, args, parameters))
 
 
 @torch.library.custom_op("deqfast::solve_backward", mutates_args=(), tags=_TAGS)
@@ -175,7 +178,7 @@ def _backward(
     key: str, z: Tensor, args: list[Tensor], parameters: list[Tensor], wanted: list[bool], g: Tensor
 ) -> list[Tensor]:
     with _outside_of_an_operation():
-        return _layer(key).gradients(z, args, parameters, wanted, g)
+        return _layer(key)._gradients(z, args, parameters, wanted, g)
 
 
 @_solve.register_fake
@@ -184,9 +187,7 @@ def _(key: str, z0: Tensor, args: list[Tensor], parameters: list[Tensor], wanted
 
 
 @_backward.register_fake
-def _(
-    key: str, z: Tensor, args: list[Tensor], parameters: list[Tensor], wanted: list[bool], g: Tensor
-) -> list[Tensor]:
+def _(key: str, z: Tensor, args: list[Tensor], parameters: list[Tensor], wanted: list[bool], g: Tensor) -> list[Tensor]:
     return [torch.empty_like(t) for t, want in zip((*args, *parameters), wanted, strict=True) if want]
 
 

@@ -18,7 +18,7 @@ class Model(torch.nn.Module):
     def __init__(self, cell=None, **options):
         super().__init__()
         self.first, self.last = torch.nn.Linear(6, 6), torch.nn.Linear(6, 1)
-        self.layer = dq.nn.FullGraph(dq.DEQ(cell or Cell(), rtol=1e-12, **options))
+        self.layer = dq.nn.FullGraph(dq.DEQ(Cell() if cell is None else cell, rtol=1e-12, **options))
         self.double()
 
     def forward(self, x):
@@ -92,6 +92,18 @@ def test_updates_of_parameters_and_copies_are_seen():
     torch.testing.assert_close(run(batch()), model(batch()), rtol=1e-10, atol=1e-12)
 
 
+def test_a_cell_that_is_compiled_itself():
+    model = Model()
+    compiled = Model(torch.compile(Cell(), backend="aot_eager"))
+    cell = compiled.layer.layer.cell._orig_mod
+    for mine, other in zip(compiled.parameters(), model.parameters(), strict=True):
+        mine.data.copy_(other.data)
+    run = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    found = gradients(run, compiled, batch())
+    assert cell.eager_calls == 1  # that of the backward solve
+    torch.testing.assert_close(found, gradients(model, model, batch()), rtol=1e-8, atol=1e-10)
+
+
 def test_frozen_parameters_get_no_gradient():
     model = Model()
     frozen = model.layer.layer.cell.linear.weight.requires_grad_(False)
@@ -133,7 +145,7 @@ def test_what_the_graph_cannot_see_is_refused():
             return torch.tanh(0.2 * z + x) * torch.sigmoid(hidden)
 
     run = torch.compile(Model(Closure()), backend="aot_eager", fullgraph=True)
-    with pytest.raises(RuntimeError, match="none of its parameters nor arguments.*pass it through args"):
+    with pytest.raises(RuntimeError, match=r"none of its parameters nor arguments.*pass it through args"):
         run(batch()).sum().backward()
 
 
