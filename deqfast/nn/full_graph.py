@@ -104,7 +104,7 @@ class FullGraph(nn.Module):
         """Those of the ``wanted`` among args and parameters, in order, for the gradient ``g`` of the solution z."""
         inputs = [t.detach() for t in (*args, *parameters)]
         sought = [t.requires_grad_() for t, want in zip(inputs, wanted, strict=True) if want]
-        cell = compiled.eager(self.layer.cell)
+        cell: Any = compiled.eager(self.layer.cell)
         prefix = "cell." if cell is self.layer.cell else "cell._orig_mod."
         given = dict(zip((name.removeprefix(prefix) for name in self._names()), inputs[len(args) :], strict=True))
 
