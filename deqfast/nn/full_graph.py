@@ -30,7 +30,12 @@ class FullGraph(nn.Module):
 
     ::
 
-        layer = dq.nn.FullGraph(dq.DEQ(cell))
+        class Cell(torch.nn.Module):
+            def forward(self, z, x):
+                return torch.tanh(0.5 * z + x)
+
+
+        layer = dq.nn.FullGraph(dq.DEQ(Cell()))
         step = torch.compile(lambda x: layer(x).sum(), fullgraph=True)
 
     Outside of a compiled graph it is the layer itself. In one, the operation ``deqfast::solve`` makes the solve, and
