@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
+from torch import nn
+
 from .called import Called
 from .naming import check_names
 
@@ -36,7 +38,8 @@ except ImportError:  # a torch that renamed them: solves work, compiled models b
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _REASON = (
-    "deqfast looks at data between evaluations of f, so that a graph ends at each call of it: leave out fullgraph=True"
+    "deqfast looks at data between evaluations of f, so that a graph ends at each call of it: "
+    "leave out fullgraph=True, or make a dq.DEQ one operation with dq.nn.FullGraph"
 )
 
 
@@ -113,7 +116,7 @@ def through(way: Callable[..., Any], f: Callable[..., Any]) -> Callable[..., Any
 
 
 def eager(f: Callable[..., Any]) -> Callable[..., Any]:
-    """``f`` without the surrounding compiler.
+    """``f`` without the surrounding compiler, nor its own where it came out of torch.compile itself.
 
     For what a compiled graph cannot do: be differentiated twice, or inside of torch.func. And for what it does badly:
     its backward makes the gradients of all its inputs, parameters included, where a backward solve asks for that of z
@@ -122,7 +125,15 @@ def eager(f: Callable[..., Any]) -> Callable[..., Any]:
     """
     if isinstance(f, Called):
         f.f = eager(f.f)
-    return f.f if isinstance(f, Compiled) else f
+    if isinstance(f, Compiled):
+        f = f.f
+    wrapped = getattr(f, "_orig_mod", None)  # of torch.compile(module)
+    if isinstance(f, nn.Module) and isinstance(wrapped, nn.Module):
+        return f if f._forward_hooks or f._forward_pre_hooks else wrapped
+    # torch.compile(function) says who it is, since functools.wraps copies its attributes to others.
+    if getattr(f, "_torchdynamo_wrapper_id", None) == id(f):
+        return f._torchdynamo_orig_callable  # type: ignore[attr-defined]
+    return f
 
 
 def skip_frames_of(package: str) -> None:

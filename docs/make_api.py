@@ -45,7 +45,7 @@ GROUPS = {
     "Layers and the Jacobian": ["DEQ", "ConvergenceWarning", "jacobian_penalty", "spectral_radius"],
 }
 # Of dq.nn, and in no other place.
-MODULES = ["StepMasked", "ICNN", "LyapunovProjection"]  # of dq.nn
+MODULES = ["FullGraph", "StepMasked", "ICNN", "LyapunovProjection"]  # of dq.nn
 # How the package talks to itself; and what torch.nn.Module calls.
 INTERNAL = {"workspace", "uses_previous", "attach", "solves", "advance", "answer", "release", "extra_repr"}
 INTERNAL |= {"copies_z", "update", "previous", "restart", "resume", "finish", "known_running", "failed", "judge"}

@@ -1,9 +1,10 @@
-"""Modules: ``DEQ``; ``ICNN`` and ``LyapunovProjection``, stable dynamics; ``StepMasked``, a mask a step."""
+"""Modules: ``DEQ``, ``FullGraph``; ``ICNN``, ``LyapunovProjection``, stable dynamics; ``StepMasked``, a mask a step."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,16 @@ from .icnn import ICNN
 from .lyapunov import LyapunovProjection
 from .step_masked import StepMasked
 
-__all__ = ["DEQ", "ICNN", "ConvergenceWarning", "LyapunovProjection", "StepMasked"]
+__all__ = ["DEQ", "ICNN", "ConvergenceWarning", "FullGraph", "LyapunovProjection", "StepMasked"]
+
+if TYPE_CHECKING:
+    from .full_graph import FullGraph as FullGraph
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name == "FullGraph":  # imported when first asked for, so that its forward is traced and not skipped
+            return import_module(f"{__name__}.full_graph").FullGraph
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class ConvergenceWarning(RuntimeWarning):
