@@ -28,16 +28,7 @@ _TAGS = (torch.Tag.cudagraph_unsafe,)
 class FullGraph(nn.Module):
     """A ``DEQ`` that ``torch.compile(fullgraph=True)`` takes, as one operation with a backward of its own.
 
-    ::
-
-        class Cell(torch.nn.Module):
-            def forward(self, z, x):
-                return torch.tanh(0.5 * z + x)
-
-
-        layer = dq.nn.FullGraph(dq.DEQ(Cell()))
-        step = torch.compile(lambda x: layer(x).sum(), fullgraph=True)
-
+    ``torch.compile(dq.nn.FullGraph(dq.DEQ(cell)), fullgraph=True)`` holds the solve in its graph.
     Outside of a compiled graph it is the layer itself. In one, the operation ``deqfast::solve`` makes the solve, and
     ``deqfast::solve_backward`` evaluates the cell once more and solves for the gradient. The cell runs eagerly in
     both, unless it came out of ``torch.compile`` itself: then the solve evaluates its graph.
