@@ -77,6 +77,7 @@ def test_smoke_cases_have_a_line_each_on_a_cpu(tmp_path):
     status = start(tmp_path, plan).wait(40)
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert len(rows) > 40 and len({row["name"] for row in rows}) == len(rows)
+    assert sum(row["name"].startswith("halves of") for row in rows) == 3 and rows[-1]["name"] == "compacted"
     assert status == 0, [row for row in rows if row["ended"] != "ok"]
 
 

@@ -78,7 +78,9 @@ def sanitize(out: Path, smoke: list[str]) -> list[list[Part]]:
         [Part(name, [sanitizer, "--tool", name, *own, *smoke, "native"], 250, 120, items=True, environment=alone)]
         for name in ("memcheck", "racecheck")
     ]
-    profile = [profiler, "--kernel-name", "regex:deqfast", "--set", "basic", "--csv", "--launch-count", "400"]
+    # By default a pattern is held against the function's name alone, which has no namespace.
+    profile = [profiler, "--kernel-name-base", "mangled", "--kernel-name", "regex:deqfast"]
+    profile += ["--set", "basic", "--csv", "--launch-count", "400"]
     profile += ["--log-file", str(out / "kernels.csv"), *smoke, "native"]
     return [*found, [Part("profile", profile, 200, 120, items=True)]]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+import deqfast as dq
 from bench.gpu.call.items import Items
 from deqfast import ops
 
@@ -44,6 +45,17 @@ def main() -> int:
             smoke.check(name, got, expected, smoke.ERROR[dtype])
 
         items.run(name, step)
+    halved = ((smoke.anderson(), 37), (smoke.anderson(type=2), 16_389), (dq.Broyden(memory=3), 65_539))
+    for solver, N in halved if backend == "native" else ():
+        name = f"halves of {solver}, N = {N}"
+
+        def halves(solver=solver, N=N, name=name) -> None:  # type: ignore[no-untyped-def]
+            drive = [torch.randn(1, N, generator=torch.Generator().manual_seed(0))]
+            expected = [t.to(device) for t in smoke.solve(solver, drive, "reference")]
+            got = smoke.solve(solver, [t.to(device) for t in drive], "native", True)
+            smoke.check(name, got, expected, smoke.ERROR[torch.float32])
+
+        items.run(name, halves)
     for dtype, sizes, settings in smoke.joint_cases():
         name = f"joint {dtype} {sizes} {settings}"
 
@@ -52,6 +64,14 @@ def main() -> int:
             smoke.check(name, smoke.joint(dtype, sizes, settings, device, backend), expected, smoke.ERROR[dtype])
 
         items.run(name, solve)
+
+    def compacted() -> None:
+        p = torch.linspace(0.1, 0.9, 20)[:, None].to(device)
+        z0 = torch.zeros(20, 33, device=device)
+        z = dq.fixed_point(lambda z, p: p * z + 1, z0, (p,), backend=backend, compact=True).z
+        smoke.check("compacted", [z], [(1 / (1 - p)).expand(20, 33)], 2e-3)
+
+    items.run("compacted", compacted)
     return int(items.bad)
 
 
