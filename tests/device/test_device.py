@@ -256,6 +256,7 @@ def test_state_saved_to_the_cpu_goes_on_on_the_gpu(backend):
     assert states[1].failed() == int((states[1].status != dq.Status.CONVERGED).sum()) > 0
 
 
+@not_dry  # a CPU has no memory beside the host's
 @pytest.mark.parametrize("history", HISTORIES, ids=str)
 @pytest.mark.parametrize(("B", "N"), [(1, 3_000_000), (5, 70_000), (33, 1000)])
 def test_columns_in_the_hosts_memory_lead_to_the_same_answer(B, N, history):
@@ -269,6 +270,7 @@ def test_columns_in_the_hosts_memory_lead_to_the_same_answer(B, N, history):
     assert bool((gap <= 1e-3 * problems.rows_of(expected.z).norm(dim=1)).all())
 
 
+@not_dry
 def test_columns_in_the_hosts_memory_leave_room_on_the_device():
     z0 = torch.zeros(1, 8 << 20, device=GPU)
     b = torch.linspace(-1, 1, z0.shape[1], device=GPU)
@@ -280,6 +282,7 @@ def test_columns_in_the_hosts_memory_leave_room_on_the_device():
     assert torch.cuda.max_memory_allocated(GPU) - before < 6 * z0.nbytes < state.ws.history.nbytes
 
 
+@not_dry
 def test_saved_columns_are_those_that_the_device_has_written():
     p = problem(3, 200_000, slowest=0.9)
     solver = dq.Anderson(m=4, history_device="cpu")
