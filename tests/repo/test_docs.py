@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,13 @@ def pages_with(*languages: str) -> list[str]:
     return [name for name in names if any(blocks(name, language) for language in languages)]
 
 
-def execute(source: str, namespace: dict, page: str, line: int) -> None:
-    exec(compile("\n" * (line - 1) + source, str(ROOT / page), "exec"), namespace)
+def wrong_with(source: str, namespace: dict, page: str, line: int) -> str:
+    """What a block raises as it runs, an assertion of its own or any other error; nothing if it runs to its end."""
+    try:
+        exec(compile("\n" * (line - 1) + source, str(ROOT / page), "exec"), namespace)
+    except Exception:
+        return traceback.format_exc()
+    return ""
 
 
 def script(name: str):
@@ -82,7 +88,8 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
         pytest.importorskip("scipy")
     namespace: dict = {"__name__": "documentation"}
     for line, source in blocks(page, "python"):
-        execute(source, namespace, page, line)
+        wrong = wrong_with(source, namespace, page, line)
+        assert not wrong, wrong
 
 
 @pytest.mark.parametrize(("line", "source"), blocks(API, "python"))
@@ -90,7 +97,14 @@ def test_examples_of_docstrings_run(line, source):
     width = re.search(r"Linear\((\d+)", source)
     namespace: dict = {"__name__": "documentation", "N": int(width[1]) if width else 8}
     exec(GIVEN, namespace)
-    execute(source, namespace, API, line)
+    wrong = wrong_with(source, namespace, API, line)
+    assert not wrong, wrong
+
+
+def test_a_block_that_fails_is_told_of_with_its_line():
+    assert wrong_with("x = 1\nassert x == 1", {}, API, 7) == ""
+    told = wrong_with("x = 1\nassert x == 2", {}, API, 7)
+    assert "AssertionError" in told and "line 8" in told
 
 
 @pytest.mark.parametrize("page", pages_with("sh"))
@@ -160,7 +174,8 @@ def test_readme_swap_gives_the_same_fixed_point():
         exec(SWAP, namespace)
         if sign == "-":
             pytest.importorskip("torchdeq")
-        execute(source, namespace, "README.md", line)
+        wrong = wrong_with(source, namespace, "README.md", line)
+        assert not wrong, wrong
     assert (new["z"] - old["z"]).abs().max() < 1e-2
 
 
