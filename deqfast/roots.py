@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -58,4 +59,7 @@ def _sum(z: Any, value: Any) -> Any:
         if not isinstance(v, Tensor) or v.shape != t.shape:
             shape = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
             raise ValueError(f"g(z) must have the shape of z0, expected {tuple(t.shape)}, got {shape}")
+        # The sum has the wider dtype, so that f's own check could not see a narrower one.
+        if v.dtype is not t.dtype and not torch.is_autocast_enabled(t.device.type):
+            raise TypeError(f"g(z) must have the dtype of z0, expected {t.dtype}, got {v.dtype}")
     return pytree.tree_unflatten([t + v for t, v in pairs], expected)

@@ -91,7 +91,8 @@ def fixed_point(
             the nodes of a graph), 2 (every token of (B, T, ...)), and so on. ``converged``, ``steps`` and ``residual``
             have their shape.
         segments: samples of unequal length as rows of dim 0, one after the other: (rows,) int sample numbers, sorted,
-            or offsets (samples + 1,). In place of ``batch_dims``.
+            or offsets (samples + 1,), which is what numbers from 0 to the count of rows are taken for. In place of
+            ``batch_dims``.
         compact: converged samples are dropped from what f sees, in the backward solve of ``Implicit`` too, with every
             tensor in args whose dim 0 is that of z0. "auto": if f is seen to treat samples independently, by holding
             f of some rows against f of all before the first are dropped; else the batch stays whole, and

@@ -9,6 +9,7 @@ from ..ops.codes import DIVERGENCE, At, Int, Real
 from ..ops.formulas.measure import label
 from ..ops.workspace import Workspace
 from ..status import Status
+from .together import Together
 
 
 def answer(ws: Workspace, returns: str, some_run: bool) -> tuple[list[Tensor], Tensor]:
@@ -37,10 +38,18 @@ def _where(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(mask.view(-1, *([1] * (a.dim() - 1))), a, b)
 
 
-def at_the_limit(ws: Workspace, made: int) -> Tensor:
-    """(B,) int32 statuses if every sample that runs had to stop after ``made`` evaluations, as the kernels say it."""
+def at_the_limit(ws: Workspace, made: int, together: Together | None = None) -> Tensor:
+    """(B,) int32 statuses if every sample that runs had to stop after ``made`` evaluations, as the kernels say it.
+
+    Of samples that stop ``together`` those have converged that are within tolerance there, if it is their best.
+    """
     norms = (ws.real_row(row) for row in (Real.NORM, Real.LEAST, Real.FIRST))
-    return ended(ws.int_row(Int.STATUS), made, ws.int_row(Int.BEST_STEP), *norms)
+    status, best = ws.int_row(Int.STATUS), ws.int_row(Int.BEST_STEP)
+    found = ended(status, made, best, *norms)
+    if together is None:
+        return found
+    within = (status == int(Status.RUNNING)) & (best == made) & together.within()
+    return found.masked_fill(within, int(Status.CONVERGED))
 
 
 def ended(status: Tensor, made: int, best_step: Tensor, norm: Tensor, least: Tensor, first: Tensor) -> Tensor:

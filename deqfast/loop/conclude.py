@@ -10,7 +10,6 @@ from ..ops.layout import Layout
 from ..ops.workspace import Stopping
 from ..solution import Solution
 from ..status import Status
-from .answer import at_the_limit
 from .state import SolverState
 
 _STATUS_AND_STEPS = int(Int.STATUS), int(Int.STEPS)
@@ -67,7 +66,7 @@ def out_of_evaluations(state: SolverState, returns: str) -> None:
     if returns != "next":
         for now, found in zip(ws.x[ws.cur], state.answer(returns)[0], strict=True):
             now.copy_(found)
-    ws.int_row(Int.STATUS).copy_(at_the_limit(ws, state.nfe))
+    ws.int_row(Int.STATUS).copy_(state.at_limit())
     state.finish(state.nfe)
 
 

@@ -140,6 +140,7 @@ class Kept:
             self._copies = -1
             self._leaves = self._instead()
         if better is not False:
+            better = self._layout.spread(better)
             which = [better.view(-1, *([1] * (t.dim() - 1))) for t in leaves]
             triples = zip(which, leaves, self._widened(), strict=True)
             self._leaves, self._own = [torch.where(w, t.to(old.dtype), old) for w, t, old in triples], True

@@ -41,7 +41,8 @@ class Keeping(Inheriting):
 
         Args:
             rows: which rows of dim 0 stay: a (rows,) bool mask, or distinct indices, in the order they are to have.
-            returns: which z of the others: "best", "last" or "next", as in ``fixed_point``.
+            returns: which z of the others: "best" or "last" as in ``fixed_point``, or "next", where the solver would
+                step from the newest; a converged sample stays where it is, for f there is not kept.
 
         Returns:
             A ``Solution`` of the samples that leave, in their order. Those that were still running are ``STOPPED``.
@@ -95,19 +96,27 @@ class Keeping(Inheriting):
         """Whether there may be samples whose iterate has moved on from the one that f was evaluated at last."""
         return bool((self._running or self.paused) and self.nfe)
 
+    def at_limit(self) -> Tensor:
+        """(B,) int32 statuses if every sample that runs had to stop here."""
+        return at_the_limit(self.ws, self.made, self._together)
+
     def _conclude(self, leave: Tensor, returns: str) -> Solution:
         """The solution that samples in these rows have reached."""
         return self._found(self._samples(leave), self.layout.resized(leave.numel()), returns)
 
-    def _found(self, which: Tensor, layout: Layout, returns: str) -> Solution:
-        """The solution that these samples have reached, ``layout`` theirs; copies."""
+    def _found(self, which: Tensor | None, layout: Layout, returns: str) -> Solution:
+        """The solution that these samples, or all, have reached, ``layout`` theirs; copies."""
         ws = self.ws
+
+        def chosen(t: Tensor, dim: int = 0) -> Tensor:
+            return t.clone() if which is None else t.index_select(dim, which)
+
         if returns == "next":
             leaves, residual = ws.x[ws.cur], ws.real_row(Real.RESIDUAL)
         else:
             leaves, residual = answer(ws, returns, self.some_run)
-        residual = residual.index_select(0, which)
-        counters = ws.ints.index_select(1, which)
+        residual = chosen(residual)
+        counters = chosen(ws.ints[:, : self.layout.B], 1)
         status = counters[int(Int.STATUS)].clone()
         if self.layout.total == 0:
             status.fill_(int(Status.CONVERGED))
@@ -115,12 +124,12 @@ class Keeping(Inheriting):
         elif not self.nfe:
             residual.fill_(torch.nan)
         if self.paused and self.nfe:
-            status.copy_(at_the_limit(ws, self.made).index_select(0, which))
+            status.copy_(chosen(self.at_limit()))
         status.masked_fill_(status == int(Status.RUNNING), int(Status.STOPPED))
         return Solution(
-            z=layout.unflatten(self.layout.select(leaves, which)),
+            z=layout.unflatten([t.clone() for t in leaves] if which is None else self.layout.select(leaves, which)),
             converged=layout.counted(status == int(Status.CONVERGED)),
-            steps=layout.counted(ws.steps().index_select(0, which)),
+            steps=layout.counted(chosen(ws.steps())),
             residual=layout.counted(residual),
             evaluations=self.nfe,
             status=layout.counted(status),

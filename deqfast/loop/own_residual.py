@@ -52,6 +52,8 @@ def rows_of(residual: Any, ws: AndersonWorkspace) -> Tensor:
     if layout.B != ws.layout.B:
         raise ValueError(f"residual must have the batch of z0, expected dim 0 to be {ws.layout.B}, got {layout.B}")
     rows = torch.cat(layout.rows(layout.tensors(residual)), dim=1).detach().to(ws.layout.acc, copy=True)
+    if not rows.shape[1]:
+        raise ValueError("residual must have a number a sample, got none")
     if ws.own_residual is not None and rows.shape != ws.own_residual.shape:
         raise ValueError(f"residual must keep its size, expected {ws.own_residual.shape[1]}, got {rows.shape[1]}")
     return rows

@@ -42,11 +42,12 @@ class Resuming(Keeping):
         Samples that run are ``STOPPED``, or labelled as at the end of a solve where a resumable state is at its limit.
 
         Args:
-            returns: which z: "best", "last" or "next", as in ``fixed_point``.
+            returns: which z: "best" or "last" as in ``fixed_point``, or "next", where the solver would step from the
+                newest; a converged sample stays where it is, for f there is not kept.
         """
         check_choice("returns", returns, ("best", "last", "next"))
         with torch.no_grad():
-            return self._found(torch.arange(self.layout.B, device=self.layout.device), self.layout, returns)
+            return self._found(None, self.layout, returns)
 
     @compiled.skip
     def extend(self, max_iter: int | None) -> None:
@@ -140,9 +141,15 @@ class Resuming(Keeping):
         Those that are not within tolerance go on; beyond ``max_iter`` they end as MAX_ITER. ``step`` has looked at the
         samples that f saw; this is for an f that did not see all of them, or that has changed since. Counts as an
         evaluation. Returns ``done``.
+
+        Raises:
+            ValueError: the state was given residuals of your own, which say what f(z) - z does not.
+            RuntimeError: a resumable state is at its limit.
         """
         if self._running:
             return self.step(fz)
+        if self._own_residual:
+            raise ValueError("verify needs a state whose residual is f(z) - z, not one of your own")
         if self.some_run:
             raise RuntimeError("verify judges a solve that has ended, and this one is at its limit: call extend first")
         self.ws.cur ^= 1  # both iterates of a sample that has stopped are the same

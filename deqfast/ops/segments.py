@@ -168,7 +168,7 @@ def segments_of(given: Any, rows: int, device: torch.device, pads: bool | None) 
 
 
 def _bounds(given: Any, rows: int) -> Tensor:
-    if isinstance(given, (list, tuple)) and all(isinstance(n, int) for n in given):
+    if isinstance(given, (list, tuple)) and all(isinstance(n, int) and not isinstance(n, bool) for n in given):
         given = torch.tensor(given, dtype=torch.int64)
     if not isinstance(given, Tensor) or given.dtype not in (torch.int32, torch.int64):
         got = str(given.dtype) if isinstance(given, Tensor) else type(given).__name__
@@ -179,7 +179,9 @@ def _bounds(given: Any, rows: int) -> Tensor:
     if bool((numbers.diff() < 0).any()):
         raise ValueError("segments must be sorted: rows of a sample one after the other, samples in order")
     first, last = int(numbers[0]), int(numbers[-1])
-    if first == 0 and last == rows and rows:
+    if not rows:
+        raise ValueError("segments are rows of z0, which has none")
+    if first == 0 and last == rows:
         return numbers
     if numbers.numel() != rows:
         raise ValueError(

@@ -156,3 +156,21 @@ def test_samples_of_a_few_numbers_move_to_plain_torch_and_no_other(monkeypatch):
     state = solver.init(larger.z0)
     state.step(larger.z0, residual=larger.z0)
     assert state.backend == "native"
+
+
+def test_verify_cannot_judge_by_a_residual_that_it_is_not_given():
+    state = dq.Anderson(type=2).init(torch.zeros(3, 40, dtype=torch.float64), rtol=1e-8)
+    while not state.done:
+        fz = 0.5 * state.z + 1
+        state.step(fz, residual=fz - state.z)
+    with pytest.raises(ValueError, match="verify needs a state whose residual is f"):
+        state.verify(3 * state.z + 100)
+    assert bool((state.status == dq.Status.CONVERGED).all())
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_residual_of_no_numbers_is_refused(backend):
+    state = dq.Anderson(type=2).init(torch.zeros(3, 40), backend=backend)
+    with pytest.raises(ValueError, match="must have a number a sample"):
+        state.step(state.z + 1, residual=torch.zeros(3, 0))
+    assert state.nfe == 0

@@ -197,3 +197,10 @@ EMULATED = native._C is not None and native.EMULATED
 def test_what_the_cuda_kernels_do_not_take_is_said_before_f_is_called(solver, z0, message):
     with pytest.raises(ValueError, match=message):
         dq.fixed_point(never, z0, solver=solver, backend="native", max_iter=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_root_takes_no_other_dtype_from_g(dtype):
+    z0 = torch.zeros(2, 3, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"g\(z\) must have the dtype of z0, expected torch.float64"):
+        dq.root(lambda z: (1 - 0.5 * z).to(dtype), z0)

@@ -438,3 +438,26 @@ def test_trees_tokens_and_half_precision_are_repaired(backend):
         run(state, lambda z, moved=moved: f(z, moved), 100)
         assert state.solution().status.shape == (4, 6) and bool(state.solution().converged.all())
         torch.testing.assert_close(state.z["a"], f(state.z, moved)["a"], rtol=10 * rtol, atol=10 * rtol)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("solver", ["anderson", "broyden", "picard"])
+@pytest.mark.parametrize("limit", [4, 8, 12])
+def test_samples_that_stop_together_end_at_the_limit_alike_whatever_is_returned(limit, solver, backend):
+    slope = torch.tensor([0.05, 0.1, 0.3, 0.9, 0.95, 0.97], **DOUBLE)[:, None]
+    x = torch.randn(6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    options = {"rtol": 1e-5, "max_iter": limit, "stop": "all", "backend": backend}
+
+    def f(z):
+        return slope * torch.tanh(z).flip(1) + x
+
+    expected = dq.fixed_point(f, torch.zeros_like(x), solver=solver, **options)
+    assert bool(expected.converged.any()) or limit == 4
+    for returns in ("last", "image", "next"):
+        found = dq.fixed_point(f, torch.zeros_like(x), solver=solver, returns=returns, **options)
+        assert torch.equal(found.status, expected.status), returns
+    ways = {"anderson": dq.Anderson(), "broyden": dq.Broyden(), "picard": dq.Picard()}
+    state = ways[solver].init(torch.zeros_like(x), resumable=True, **options)
+    while not state.done:
+        state.step(f(state.z))
+    assert torch.equal(state.solution().status, expected.status)

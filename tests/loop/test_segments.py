@@ -313,3 +313,44 @@ def test_residuals_of_ones_own_are_refused():
     with pytest.raises(ValueError, match="residual cannot be given where segments are of unequal length"):
         state.step(torch.ones(6, 2), residual=torch.ones(6, 2))
     assert state.nfe == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stop", ["each", "all"])
+@pytest.mark.parametrize("bounds", [[0, 3, 4, 8, 9, 14], [0, 2, 2, 5], [0, 0, 7]], ids=str)
+def test_image_is_of_the_best_where_segments_do_not_improve_together(bounds, stop, backend):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(bounds[-1], 6, dtype=torch.float64, generator=g)
+    W = torch.randn(6, 6, dtype=torch.float64, generator=g) / 6**0.5
+
+    def f(z):
+        return torch.tanh(z @ W + x)
+
+    options = {"segments": bounds, "backend": backend, "stop": stop, "solver": "picard", "rtol": 1e-6, "max_iter": 9}
+    start = torch.zeros(bounds[-1], 6, dtype=torch.float64)
+    best, image = (dq.fixed_point(f, start, returns=how, **options) for how in ("best", "image"))
+    assert torch.allclose(image.z, f(best.z), rtol=0, atol=1e-12)
+    assert torch.equal(image.steps, best.steps)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bounds", [[0, 3, 4, 9], [0, 2, 2, 5], [0, 3, 6]], ids=str)
+def test_own_loop_shows_all_rows_of_its_segments(bounds, backend):
+    x = torch.linspace(-1, 1, bounds[-1] * 5, dtype=torch.float64).view(-1, 5)
+    options = {"segments": bounds, "backend": backend, "rtol": 1e-9}
+    state = dq.Anderson(m=4).init(torch.zeros_like(x), max_iter=50, resumable=True, **options)
+    while not state.done:
+        state.step(0.5 * torch.tanh(state.z) + x)
+    shown = state.solution()
+    expected = dq.fixed_point(
+        lambda z: 0.5 * torch.tanh(z) + x, torch.zeros_like(x), solver=dq.Anderson(m=4), **options
+    )
+    assert torch.equal(shown.z, expected.z) and torch.equal(shown.steps, expected.steps)
+    assert shown.events["evictions"].shape == shown.steps.shape == (len(bounds) - 1,)
+
+
+def test_bools_number_no_samples():
+    with pytest.raises(TypeError, match="must be an int tensor"):
+        dq.fixed_point(lambda z: z, torch.zeros(3, 2), segments=[False, True, True])
+    with pytest.raises(ValueError, match="rows of z0, which has none"):
+        dq.fixed_point(lambda z: z, torch.zeros(0, 2), segments=torch.zeros(1, dtype=torch.int64))
